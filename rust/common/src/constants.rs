@@ -1,0 +1,46 @@
+//! Names, ports and paths on which host and guest agree.
+
+/// vsock port in the guest of the agent's ttrpc services.
+pub const PORT_TTRPC: u32 = 1024;
+/// vsock port in the guest of the debug console.
+pub const PORT_DEBUG: u32 = 1025;
+/// vsock port in the guest of the stdio streams (see [`crate::stdio`]).
+pub const PORT_STDIO: u32 = 1026;
+/// vsock port of the host that the agent calls when it is ready (see [`crate::handshake`]).
+pub const PORT_READY: u32 = 1024;
+/// The host's vsock address, as in `linux/vm_sockets.h` (`VMADDR_CID_HOST`).
+pub const CID_HOST: u32 = 2;
+
+/// virtiofs tag and 9p mount tag of the pod's shared folder.
+pub const SHARE_TAG: &str = "kuasar";
+/// Where the guest mounts the shared folder.
+pub const GUEST_STATE_DIR: &str = "/run/kuasar/state";
+/// Name of the OCI runtime in the guest's image.
+pub const GUEST_RUNC: &str = "/bin/runc";
+
+/// ttrpc metadata key that carries the pod's token on every call from the host to the guest.
+pub const TOKEN_METADATA: &str = "kuasar-token";
+
+/// Value of `stdin`, `stdout` and `stderr` in a Task request to the guest for a stream that is wanted.
+pub const STDIO_WANTED: &str = "vsock";
+
+/// Runtime type in containerd's configuration.
+pub const RUNTIME_TYPE: &str = "io.containerd.kuasar-vmm.v1";
+
+/// Files of a pod's folder on the host.
+pub mod pod_files {
+    /// The pod's record.
+    pub const RECORD: &str = "pod.json";
+    /// 64 hex digits, readable by the owner only.
+    pub const TOKEN: &str = "token";
+    /// containerd's Task endpoint, served by the relay.
+    pub const TASK_SOCKET: &str = "task.sock";
+    /// The daemon's endpoint for the relay.
+    pub const HOST_SOCKET: &str = "host.sock";
+    /// The hybrid vsock's socket; guest-initiated connections go to this name with `_<port>` appended.
+    pub const VSOCK_SOCKET: &str = "vsock.sock";
+    /// The folder that the guest sees.
+    pub const SHARED: &str = "shared";
+    /// The pod's logs.
+    pub const LOG: &str = "log";
+}

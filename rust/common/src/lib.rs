@@ -1,0 +1,10 @@
+//! Protocols, constants and shared records of Kuasar for Nix.
+//!
+//! Nothing in here knows a host or a guest: daemon, relay, agent and tools all build on it.
+
+pub mod address;
+pub mod api;
+pub mod constants;
+pub mod handshake;
+pub mod param;
+pub mod stdio;

@@ -1,0 +1,1 @@
+//! Derive macros that turn structs into command lines.

@@ -1,0 +1,1 @@
+//! Builds, inspects and verifies guest images: initrd, disk image, DAX header.

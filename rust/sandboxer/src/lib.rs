@@ -1,0 +1,1 @@
+//! containerd sandbox controller that runs every pod in a microVM.
