@@ -1,0 +1,384 @@
+//! The daemon's configuration: one TOML schema for every hypervisor (documented for operators in `docs/config.md`).
+
+mod nearest;
+
+use std::{
+    fs,
+    path::{Path, PathBuf},
+};
+
+use serde::Deserialize;
+
+/// Where the daemon looks for its configuration.
+pub const DEFAULT_PATH: &str = "/etc/kuasar/qemu.toml";
+
+/// Least guest memory, in MiB, with which the kernel and the agent start.
+pub const MIN_MEMORY_IN_MB: u32 = 64;
+
+/// The whole file.
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Config {
+    /// The daemon itself.
+    pub sandbox: SandboxConfig,
+    /// The agent in the guest.
+    pub task: TaskConfig,
+    /// The VM and what runs beside it.
+    pub hypervisor: HypervisorConfig,
+}
+
+/// `[sandbox]`.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct SandboxConfig {
+    /// Which VMM runs the pods.
+    pub hypervisor: HypervisorKind,
+    /// `tracing` filter: a level, or directives as in `RUST_LOG`.
+    pub log_level: String,
+    /// The relay's binary; a name without `/` is searched in `PATH`.
+    pub relay_path: PathBuf,
+    /// Seconds a pod may take from Start to ready.
+    pub start_timeout_s: u64,
+    /// Seconds containers have to end when a pod is stopped.
+    pub stop_timeout_s: u64,
+}
+
+impl Default for SandboxConfig {
+    fn default() -> Self {
+        Self {
+            hypervisor: HypervisorKind::default(),
+            log_level: "info".into(),
+            relay_path: "containerd-shim-kuasar-vmm-v1".into(),
+            start_timeout_s: 60,
+            stop_timeout_s: 10,
+        }
+    }
+}
+
+/// Which VMM.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum HypervisorKind {
+    /// QEMU, 8.0 or later.
+    #[default]
+    Qemu,
+}
+
+/// `[task]`: reaches the guest on its kernel command line.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct TaskConfig {
+    /// The agent's log level.
+    pub log_level: LogLevel,
+    /// Turns the agent's debug aids on (see D9: off unless asked for).
+    pub debug: bool,
+}
+
+impl Default for TaskConfig {
+    fn default() -> Self {
+        Self { log_level: LogLevel::Info, debug: false }
+    }
+}
+
+/// A log level.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum LogLevel {
+    /// Failures only.
+    Error,
+    /// And what may become one.
+    Warn,
+    /// And what happened to pods.
+    Info,
+    /// And how.
+    Debug,
+    /// Everything.
+    Trace,
+}
+
+impl LogLevel {
+    /// The word used on command lines.
+    #[must_use]
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Error => "error",
+            Self::Warn => "warn",
+            Self::Info => "info",
+            Self::Debug => "debug",
+            Self::Trace => "trace",
+        }
+    }
+}
+
+/// `[hypervisor]`.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct HypervisorConfig {
+    /// The VMM's binary; a name without `/` is searched in `PATH`.
+    pub path: PathBuf,
+    /// Hardware virtualisation or emulation.
+    pub accel: Accel,
+    /// Machine type, with options after a comma if any. Empty: the driver's choice for the architecture.
+    pub machine_type: String,
+    /// Firmware file; empty: the VMM's own choice.
+    pub firmware_path: PathBuf,
+    /// CPU model. Empty: `host` with KVM, `max` with emulation.
+    pub cpu_model: String,
+    /// vCPUs of a pod without a CPU limit, and the fewest of any pod.
+    pub vcpus: u32,
+    /// Guest memory, in MiB, of a pod without a memory limit.
+    pub memory_in_mb: u32,
+    /// MiB added to a pod's memory limit for the guest's kernel and agent.
+    pub memory_overhead_in_mb: u32,
+    /// Guest kernel.
+    pub kernel_path: PathBuf,
+    /// Guest image; needed with `root = "pmem"` and `"blk"`.
+    pub image_path: PathBuf,
+    /// Guest initrd; needed with `root = "initrd"`.
+    pub initrd_path: PathBuf,
+    /// Added to the kernel command line.
+    pub kernel_params: String,
+    /// Where the guest's root comes from.
+    pub root: Root,
+    /// How the pod's folder reaches the guest.
+    pub share_fs: ShareFs,
+    /// How host and guest talk.
+    pub vsock: VsockKind,
+    /// Keeps the VMM's own debug output in `log/vmm.log` and the guest's console verbose.
+    pub debug: bool,
+    /// virtiofsd, used with `share_fs = "virtiofs"`.
+    pub virtiofsd: VirtiofsdConfig,
+    /// vhost-device-vsock, used with `vsock = "vhost-user"`.
+    pub vsock_device: VsockDeviceConfig,
+}
+
+impl Default for HypervisorConfig {
+    fn default() -> Self {
+        Self {
+            path: format!("qemu-system-{}", std::env::consts::ARCH).into(),
+            accel: Accel::default(),
+            machine_type: String::new(),
+            firmware_path: PathBuf::new(),
+            cpu_model: String::new(),
+            vcpus: 1,
+            memory_in_mb: 512,
+            memory_overhead_in_mb: 64,
+            kernel_path: "/usr/share/kuasar/vmlinux".into(),
+            image_path: "/usr/share/kuasar/kuasar.img".into(),
+            initrd_path: "/usr/share/kuasar/kuasar.initrd".into(),
+            kernel_params: String::new(),
+            root: Root::default(),
+            share_fs: ShareFs::default(),
+            vsock: VsockKind::default(),
+            debug: false,
+            virtiofsd: VirtiofsdConfig::default(),
+            vsock_device: VsockDeviceConfig::default(),
+        }
+    }
+}
+
+/// `accel`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Accel {
+    /// `/dev/kvm`.
+    #[default]
+    Kvm,
+    /// QEMU's emulation; slow, needs nothing of the host.
+    Tcg,
+}
+
+/// `root`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Root {
+    /// The image as persistent memory, mounted with DAX: its pages are shared by all VMs.
+    #[default]
+    Pmem,
+    /// The image as a virtio disk.
+    Blk,
+    /// The initrd.
+    Initrd,
+}
+
+/// `share_fs`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum ShareFs {
+    /// virtiofs through virtiofsd.
+    #[default]
+    Virtiofs,
+    /// 9p, served by QEMU itself.
+    #[serde(rename = "9p")]
+    NineP,
+}
+
+impl ShareFs {
+    /// The word used on the guest's command line.
+    #[must_use]
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Virtiofs => "virtiofs",
+            Self::NineP => "9p",
+        }
+    }
+}
+
+/// `vsock`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum VsockKind {
+    /// The kernel's vhost-vsock.
+    #[default]
+    Vhost,
+    /// vhost-device-vsock, in user space.
+    VhostUser,
+}
+
+/// `[hypervisor.virtiofsd]`.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct VirtiofsdConfig {
+    /// The binary; a name without `/` is searched in `PATH`.
+    pub path: PathBuf,
+    /// `auto`, `always`, `metadata` or `never`.
+    pub cache: String,
+    /// Threads beside the main one; 0: none.
+    pub thread_pool_size: u32,
+    /// Its log level.
+    pub log_level: LogLevel,
+}
+
+impl Default for VirtiofsdConfig {
+    fn default() -> Self {
+        Self { path: "virtiofsd".into(), cache: "auto".into(), thread_pool_size: 0, log_level: LogLevel::Info }
+    }
+}
+
+/// `[hypervisor.vsock_device]`.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct VsockDeviceConfig {
+    /// The binary; a name without `/` is searched in `PATH`.
+    pub path: PathBuf,
+}
+
+impl Default for VsockDeviceConfig {
+    fn default() -> Self {
+        Self { path: "vhost-device-vsock".into() }
+    }
+}
+
+/// Why a configuration was refused.
+#[derive(Debug, thiserror::Error)]
+pub enum ConfigError {
+    /// The file cannot be read.
+    #[error("reading the configuration {path}: {source}")]
+    Read {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        source: std::io::Error,
+    },
+    /// Not TOML, or not this schema.
+    #[error("parsing the configuration {path}: {why}")]
+    Parse {
+        /// The file.
+        path: PathBuf,
+        /// Place and reason, over several lines.
+        why: String,
+    },
+    /// A value that cannot work.
+    #[error("checking the configuration {path}: {key} {why}")]
+    Value {
+        /// The file.
+        path: PathBuf,
+        /// Dotted name of the key.
+        key: &'static str,
+        /// What is wrong with its value.
+        why: String,
+    },
+}
+
+impl Config {
+    /// Reads and checks a file. Relative paths of artefacts are relative to the file's own folder, so that a folder made
+    /// by one build can be moved as a whole.
+    ///
+    /// # Errors
+    /// When the file cannot be read, has an unknown key or a value that cannot work.
+    pub fn load(path: &Path) -> Result<Self, ConfigError> {
+        let text =
+            fs::read_to_string(path).map_err(|source| ConfigError::Read { path: path.to_owned(), source })?;
+        let path = std::path::absolute(path).unwrap_or_else(|_| path.to_owned());
+        Self::from_text(&text, &path)
+    }
+
+    /// As [`Config::load`], from text that came from `path`.
+    ///
+    /// # Errors
+    /// As [`Config::load`].
+    pub fn from_text(text: &str, path: &Path) -> Result<Self, ConfigError> {
+        let mut config: Self = toml::from_str(text).map_err(|e| ConfigError::Parse {
+            path: path.to_owned(),
+            why: nearest::explain(&e.to_string()),
+        })?;
+        config.resolve(path.parent().unwrap_or(Path::new("/")));
+        config.check().map_err(|(key, why)| ConfigError::Value { path: path.to_owned(), key, why })?;
+        Ok(config)
+    }
+
+    fn resolve(&mut self, base: &Path) {
+        let hypervisor = &mut self.hypervisor;
+        for path in [
+            &mut hypervisor.kernel_path,
+            &mut hypervisor.image_path,
+            &mut hypervisor.initrd_path,
+            &mut hypervisor.firmware_path,
+        ] {
+            if !path.as_os_str().is_empty() && path.is_relative() {
+                *path = base.join(&*path);
+            }
+        }
+        // Programs: a bare name is for PATH, "./x" and "dir/x" are relative to the file.
+        for path in [
+            &mut hypervisor.path,
+            &mut hypervisor.virtiofsd.path,
+            &mut hypervisor.vsock_device.path,
+            &mut self.sandbox.relay_path,
+        ] {
+            if path.is_relative() && path.components().count() > 1 {
+                *path = base.join(&*path);
+            }
+        }
+    }
+
+    fn check(&self) -> Result<(), (&'static str, String)> {
+        let hypervisor = &self.hypervisor;
+        if hypervisor.vcpus == 0 {
+            return Err(("hypervisor.vcpus", "is 0, a VM needs at least 1".into()));
+        }
+        if hypervisor.memory_in_mb < MIN_MEMORY_IN_MB {
+            let why = format!("is {}, a guest needs at least {MIN_MEMORY_IN_MB}", hypervisor.memory_in_mb);
+            return Err(("hypervisor.memory_in_mb", why));
+        }
+        if self.sandbox.start_timeout_s == 0 {
+            return Err(("sandbox.start_timeout_s", "is 0, no pod can start within that".into()));
+        }
+        let mut needed = vec![
+            ("hypervisor.path", &hypervisor.path),
+            ("hypervisor.kernel_path", &hypervisor.kernel_path),
+            ("sandbox.relay_path", &self.sandbox.relay_path),
+        ];
+        match hypervisor.root {
+            Root::Pmem | Root::Blk => needed.push(("hypervisor.image_path", &hypervisor.image_path)),
+            Root::Initrd => needed.push(("hypervisor.initrd_path", &hypervisor.initrd_path)),
+        }
+        match needed.iter().find(|(_, path)| path.as_os_str().is_empty()) {
+            Some((key, _)) => Err((key, "is empty".into())),
+            None => Ok(()),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,88 @@
+use super::*;
+
+fn parse(text: &str) -> Result<Config, ConfigError> {
+    Config::from_text(text, Path::new("/etc/kuasar/qemu.toml"))
+}
+
+fn refusal(text: &str) -> String {
+    parse(text).unwrap_err().to_string()
+}
+
+#[test]
+fn an_empty_file_is_the_defaults() {
+    let config = parse("").unwrap();
+    assert_eq!(config.hypervisor.vcpus, 1);
+    assert_eq!(config.hypervisor.accel, Accel::Kvm);
+    assert_eq!(config.sandbox.relay_path, Path::new("containerd-shim-kuasar-vmm-v1"));
+}
+
+#[test]
+fn the_documented_file_is_understood() {
+    let document = include_str!("../../../../docs/config.md");
+    let start = document.find("```toml\n").unwrap() + "```toml\n".len();
+    let text = &document[start..];
+    let text = &text[..text.find("```").unwrap()];
+    let documented = parse(text).unwrap();
+    // The page shows every key with its default, so it must say what the code does.
+    let mut default = Config::default();
+    default.resolve(Path::new("/etc/kuasar"));
+    let mut documented = format!("{documented:?}");
+    if std::env::consts::ARCH != "x86_64" {
+        documented = documented.replace("x86_64", std::env::consts::ARCH);
+    }
+    assert_eq!(documented, format!("{default:?}"));
+}
+
+#[test]
+fn an_unknown_key_names_the_nearest() {
+    let text = refusal("[hypervisor]\nmemory_in_mib = 512\n");
+    assert!(text.starts_with("parsing the configuration /etc/kuasar/qemu.toml: "), "{text}");
+    assert!(text.contains("unknown field `memory_in_mib`"), "{text}");
+    assert!(text.ends_with("did you mean `memory_in_mb`?"), "{text}");
+    assert!(text.contains("line 2"), "{text}");
+}
+
+#[test]
+fn an_unknown_key_like_no_other_gets_the_list_only() {
+    let text = refusal("[sandbox]\nzzzz = 1\n");
+    assert!(text.contains("expected one of `hypervisor`"), "{text}");
+    assert!(!text.contains("did you mean"), "{text}");
+}
+
+#[test]
+fn an_unknown_value_names_the_nearest() {
+    let text = refusal("[hypervisor]\nshare_fs = \"virtio-fs\"\n");
+    assert!(text.ends_with("did you mean `virtiofs`?"), "{text}");
+    assert_eq!(parse("[hypervisor]\nshare_fs = \"9p\"").unwrap().hypervisor.share_fs, ShareFs::NineP);
+}
+
+#[test]
+fn values_that_cannot_work_are_refused_by_name() {
+    for (text, part) in [
+        ("[hypervisor]\nvcpus = 0", "hypervisor.vcpus is 0"),
+        ("[hypervisor]\nmemory_in_mb = 16", "hypervisor.memory_in_mb is 16, a guest needs at least 64"),
+        ("[hypervisor]\nkernel_path = \"\"", "hypervisor.kernel_path is empty"),
+        ("[hypervisor]\nroot = \"initrd\"\ninitrd_path = \"\"", "hypervisor.initrd_path is empty"),
+        ("[sandbox]\nstart_timeout_s = 0", "sandbox.start_timeout_s is 0"),
+    ] {
+        let said = refusal(text);
+        assert!(said.contains(part), "{said}");
+    }
+}
+
+#[test]
+fn relative_paths_are_beside_the_file_and_bare_programs_in_path() {
+    let config = parse("[hypervisor]\nkernel_path = \"vmlinux\"\npath = \"qemu\"\nvirtiofsd.path = \"./fs\"").unwrap();
+    assert_eq!(config.hypervisor.kernel_path, Path::new("/etc/kuasar/vmlinux"));
+    assert_eq!(config.hypervisor.path, Path::new("qemu"));
+    assert_eq!(config.hypervisor.virtiofsd.path, Path::new("/etc/kuasar/./fs"));
+}
+
+#[test]
+fn a_missing_file_is_named() {
+    let error = Config::load(Path::new("/nonexistent/qemu.toml")).unwrap_err().to_string();
+    assert_eq!(
+        error,
+        "reading the configuration /nonexistent/qemu.toml: No such file or directory (os error 2)"
+    );
+}
