@@ -4,3 +4,6 @@
 //! `vmm` and `network` the VM. Imports go down in that order.
 
 pub mod config;
+pub mod network;
+pub mod process;
+pub mod vmm;

@@ -1,0 +1,83 @@
+//! What goes wrong with VMs, said so that a person knows what to do.
+
+use std::{io, path::PathBuf, time::Duration};
+
+use crate::process::ProcessError;
+
+/// Why no VM can be started with this configuration. One sentence each: what was asked, why it cannot be, what to do.
+#[derive(Debug, thiserror::Error)]
+pub enum PreflightError {
+    /// A file of the configuration is missing or unreadable.
+    #[error("{what} {} cannot be read: {source}; set {key} to a readable file", path.display())]
+    File {
+        /// What the file is.
+        what: &'static str,
+        /// Configuration key.
+        key: &'static str,
+        /// Its value.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// Anything else.
+    #[error("{0}")]
+    Refused(String),
+}
+
+/// Why an operation on a VM failed.
+#[derive(Debug, thiserror::Error)]
+pub enum VmError {
+    /// A step of the start failed.
+    #[error("starting the VM: {step}: {why}{log}")]
+    Start {
+        /// What was being done.
+        step: &'static str,
+        /// Why it failed.
+        why: String,
+        /// Empty, or `; <log>: <last lines>`.
+        log: String,
+    },
+    /// Reading, writing or preparing something on the host.
+    #[error("{doing}: {source}")]
+    Io {
+        /// What was being done to what.
+        doing: String,
+        /// Why it failed.
+        source: io::Error,
+    },
+    /// Spawning or ending a process.
+    #[error(transparent)]
+    Process(#[from] ProcessError),
+    /// The VMM refused a command.
+    #[error("asking the VMM to {command}: {why}")]
+    Command {
+        /// The command's name in the VMM's protocol.
+        command: &'static str,
+        /// The VMM's answer.
+        why: String,
+    },
+    /// Something did not happen in time.
+    #[error("{doing}: nothing within {deadline:?}{log}")]
+    Deadline {
+        /// What was being waited for.
+        doing: &'static str,
+        /// How long.
+        deadline: Duration,
+        /// Empty, or `; <log>: <last lines>`.
+        log: String,
+    },
+    /// The VM has ended.
+    #[error("the VM has ended{0}")]
+    Ended(String),
+    /// This hypervisor, or this machine type, cannot do it.
+    #[error("{0}")]
+    Unsupported(String),
+}
+
+impl VmError {
+    /// An I/O error with what was being done.
+    pub(crate) fn io(doing: impl Into<String>) -> impl FnOnce(io::Error) -> Self {
+        let doing = doing.into();
+        move |source| Self::Io { doing, source }
+    }
+}

@@ -1,0 +1,129 @@
+//! Virtual machines: what a pod asks of a hypervisor, and what it gets.
+//!
+//! A hypervisor is one folder below this one that implements [`Hypervisor`] and [`Vm`], and one line where the
+//! configuration names it. Nothing outside that folder knows its command line or its control protocol.
+
+mod device;
+mod error;
+mod ready;
+
+use std::{
+    collections::BTreeMap,
+    fmt,
+    os::fd::BorrowedFd,
+    path::PathBuf,
+    sync::Arc,
+    time::{Duration, SystemTime},
+};
+
+use async_trait::async_trait;
+use kuasar_common::address::GuestAddress;
+use serde::{Deserialize, Serialize};
+
+pub use self::{
+    device::{Bus, BusKind, DeviceAddress, DeviceInfo, Nic},
+    error::{PreflightError, VmError},
+    ready::{ReadyGuest, ReadyListener},
+};
+use crate::process::ProcessRecord;
+
+/// What one pod's VM is made of, beyond what the configuration says for all pods.
+#[derive(Debug)]
+pub struct VmSpec {
+    /// The pod's id: only used in names and messages.
+    pub pod: String,
+    /// The pod's folder; `shared/` and `log/` exist in it.
+    pub dir: PathBuf,
+    /// Network namespace in which the VM's processes run; `None`: the daemon's own.
+    pub netns: Option<PathBuf>,
+    /// `cgroup.procs` files that every process of the VM writes itself to before it executes.
+    pub cgroup_procs: Vec<PathBuf>,
+    /// Virtual CPUs, at least 1.
+    pub vcpus: u32,
+    /// Guest memory in MiB.
+    pub memory_mib: u64,
+    /// Devices present at boot, in this order.
+    pub devices: Vec<DeviceInfo>,
+    /// Appended to the guest's command line.
+    pub kernel_params: String,
+}
+
+/// Everything that is needed to find a running VM again after the daemon was restarted.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct VmRecord {
+    /// The pod's folder.
+    pub dir: PathBuf,
+    /// The hypervisor's process.
+    pub vmm: ProcessRecord,
+    /// Its companions by name (`virtiofsd`, `vhost-device-vsock`); they live and die with it.
+    pub companions: BTreeMap<String, ProcessRecord>,
+    /// Context id, when the guest is on the kernel's vsock.
+    pub cid: Option<u32>,
+    /// Buses and what is plugged into them.
+    pub buses: Vec<Bus>,
+}
+
+/// How a VM ended.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct VmExit {
+    /// Exit status as a shell shows it (128 + signal for a killed process); `None` when it was not our child
+    /// because the daemon was restarted since, and so nobody can know.
+    pub code: Option<u32>,
+    /// When it was noticed.
+    pub at: SystemTime,
+}
+
+/// A kind of VMM with its configuration.
+#[async_trait]
+pub trait Hypervisor: Send + Sync + fmt::Debug {
+    /// Name in configuration and paths, e.g. `qemu`.
+    fn name(&self) -> &'static str;
+
+    /// Checks that VMs can be started at all: programs, kernel, image, accelerator. Called when the daemon starts.
+    async fn preflight(&self) -> Result<(), PreflightError>;
+
+    /// Starts a VM and its companions. Returns when all processes are there and the VM was told to run;
+    /// the guest's agent is awaited by [`Vm::ready`]. On error nothing is left running.
+    async fn start(&self, spec: VmSpec) -> Result<Arc<dyn Vm>, VmError>;
+
+    /// Finds a VM again that an earlier daemon started. `None`: it is not running any more, and its companions
+    /// were ended.
+    async fn adopt(&self, record: VmRecord) -> Result<Option<Arc<dyn Vm>>, VmError>;
+}
+
+/// A running VM. Dropping it changes nothing: VMs outlive the daemon.
+#[async_trait]
+pub trait Vm: Send + Sync + fmt::Debug {
+    /// Process id of the VMM.
+    fn pid(&self) -> u32;
+
+    /// Readable when the VMM has ended.
+    fn pidfd(&self) -> BorrowedFd<'_>;
+
+    /// Where the guest's vsock ports are reached.
+    fn address(&self) -> GuestAddress;
+
+    /// What to write into the pod's record; changes with every hot-plug.
+    fn record(&self) -> VmRecord;
+
+    /// Waits until the guest's agent has called. Can be called once, and not on an adopted VM. Ends early, with the
+    /// log's last lines, when the VM ends or a companion does.
+    async fn ready(&self, deadline: Duration) -> Result<ReadyGuest, VmError>;
+
+    /// Plugs a device into the running VM.
+    async fn hot_attach(&self, device: DeviceInfo) -> Result<DeviceAddress, VmError>;
+
+    /// Unplugs a device by its id. A device that is not there is no error.
+    async fn hot_detach(&self, id: &str) -> Result<(), VmError>;
+
+    /// Asks the VMM whether it still answers and the VM runs.
+    async fn ping(&self) -> Result<(), VmError>;
+
+    /// Ends the VM and its companions; returns when none of them is left. `force` skips asking the VMM to quit.
+    /// Idempotent.
+    async fn stop(&self, force: bool, deadline: Duration) -> Result<(), VmError>;
+
+    /// Waits for the end of the VMM. Its companions have been ended when this returns. Any number of callers.
+    async fn wait(&self) -> VmExit;
+}
