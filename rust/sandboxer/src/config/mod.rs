@@ -9,6 +9,8 @@ use std::{
 
 use serde::Deserialize;
 
+use crate::vmm::{Accel, Machine, Root, ShareFs, VmConfig, VsockKind};
+
 /// Where the daemon looks for its configuration.
 pub const DEFAULT_PATH: &str = "/etc/kuasar/qemu.toml";
 
@@ -118,10 +120,8 @@ pub struct HypervisorConfig {
     pub path: PathBuf,
     /// Hardware virtualisation or emulation.
     pub accel: Accel,
-    /// Machine type, with options after a comma if any. Empty: the driver's choice for the architecture.
-    pub machine_type: String,
-    /// Firmware file; empty: the VMM's own choice.
-    pub firmware_path: PathBuf,
+    /// The machine that the guest sees.
+    pub machine_type: Machine,
     /// CPU model. Empty: `host` with KVM, `max` with emulation.
     pub cpu_model: String,
     /// vCPUs of a pod without a CPU limit, and the fewest of any pod.
@@ -157,8 +157,7 @@ impl Default for HypervisorConfig {
         Self {
             path: format!("qemu-system-{}", std::env::consts::ARCH).into(),
             accel: Accel::default(),
-            machine_type: String::new(),
-            firmware_path: PathBuf::new(),
+            machine_type: Machine::default(),
             cpu_model: String::new(),
             vcpus: 1,
             memory_in_mb: 512,
@@ -177,81 +176,17 @@ impl Default for HypervisorConfig {
     }
 }
 
-/// `accel`.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum Accel {
-    /// `/dev/kvm`.
-    #[default]
-    Kvm,
-    /// QEMU's emulation; slow, needs nothing of the host.
-    Tcg,
-}
-
-/// `root`.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum Root {
-    /// The image as persistent memory, mounted with DAX: its pages are shared by all VMs.
-    #[default]
-    Pmem,
-    /// The image as a virtio disk.
-    Blk,
-    /// The initrd.
-    Initrd,
-}
-
-/// `share_fs`.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum ShareFs {
-    /// virtiofs through virtiofsd.
-    #[default]
-    Virtiofs,
-    /// 9p, served by QEMU itself.
-    #[serde(rename = "9p")]
-    NineP,
-}
-
-impl ShareFs {
-    /// The word used on the guest's command line.
-    #[must_use]
-    pub const fn as_str(self) -> &'static str {
-        match self {
-            Self::Virtiofs => "virtiofs",
-            Self::NineP => "9p",
-        }
-    }
-}
-
-/// `vsock`.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum VsockKind {
-    /// The kernel's vhost-vsock.
-    #[default]
-    Vhost,
-    /// vhost-device-vsock, in user space.
-    VhostUser,
-}
-
 /// `[hypervisor.virtiofsd]`.
 #[derive(Clone, Debug, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct VirtiofsdConfig {
     /// The binary; a name without `/` is searched in `PATH`.
     pub path: PathBuf,
-    /// `auto`, `always`, `metadata` or `never`.
-    pub cache: String,
-    /// Threads beside the main one; 0: none.
-    pub thread_pool_size: u32,
-    /// Its log level.
-    pub log_level: LogLevel,
 }
 
 impl Default for VirtiofsdConfig {
     fn default() -> Self {
-        Self { path: "virtiofsd".into(), cache: "auto".into(), thread_pool_size: 0, log_level: LogLevel::Info }
+        Self { path: "virtiofsd".into() }
     }
 }
 
@@ -327,13 +262,36 @@ impl Config {
         Ok(config)
     }
 
+    /// What the hypervisor's driver needs of it.
+    #[must_use]
+    pub fn vm(&self) -> VmConfig {
+        let some = |path: &Path| (!path.as_os_str().is_empty()).then(|| path.to_owned());
+        let hypervisor = &self.hypervisor;
+        VmConfig {
+            path: hypervisor.path.clone(),
+            accel: hypervisor.accel,
+            machine: hypervisor.machine_type,
+            cpu: Some(hypervisor.cpu_model.clone()).filter(|model| !model.is_empty()),
+            kernel: hypervisor.kernel_path.clone(),
+            image: some(&hypervisor.image_path),
+            initrd: some(&hypervisor.initrd_path).filter(|_| hypervisor.root == Root::Initrd),
+            root: hypervisor.root,
+            kernel_params: hypervisor.kernel_params.clone(),
+            share_fs: hypervisor.share_fs,
+            virtiofsd: hypervisor.virtiofsd.path.clone(),
+            vsock: hypervisor.vsock,
+            vhost_device_vsock: hypervisor.vsock_device.path.clone(),
+            task_log_level: self.task.log_level.as_str().to_owned(),
+            debug: hypervisor.debug || self.task.debug,
+        }
+    }
+
     fn resolve(&mut self, base: &Path) {
         let hypervisor = &mut self.hypervisor;
         for path in [
             &mut hypervisor.kernel_path,
             &mut hypervisor.image_path,
             &mut hypervisor.initrd_path,
-            &mut hypervisor.firmware_path,
         ] {
             if !path.as_os_str().is_empty() && path.is_relative() {
                 *path = base.join(&*path);
