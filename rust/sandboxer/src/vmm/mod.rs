@@ -3,6 +3,7 @@
 //! A hypervisor is one folder below this one that implements [`Hypervisor`] and [`Vm`], and one line where the
 //! configuration names it. Nothing outside that folder knows its command line or its control protocol.
 
+mod config;
 mod device;
 mod error;
 mod ready;
@@ -21,6 +22,7 @@ use kuasar_common::address::GuestAddress;
 use serde::{Deserialize, Serialize};
 
 pub use self::{
+    config::{Accel, Machine, Root, ShareFs, VmConfig, VsockKind},
     device::{Bus, BusKind, DeviceAddress, DeviceInfo, Nic},
     error::{PreflightError, VmError},
     ready::{ReadyGuest, ReadyListener},

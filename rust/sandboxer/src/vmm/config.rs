@@ -1,0 +1,101 @@
+//! What all VMs of a daemon have in common, as the driver sees it.
+
+use std::path::PathBuf;
+
+use serde::Deserialize;
+
+/// Configuration of a hypervisor, the same for all of them. Paths are the host's; a program without `/` is searched in
+/// `PATH`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct VmConfig {
+    /// The VMM's program.
+    pub path: PathBuf,
+    /// What executes the guest's instructions.
+    pub accel: Accel,
+    /// The machine that the guest sees.
+    pub machine: Machine,
+    /// CPU model in the VMM's words; `None`: `host` under KVM, `max` otherwise.
+    pub cpu: Option<String>,
+    /// Guest kernel.
+    pub kernel: PathBuf,
+    /// Guest image, for the roots that need one.
+    pub image: Option<PathBuf>,
+    /// Initial RAM disk.
+    pub initrd: Option<PathBuf>,
+    /// Where the guest's root file system comes from.
+    pub root: Root,
+    /// Appended to the kernel command line.
+    pub kernel_params: String,
+    /// How the pod's shared folder gets into the guest.
+    pub share_fs: ShareFs,
+    /// Program for [`ShareFs::Virtiofs`].
+    pub virtiofsd: PathBuf,
+    /// How host and guest talk.
+    pub vsock: VsockKind,
+    /// Program for [`VsockKind::VhostUser`].
+    pub vhost_device_vsock: PathBuf,
+    /// Log level of the guest's agent.
+    pub task_log_level: String,
+    /// The kernel's messages go to the console, and the agent says more.
+    pub debug: bool,
+}
+
+/// What executes the guest's instructions.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Accel {
+    /// The host kernel's KVM.
+    #[default]
+    Kvm,
+    /// Emulation; slow, needs nothing of the host.
+    Tcg,
+}
+
+/// The machine that the guest sees.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Machine {
+    /// PCI Express.
+    #[default]
+    Q35,
+    /// PCI.
+    Pc,
+    /// virtio-mmio only: the shortest boot, no hot-plug.
+    Microvm,
+}
+
+/// Where the guest's root file system comes from.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Root {
+    /// The image as persistent memory, read with DAX: its pages are shared by all VMs of the host.
+    #[default]
+    Pmem,
+    /// The image as a virtio disk.
+    Blk,
+    /// The initial RAM disk is the root.
+    Initrd,
+}
+
+/// How the pod's shared folder gets into the guest.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum ShareFs {
+    /// virtiofsd, one process per pod.
+    #[default]
+    Virtiofs,
+    /// 9p, served by the VMM itself.
+    #[serde(rename = "9p")]
+    NineP,
+}
+
+/// How host and guest talk.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum VsockKind {
+    /// The kernel's vhost-vsock; the guest has a context id.
+    #[default]
+    Vhost,
+    /// `vhost-device-vsock`, one process per pod; the guest is behind a unix socket.
+    VhostUser,
+}
