@@ -1,0 +1,156 @@
+//! The disk image: one file, two ways to read it.
+//!
+//! | at | what | read by |
+//! |---|---|---|
+//! | 0 | MBR, partition 1 at 3 MiB | virtio-blk: `/dev/vda1` |
+//! | 4096 | PFN superblock, data at 2 MiB | the kernel's nvdimm driver |
+//! | 2 MiB | MBR, partition 1 at 1 MiB from here | pmem with DAX: `/dev/pmem0p1` |
+//! | 3 MiB | file system | both |
+//!
+//! The whole file is a multiple of 2 MiB: the kernel maps pmem in pieces of that size and refuses others.
+
+use std::fs::{File, OpenOptions, Permissions};
+use std::os::unix::fs::{FileExt, PermissionsExt};
+use std::path::Path;
+
+use crate::check::{self, Arch};
+use crate::mbr::{self, Partition, SECTOR};
+use crate::pfn::{self, Superblock};
+use crate::{Error, MIB, Result, cpio, ext4, tree};
+
+/// Start of the data a DAX reader sees, and the alignment of the whole, bytes.
+pub const DAX_OFFSET: u64 = 2 * MIB;
+/// Alignment the superblock asks for: the size of a huge page, bytes.
+pub const ALIGN: u32 = 2 << 20;
+/// Where the file system begins, bytes.
+pub const FS_OFFSET: u64 = 3 * MIB;
+/// An MBR counts 512 byte sectors in 32 bits.
+const MAX_SIZE: u64 = (u32::MAX as u64) * SECTOR;
+
+/// What to build.
+#[derive(Debug, Clone)]
+pub struct Options<'a> {
+    /// Folder that becomes the guest's root.
+    pub rootfs: &'a Path,
+    /// File to write; replaced in one step when it exists.
+    pub output: &'a Path,
+    /// Machine the image is for.
+    pub arch: Arch,
+    /// Seconds since 1970 for every time stamp.
+    pub epoch: u32,
+}
+
+/// Builds a disk image with ext4 and `reserve` bytes of free space at least. Gives back its size in bytes.
+///
+/// # Errors
+/// When the root cannot boot or be read, e2fsprogs is missing or fails, or the file cannot be written.
+pub fn build(options: &Options<'_>, reserve: u64) -> Result<u64> {
+    let root = absolute(options.rootfs)?;
+    let entries = tree::walk(&root)?;
+    check::init(&root, Path::new("/sbin/init"), options.arch)?;
+    let plan = ext4::plan(&entries, reserve);
+    let size = plan.bytes.checked_add(FS_OFFSET).and_then(|s| s.checked_next_multiple_of(DAX_OFFSET));
+    let size =
+        size.filter(|s| *s <= MAX_SIZE).ok_or_else(|| Error::Size("is beyond the 2 TiB of an MBR".into()))?;
+    replace(options.output, |file, path| {
+        file.set_len(size).map_err(Error::io("set the size of", path))?;
+        ext4::make(path, FS_OFFSET, size - FS_OFFSET, plan.inodes, &entries, options.epoch)?;
+        write_tables(file, path, size)
+    })?;
+    Ok(size)
+}
+
+/// Builds an initrd of the same kind of root; the kernel starts `/init` in it.
+///
+/// # Errors
+/// When the root cannot boot or be read, or the file cannot be written.
+pub fn build_initrd(options: &Options<'_>, packing: cpio::Packing) -> Result<()> {
+    let root = absolute(options.rootfs)?;
+    let entries = tree::walk(&root)?;
+    check::init(&root, Path::new("/init"), options.arch)?;
+    replace(options.output, |file, path| {
+        cpio::write(std::io::BufWriter::with_capacity(1 << 16, file), path, &entries, options.epoch, packing)
+    })
+}
+
+/// Writes both tables and the superblock into `output` and leaves all other bytes as they are. The file is made, full
+/// of zeros, when `size` is given; else it must exist. Gives back its size in bytes.
+///
+/// # Errors
+/// When the size cannot be an image's, or the file cannot be written.
+pub fn write_header(output: &Path, size: Option<u64>) -> Result<u64> {
+    let mut open = OpenOptions::new();
+    open.read(true).write(true);
+    let file = match size {
+        Some(size) => {
+            check_size(size)?;
+            let file = open.create_new(true).open(output).map_err(Error::io("create", output))?;
+            file.set_len(size).map_err(Error::io("set the size of", output))?;
+            file
+        }
+        None => open.open(output).map_err(Error::io("open", output))?,
+    };
+    let size = file.metadata().map_err(Error::io("read the size of", output))?.len();
+    check_size(size)?;
+    write_tables(&file, output, size)?;
+    Ok(size)
+}
+
+/// Partition 1 as the table at `table` bytes sees it, for an image of `size` bytes.
+#[must_use]
+pub fn partition(size: u64, table: u64) -> Partition {
+    let sectors = |bytes: u64| u32::try_from(bytes / SECTOR).unwrap_or(u32::MAX);
+    Partition {
+        kind: mbr::TYPE_LINUX,
+        start: sectors(FS_OFFSET - table),
+        sectors: sectors(size.saturating_sub(FS_OFFSET)),
+    }
+}
+
+/// Tells why a file of `size` bytes cannot be an image.
+///
+/// # Errors
+/// Too small, too large, or no multiple of 2 MiB.
+pub fn check_size(size: u64) -> Result<()> {
+    let reason = if size <= FS_OFFSET {
+        "leaves no room for a file system behind the first 3 MiB"
+    } else if !size.is_multiple_of(DAX_OFFSET) {
+        "is no multiple of 2 MiB, which DAX needs"
+    } else if size > MAX_SIZE {
+        "is beyond the 2 TiB of an MBR"
+    } else {
+        return Ok(());
+    };
+    Err(Error::Size(format!("{size} bytes {reason}")))
+}
+
+fn write_tables(file: &File, path: &Path, size: u64) -> Result<()> {
+    let superblock = Superblock::new(DAX_OFFSET, ALIGN);
+    let parts: [(u64, &[u8]); 3] = [
+        (0, &mbr::encode(partition(size, 0))),
+        (pfn::OFFSET, &superblock.encode()),
+        (DAX_OFFSET, &mbr::encode(partition(size, DAX_OFFSET))),
+    ];
+    for (at, bytes) in parts {
+        file.write_all_at(bytes, at).map_err(Error::io("write", path))?;
+    }
+    Ok(())
+}
+
+fn absolute(path: &Path) -> Result<std::path::PathBuf> {
+    path.canonicalize().map_err(Error::io("read the root file system", path))
+}
+
+/// Lets `fill` write a new file next to `output` and puts it in place only when that worked.
+fn replace(output: &Path, fill: impl FnOnce(&File, &Path) -> Result<()>) -> Result<()> {
+    let folder = output.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    let temporary = tempfile::Builder::new()
+        .prefix(".kuasar-image-")
+        .permissions(Permissions::from_mode(0o644))
+        .tempfile_in(folder)
+        .map_err(Error::io("create a file in", folder))?;
+    fill(temporary.as_file(), temporary.path())?;
+    temporary.as_file().sync_all().map_err(Error::io("flush", output))?;
+    temporary.persist(output).map_err(|e| e.error).map_err(Error::io("write", output))?;
+    Ok(())
+}

@@ -1,0 +1,65 @@
+//! Errors of this crate.
+
+use std::path::{Path, PathBuf};
+
+/// Result with this crate's [`enum@Error`].
+pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+/// What went wrong, and with what.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// A file operation failed.
+    #[error("cannot {action} {}: {source}", path.display())]
+    Io {
+        /// What was being done, as a verb.
+        action: &'static str,
+        /// To which file.
+        path: PathBuf,
+        /// The system's reason.
+        source: std::io::Error,
+    },
+    /// The root file system cannot boot, or cannot be stored.
+    #[error("root file system {}: {reason}", root.display())]
+    Root {
+        /// The folder given.
+        root: PathBuf,
+        /// Why not.
+        reason: String,
+    },
+    /// A tool this crate runs is missing.
+    #[error("{tool} was not found in PATH; it is part of e2fsprogs (Debian keeps it in /usr/sbin)")]
+    ToolMissing {
+        /// Name of the program.
+        tool: &'static str,
+    },
+    /// A tool this crate runs failed.
+    #[error("{tool} failed while making the file system: {detail}")]
+    Tool {
+        /// Name of the program.
+        tool: &'static str,
+        /// What it said.
+        detail: String,
+    },
+    /// A size that cannot be.
+    #[error("image size: {0}")]
+    Size(String),
+    /// `SOURCE_DATE_EPOCH` makes no sense.
+    #[error("SOURCE_DATE_EPOCH is {0:?}; it must be seconds since 1970, at most 4294967295")]
+    Epoch(String),
+    /// A file is not what it is said to be.
+    #[error("{}: {reason}", path.display())]
+    Format {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        reason: String,
+    },
+}
+
+impl Error {
+    /// Makes a closure for `map_err` that names the action and the file.
+    pub(crate) fn io(action: &'static str, path: &Path) -> impl FnOnce(std::io::Error) -> Self {
+        let path = path.to_owned();
+        move |source| Self::Io { action, path, source }
+    }
+}
