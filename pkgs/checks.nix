@@ -1,0 +1,65 @@
+# What every package promises, checked on what was built. `nix flake check` runs all of them.
+{ pkgs, self }:
+let
+  inherit (pkgs) lib runCommand file;
+
+  # A program that starts, is static where it runs in the guest or once per pod, and tells nothing of where it was built.
+  program =
+    package:
+    { flag, static }:
+    runCommand "check-${package.pname}" { nativeBuildInputs = [ file ]; } ''
+      program=${lib.getExe package}
+      "$program" ${flag} >/dev/null
+      ${lib.optionalString static ''
+        file "$program" | grep -q 'static' || { echo "$program is not static" >&2; exit 1; }
+      ''}
+      for word in "$NIX_BUILD_TOP/" cargo-vendor; do
+        ! grep -aqF "$word" "$program" || { echo "$program contains $word" >&2; exit 1; }
+      done
+      touch "$out"
+    '';
+in
+{
+  vmm-sandboxer = program self.vmm-sandboxer {
+    flag = "--version";
+    static = false;
+  };
+  kuasar-image = program self.kuasar-image {
+    flag = "--version";
+    static = false;
+  };
+  vmm-task = program self.vmm-task {
+    flag = "--version";
+    static = true;
+  };
+  relay = program self.containerd-shim-kuasar-vmm-v1 {
+    flag = "-v";
+    static = true;
+  };
+  runc-guest = program self.runc-guest {
+    flag = "--version";
+    static = true;
+  };
+}
+// lib.optionalAttrs (self ? image-qemu) {
+  # Every part is as the manifest says, the disk as a DAX reader and a plain one want it, and nothing else is there.
+  image-qemu =
+    runCommand "check-image-qemu"
+      {
+        nativeBuildInputs = [
+          pkgs.jq
+          self.kuasar-image
+        ];
+      }
+      ''
+        cd ${self.image-qemu}
+        jq -r '.parts | to_entries[] | "\(.value.sha256)  \(.key)"' manifest.json | sha256sum -c
+        test "$(ls)" = "$(jq -r '.parts | keys[]' manifest.json | cat - <(echo manifest.json) | LC_ALL=C sort)"
+        kuasar-image verify kuasar.img
+        kuasar-image verify kuasar.initrd
+        for part in vmlinux bzImage kuasar.img kuasar.initrd; do
+          ! grep -aqF "$NIX_BUILD_TOP/" "$part" || { echo "$part contains $NIX_BUILD_TOP/" >&2; exit 1; }
+        done
+        touch "$out"
+      '';
+}

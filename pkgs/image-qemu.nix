@@ -1,0 +1,115 @@
+# What the daemon needs to start a pod with QEMU, in one folder.
+{
+  lib,
+  stdenv,
+  jq,
+  runCommand,
+  containerd-shim-kuasar-vmm-v1,
+  qemu,
+  vhost-device-vsock,
+  virtiofsd,
+  vmm-task,
+  runc-guest,
+  kernel,
+  initrd,
+  disk,
+  # "kvm" or "tcg"; "vhost" (the host's kernel module) or "vhost-user" (a process of its own).
+  accel,
+  vsock,
+}:
+let
+  # Relative paths are relative to the file itself: the folder can be moved as a whole.
+  config = ''
+    [sandbox]
+    hypervisor = "qemu"
+    log_level = "info"
+    relay_path = "${lib.getExe containerd-shim-kuasar-vmm-v1}"
+
+    [hypervisor]
+    path = "${lib.getExe' qemu "qemu-system-${stdenv.hostPlatform.parsed.cpu.name}"}"
+    accel = "${accel}"
+    machine_type = "q35"
+    vcpus = 1
+    memory_in_mb = 512
+    kernel_path = "vmlinux"
+    image_path = "kuasar.img"
+    initrd_path = "kuasar.initrd"
+    root = "pmem"
+    share_fs = "virtiofs"
+    vsock = "${vsock}"
+
+    [hypervisor.virtiofsd]
+    path = "${lib.getExe virtiofsd}"
+
+    [hypervisor.vsock_device]
+    path = "${lib.getExe vhost-device-vsock}"
+  '';
+
+  # Name, version and hash of a source, without a reference that would drag the source itself along.
+  source = src: {
+    name = builtins.unsafeDiscardStringContext (src.name or (baseNameOf "${src}"));
+    hash = src.outputHash or null;
+  };
+  kernelAbout = {
+    inherit (kernel) version;
+    sources = [ (source kernel.src) ];
+    config = kernel.lists;
+  };
+  rootAbout = {
+    inherit (vmm-task) version;
+    sources = [
+      {
+        name = vmm-task.pname;
+        inherit (vmm-task) version;
+      }
+      (source runc-guest.src // { inherit (runc-guest) version; })
+    ];
+  };
+  about = builtins.toJSON {
+    vmlinux = kernelAbout;
+    bzImage = kernelAbout;
+    "kernel.config" = kernelAbout;
+    "kuasar.img" = rootAbout // {
+      config.fs = "ext4";
+    };
+    "kuasar.initrd" = rootAbout // {
+      config.format = "newc, gzip";
+    };
+    "config.toml" = {
+      inherit (vmm-task) version;
+      sources = [ ];
+      config = { inherit accel vsock; };
+    };
+  };
+in
+runCommand "image-qemu"
+  {
+    pname = "image-qemu";
+    inherit (vmm-task) version;
+    nativeBuildInputs = [ jq ];
+    inherit about config;
+    passAsFile = [
+      "config"
+      "about"
+    ];
+    meta = {
+      description = "Everything the daemon needs for pods in QEMU: kernel, disk, initrd, config.toml, manifest.json";
+      license = [
+        lib.licenses.asl20
+        lib.licenses.gpl2Only
+      ];
+      platforms = lib.platforms.x86_64;
+    };
+  }
+  ''
+    mkdir "$out"
+    cd "$out"
+    cp ${kernel}/vmlinux ${kernel}/bzImage ${disk}/kuasar.img ${initrd}/kuasar.initrd .
+    cp ${kernel}/config kernel.config
+    cp "$configPath" config.toml
+    for part in vmlinux bzImage kernel.config kuasar.img kuasar.initrd config.toml; do
+      sum=$(sha256sum <"$part")
+      jq -n --slurpfile about "$aboutPath" --arg part "$part" --arg sha256 "''${sum%% *}" --argjson size "$(stat -Lc %s "$part")" \
+        '{($part): ({$sha256, $size} + $about[0][$part])}'
+    done | jq -s --sort-keys '{parts: add}' >manifest.json
+  ''

@@ -1,0 +1,25 @@
+{
+  lib,
+  rustPlatform,
+  stdenv,
+  workspace,
+}:
+rustPlatform.buildRustPackage (
+  workspace.package {
+    crate = "containerd-shim-kuasar-vmm-v1";
+    inherit stdenv;
+  }
+  // {
+    # There is one relay per pod: its pages count more than its speed.
+    env = {
+      CARGO_PROFILE_RELEASE_OPT_LEVEL = "z";
+      CARGO_PROFILE_RELEASE_LTO = "fat";
+    };
+    meta = {
+      description = "Relay between containerd's Task API and the microVM of one pod (static)";
+      license = lib.licenses.asl20;
+      mainProgram = "containerd-shim-kuasar-vmm-v1";
+      platforms = lib.platforms.linux;
+    };
+  }
+)

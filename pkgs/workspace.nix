@@ -1,0 +1,89 @@
+# What the crates of the cargo workspace have in common: filtered sources, and flags that keep build paths out.
+{ lib }:
+let
+  inherit (lib) fileset;
+  root = ../.;
+  cargo = lib.importTOML (root + "/Cargo.toml");
+  inherit (cargo.workspace) members;
+  manifests = lib.genAttrs members (member: lib.importTOML (root + "/${member}/Cargo.toml"));
+  memberOf = lib.listToAttrs (
+    map (member: {
+      inherit (manifests.${member}.package) name;
+      value = member;
+    }) members
+  );
+
+  # The folders of a crate and of every crate of the workspace it is built from.
+  needed =
+    member:
+    let
+      deps = (manifests.${member}.dependencies or { }) // (manifests.${member}.build-dependencies or { });
+      local = lib.filter (name: memberOf ? ${name}) (lib.attrNames deps);
+    in
+    [ member ] ++ lib.concatMap (name: needed memberOf.${name}) local;
+
+  # Cargo wants every target that a manifest names to exist, built or not. Empty files stand in for those left out of
+  # a source, so that a change in one crate, or in a test, builds no other crate again.
+  named =
+    member: kind: dir:
+    map (target: "${member}/${target.path or "${dir}/${target.name}.rs"}") (
+      manifests.${member}.${kind} or [ ]
+    );
+  testsOf = member: named member "test" "tests" ++ named member "bench" "benches";
+  allOf = member: [ "${member}/src/lib.rs" ] ++ named member "bin" "src/bin" ++ testsOf member;
+in
+{
+  inherit (cargo.workspace.package) version;
+
+  # Attributes for buildRustPackage of the crate called `crate`.
+  package =
+    { crate, stdenv }:
+    let
+      crates = needed memberOf.${crate};
+      others = lib.filter (member: !lib.elem member crates) members;
+      code =
+        member:
+        fileset.difference (root + "/${member}") (
+          fileset.unions [
+            (fileset.maybeMissing (root + "/${member}/tests"))
+            (fileset.maybeMissing (root + "/${member}/benches"))
+            (fileset.maybeMissing (root + "/${member}/README.md"))
+          ]
+        );
+      stubs = lib.concatMap allOf others ++ lib.concatMap testsOf crates;
+    in
+    {
+      pname = crate;
+      inherit (cargo.workspace.package) version;
+      src = fileset.toSource {
+        inherit root;
+        fileset = fileset.unions (
+          [
+            (root + "/Cargo.toml")
+            (root + "/Cargo.lock")
+          ]
+          ++ map (member: root + "/${member}/Cargo.toml") members
+          ++ map code crates
+        );
+      };
+      cargoLock.lockFile = root + "/Cargo.lock";
+      cargoBuildFlags = [
+        "--package"
+        crate
+      ];
+      postPatch = ''
+        for stub in ${lib.escapeShellArgs stubs}; do
+          mkdir -p "$(dirname "$stub")"
+          touch "$stub"
+        done
+      '';
+      # RUSTFLAGS replaces the flags that nixpkgs' cargo configuration gives a static target: say them again.
+      preBuild = ''
+        export RUSTFLAGS="--remap-path-prefix=$NIX_BUILD_TOP=. ${
+          lib.optionalString stdenv.hostPlatform.isStatic "-C target-feature=+crt-static"
+        }"
+      '';
+      # `make check` runs the tests of the whole workspace once, with the debug assertions that a release build lacks.
+      doCheck = false;
+    };
+}

@@ -1,0 +1,20 @@
+# The same root as an initial RAM disk.
+{
+  lib,
+  kuasar-image,
+  rootfs,
+  runCommand,
+}:
+runCommand "kuasar-initrd"
+  {
+    nativeBuildInputs = [ kuasar-image ];
+    meta = {
+      description = "Root of the guest as an initrd (newc): kuasar.initrd";
+      license = lib.licenses.asl20;
+      platforms = lib.platforms.linux;
+    };
+  }
+  ''
+    mkdir "$out"
+    kuasar-image initrd --rootfs ${rootfs} --output "$out/kuasar.initrd"
+  ''

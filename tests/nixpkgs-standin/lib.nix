@@ -1,0 +1,116 @@
+# The part of nixpkgs' `lib` that this project's expressions use: same names, same meaning, nothing more.
+let
+  lib = builtins // rec {
+    inherit (builtins)
+      concatStringsSep
+      filter
+      isAttrs
+      isFunction
+      ;
+
+    genAttrs =
+      names: f:
+      builtins.listToAttrs (
+        map (name: {
+          inherit name;
+          value = f name;
+        }) names
+      );
+    filterAttrs =
+      keep: set:
+      builtins.removeAttrs set (filter (name: !keep name set.${name}) (builtins.attrNames set));
+    optionalAttrs = cond: set: if cond then set else { };
+    optionalString = cond: text: if cond then text else "";
+    concatMapStringsSep =
+      sep: f: list:
+      concatStringsSep sep (map f list);
+    isDerivation = value: value.type or null == "derivation";
+    getBin = drv: drv.bin or drv;
+    getExe' = drv: name: "${getBin drv}/bin/${name}";
+    getExe = drv: getExe' drv (drv.meta.mainProgram or drv.pname);
+    importTOML = path: builtins.fromTOML (builtins.readFile path);
+    escapeShellArg = arg: "'${builtins.replaceStrings [ "'" ] [ "'\\''" ] (toString arg)}'";
+    escapeShellArgs = concatMapStringsSep " " escapeShellArg;
+
+    callPackageWith =
+      scope: fn: args:
+      let
+        f = if isFunction fn then fn else import fn;
+        wanted = builtins.functionArgs f;
+        make = given: f (builtins.intersectAttrs wanted scope // given);
+      in
+      make args // { override = more: make (args // more); };
+
+    makeScope =
+      newScope: f:
+      let
+        self = f self // {
+          newScope = scope: newScope (self // scope);
+          callPackage = self.newScope { };
+        };
+      in
+      self;
+
+    # A file set is here two questions about a path: is it in the set, and is it a folder above one that is.
+    fileset =
+      let
+        toSet =
+          set:
+          if isAttrs set then
+            set
+          else if !builtins.pathExists set then
+            throw "lib.fileset: ${toString set} does not exist (git must know a new file)"
+          else
+            {
+              has = path: path == toString set || hasPrefix "${toString set}/" path;
+              above = path: hasPrefix "${path}/" (toString set);
+            };
+        none = {
+          has = _: false;
+          above = _: false;
+        };
+      in
+      {
+        maybeMissing = path: if builtins.pathExists path then toSet path else none;
+        unions =
+          sets:
+          let
+            all = map toSet sets;
+          in
+          {
+            has = path: builtins.any (set: set.has path) all;
+            above = path: builtins.any (set: set.above path) all;
+          };
+        difference = a: b: {
+          has = path: (toSet a).has path && !(toSet b).has path;
+          inherit (toSet a) above;
+        };
+        toSource =
+          { root, fileset }:
+          let
+            set = toSet fileset;
+          in
+          {
+            outPath = builtins.path {
+              name = "source";
+              path = root;
+              filter = path: _type: set.has path || set.above path;
+            };
+          };
+      };
+    hasPrefix = prefix: text: builtins.substring 0 (builtins.stringLength prefix) text == prefix;
+
+    licenses = {
+      asl20.spdxId = "Apache-2.0";
+      gpl2Only.spdxId = "GPL-2.0-only";
+    };
+    platforms = {
+      linux = [
+        "x86_64-linux"
+        "aarch64-linux"
+      ];
+      x86_64 = [ "x86_64-linux" ];
+    };
+  };
+in
+lib

@@ -1,0 +1,202 @@
+# The package set. Compilers and build tools are the host's, seen through `sandbox-paths` below /usr, /rust and /go.
+{
+  lib,
+  inputs,
+  system,
+}:
+let
+  cpu = builtins.head (lib.filter builtins.isString (builtins.split "-" system));
+
+  # A tool of the host. "${flex}/bin/flex" is /usr/bin/flex; its version is part of `inputs.toolchain`.
+  hostTool = name: {
+    pname = name;
+    outPath = "/usr";
+    type = "host-tool";
+  };
+
+  # A file or tree that ./prepare has put into the store. It is never built: the builder only says what is missing.
+  prepared =
+    {
+      name,
+      hash,
+      recursive ? false,
+      ...
+    }:
+    derivation {
+      inherit name system;
+      builder = "/bin/sh";
+      args = [
+        "-c"
+        "echo '${name} is not in the store: run tests/nixpkgs-standin/prepare' >&2; exit 1"
+      ];
+      outputHashAlgo = "sha256";
+      outputHashMode = if recursive then "recursive" else "flat";
+      outputHash = hash;
+    };
+
+  mkSet =
+    isStatic:
+    let
+      hostPlatform = {
+        inherit system isStatic;
+        isLinux = true;
+        isx86_64 = cpu == "x86_64";
+        isAarch64 = cpu == "aarch64";
+        parsed.cpu.name = cpu;
+        rust.rustcTarget = "${cpu}-unknown-linux-gnu";
+      };
+
+      mkDerivation =
+        argsOrFn:
+        let
+          args = if lib.isFunction argsOrFn then argsOrFn finalAttrs else argsOrFn;
+          finalAttrs = args // {
+            finalPackage = drv;
+          };
+          deps = (args.nativeBuildInputs or [ ]) ++ (args.buildInputs or [ ]);
+          own = builtins.removeAttrs args [
+            "meta"
+            "passthru"
+            "env"
+            "strictDeps"
+          ];
+          drv =
+            derivation (
+              {
+                name = args.name or "${args.pname}-${args.version}";
+                inherit system;
+                builder = "/bin/bash";
+                args = [
+                  "-e"
+                  ./setup.sh
+                ];
+                # A new compiler is a new derivation, though Nix cannot see the compiler.
+                toolchain = inputs.toolchain.${args.builderKind or (if args ? buildCommand then "command" else "make")};
+                depsPath = lib.concatMapStringsSep ":" (dep: "${lib.getBin dep}/bin") (
+                  lib.filter (dep: dep.type or "" != "host-tool") deps
+                );
+              }
+              // own
+              // (args.env or { })
+              // {
+                nativeBuildInputs = lib.filter (dep: dep.type or "" != "host-tool") (args.nativeBuildInputs or [ ]);
+                buildInputs = lib.filter (dep: dep.type or "" != "host-tool") (args.buildInputs or [ ]);
+              }
+            )
+            // (args.passthru or { })
+            // {
+              meta = args.meta or { };
+              pname = args.pname or args.name;
+              version = args.version or "";
+              src = args.src or null;
+            };
+        in
+        drv;
+
+      stdenv = {
+        inherit mkDerivation hostPlatform;
+        buildPlatform = hostPlatform;
+      };
+
+      self = rec {
+        inherit lib stdenv;
+        newScope = extra: lib.callPackageWith (self // extra);
+        callPackage = newScope { };
+        pkgsStatic = mkSet true;
+
+        runCommand =
+          name: env: buildCommand:
+          mkDerivation (
+            {
+              inherit name buildCommand;
+            }
+            // env
+          );
+        writeText =
+          name: text:
+          runCommand name {
+            inherit text;
+            passAsFile = [ "text" ];
+          } ''cp "$textPath" "$out"'';
+
+        rustPlatform.buildRustPackage =
+          argsOrFn:
+          mkDerivation (
+            finalAttrs:
+            let
+              args = if lib.isFunction argsOrFn then argsOrFn finalAttrs else argsOrFn;
+              lock = builtins.hashFile "sha256" args.cargoLock.lockFile;
+            in
+            if lock != inputs.cargoVendor.lock then
+              throw "Cargo.lock has changed: run tests/nixpkgs-standin/prepare"
+            else
+              builtins.removeAttrs args [ "cargoLock" ]
+              // {
+                cargoDeps = prepared inputs.cargoVendor;
+                rustTarget = hostPlatform.rust.rustcTarget;
+                cargoBuildType = args.buildType or "release";
+                staticCrt = isStatic;
+                builderKind = "rust";
+              }
+          );
+
+        buildGoModule =
+          args:
+          assert args.vendorHash == null;
+          mkDerivation (args // { builderKind = "go"; });
+
+        nukeReferences = runCommand "nuke-references" { } ''
+          mkdir -p "$out/bin"
+          printf '%s\n' '#!/bin/sh' \
+            "exec sed -i -E 's|(${builtins.storeDir}/)[a-z0-9]{32}-|\1eeeeeeeeeeeeeeeeeeeeeeeeeeeeeeee-|g' \"\$@\"" >"$out/bin/nuke-refs"
+          chmod +x "$out/bin/nuke-refs"
+        '';
+
+        # Sources.
+        linux_6_12 = {
+          inherit (inputs.linux) version;
+          modDirVersion = inputs.linux.version;
+          src = prepared inputs.linux;
+        };
+        runc = {
+          inherit (inputs.runc) version;
+          src = prepared inputs.runc;
+        };
+
+        # Not of nixpkgs: the daemon's configuration for a machine where guests die in KVM and vhost-vsock is missing.
+        kuasarAccel = "tcg";
+        kuasarVsock = "vhost-user";
+
+        # Programs that the daemon starts: launchers in the tools cache.
+        qemu = launcher "qemu" "qemu-system-x86_64" inputs.tools.qemu;
+        virtiofsd = launcher "virtiofsd" "virtiofsd" inputs.tools.virtiofsd;
+        vhost-device-vsock = launcher "vhost-device-vsock" "vhost-device-vsock" inputs.tools.vhost-device-vsock;
+      }
+      // lib.genAttrs [
+        "bc"
+        "bison"
+        "cpio"
+        "e2fsprogs"
+        "elfutils"
+        "file"
+        "flex"
+        "jq"
+        "libseccomp"
+        "openssl"
+        "perl"
+        "pkg-config"
+        "zstd"
+      ] hostTool;
+
+      launcher =
+        pname: program: tool:
+        mkDerivation {
+          inherit pname;
+          inherit (tool) version;
+          buildCommand = ''mkdir -p "$out/bin" && ln -s ${lib.escapeShellArg tool.path} "$out/bin/${program}"'';
+          meta.mainProgram = program;
+        };
+    in
+    self;
+in
+mkSet false
