@@ -4,6 +4,8 @@
 //! `vmm` and `network` the VM. Imports go down in that order.
 
 pub mod config;
+pub mod container;
 pub mod network;
 pub mod process;
+pub mod protos;
 pub mod vmm;

@@ -288,11 +288,7 @@ impl Config {
 
     fn resolve(&mut self, base: &Path) {
         let hypervisor = &mut self.hypervisor;
-        for path in [
-            &mut hypervisor.kernel_path,
-            &mut hypervisor.image_path,
-            &mut hypervisor.initrd_path,
-        ] {
+        for path in [&mut hypervisor.kernel_path, &mut hypervisor.image_path, &mut hypervisor.initrd_path] {
             if !path.as_os_str().is_empty() && path.is_relative() {
                 *path = base.join(&*path);
             }

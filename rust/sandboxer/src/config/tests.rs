@@ -72,7 +72,8 @@ fn values_that_cannot_work_are_refused_by_name() {
 
 #[test]
 fn relative_paths_are_beside_the_file_and_bare_programs_in_path() {
-    let config = parse("[hypervisor]\nkernel_path = \"vmlinux\"\npath = \"qemu\"\nvirtiofsd.path = \"./fs\"").unwrap();
+    let config =
+        parse("[hypervisor]\nkernel_path = \"vmlinux\"\npath = \"qemu\"\nvirtiofsd.path = \"./fs\"").unwrap();
     assert_eq!(config.hypervisor.kernel_path, Path::new("/etc/kuasar/vmlinux"));
     assert_eq!(config.hypervisor.path, Path::new("qemu"));
     assert_eq!(config.hypervisor.virtiofsd.path, Path::new("/etc/kuasar/./fs"));

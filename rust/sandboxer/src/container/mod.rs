@@ -1,0 +1,11 @@
+//! What a container needs on the host: its spec rewritten for the VM, its root file system and volumes below the
+//! pod's shared folder.
+
+pub mod mount;
+pub mod mountinfo;
+pub mod remove;
+pub mod spec;
+mod storage;
+mod volumes;
+
+pub use self::storage::{Storage, StorageError};

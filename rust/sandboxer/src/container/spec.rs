@@ -1,0 +1,193 @@
+//! Rewrites the OCI spec that containerd made for the host into one that is right inside the pod's VM.
+//!
+//! A pure function on JSON, so that fields unknown to us survive. The model of the guest: the VM is the pod, so containers
+//! use its own network, UTS and IPC namespaces; PID, mount and cgroup namespaces are private to each container.
+
+use std::path::PathBuf;
+
+use kuasar_common::constants::GUEST_STATE_DIR;
+use serde_json::{Map, Value, json};
+
+use super::volumes;
+
+/// What a spec is rewritten for.
+#[derive(Debug)]
+pub struct Target<'a> {
+    /// Container id.
+    pub container: &'a str,
+    /// The pid that the daemon reports for the pod; containerd builds namespace paths from it.
+    pub pod_pid: u32,
+}
+
+/// A bind mount that has to be made on the host so that the guest sees its source.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Bind {
+    /// Name below `shared/<container>/mounts/`.
+    pub name: String,
+    /// The host's path.
+    pub source: PathBuf,
+    /// Where the container sees it; for messages.
+    pub destination: String,
+    /// Nothing in the guest may write to it.
+    pub read_only: bool,
+    /// With the mounts below it.
+    pub recursive: bool,
+}
+
+/// What a container asks for and a VM cannot give. One sentence: the field, the reason, the way out.
+#[derive(Debug, PartialEq, Eq, thiserror::Error)]
+pub enum SpecError {
+    /// The spec is no spec.
+    #[error("reading the container's spec: {0}")]
+    Malformed(String),
+    /// Understood, and not possible.
+    #[error("{field} of the container's spec: {why}")]
+    Refused {
+        /// Path of the field in the spec.
+        field: String,
+        /// Reason and way out.
+        why: String,
+    },
+}
+
+pub(super) fn refused(field: impl Into<String>, why: impl Into<String>) -> SpecError {
+    SpecError::Refused { field: field.into(), why: why.into() }
+}
+
+pub(super) type Object = Map<String, Value>;
+
+/// Rewrites `spec` in place and returns the bind mounts to make before the guest reads it.
+///
+/// # Errors
+/// When the spec asks for something that a container in a VM cannot have.
+pub fn rewrite(spec: &mut Value, target: &Target) -> Result<Vec<Bind>, SpecError> {
+    let spec = spec.as_object_mut().ok_or_else(|| SpecError::Malformed("it is not a JSON object".into()))?;
+    let read_only_root = set_root(spec, target)?;
+    // The UTS namespace is the pod's; runc refuses a hostname without one of the container's own.
+    spec.remove("hostname");
+    spec.remove("domainname");
+    if spec.get("hooks").and_then(Value::as_object).is_some_and(|hooks| !hooks.is_empty()) {
+        return Err(refused(
+            "hooks",
+            "programs of the host cannot run in the VM; remove the CDI device or NRI plugin that adds them",
+        ));
+    }
+    if let Some(process) = spec.get_mut("process").and_then(Value::as_object_mut) {
+        clear_labels(process);
+    }
+    let linux = spec.entry("linux").or_insert_with(|| json!({}));
+    let linux = linux.as_object_mut().ok_or_else(|| SpecError::Malformed("linux is not an object".into()))?;
+    set_namespaces(linux, target)?;
+    linux.insert("cgroupsPath".into(), json!(format!("/kuasar/{}", target.container)));
+    linux.remove("mountLabel");
+    linux.remove("intelRdt");
+    check_devices(linux)?;
+    if let Some(resources) = linux.get_mut("resources").and_then(Value::as_object_mut) {
+        set_resources(resources)?;
+    }
+    volumes::rewrite(spec, target.container, read_only_root)
+}
+
+/// Clears what the host's security modules would have applied; also right for the process of an exec.
+pub fn clear_labels(process: &mut Object) {
+    process.remove("apparmorProfile");
+    process.remove("selinuxLabel");
+}
+
+fn set_root(spec: &mut Object, target: &Target) -> Result<bool, SpecError> {
+    let root = spec.entry("root").or_insert_with(|| json!({}));
+    let root = root.as_object_mut().ok_or_else(|| SpecError::Malformed("root is not an object".into()))?;
+    root.insert("path".into(), json!(format!("{GUEST_STATE_DIR}/{}/rootfs", target.container)));
+    Ok(root.get("readonly").and_then(Value::as_bool).unwrap_or(false))
+}
+
+fn set_namespaces(linux: &mut Object, target: &Target) -> Result<(), SpecError> {
+    let of_pod = format!("/proc/{}/ns/pid", target.pod_pid);
+    let given = linux.get("namespaces").and_then(Value::as_array).cloned().unwrap_or_default();
+    for namespace in &given {
+        let path = namespace.get("path").and_then(Value::as_str).unwrap_or_default();
+        match namespace.get("type").and_then(Value::as_str) {
+            Some("user") => {
+                return Err(refused(
+                    "linux.namespaces",
+                    "user namespaces are not supported in the VM; set hostUsers: true",
+                ));
+            }
+            // CRI names another container's process here; it has no such pid on the host.
+            Some("pid") if !path.is_empty() && path != of_pod => {
+                return Err(refused(
+                    "linux.namespaces",
+                    format!(
+                        "the PID namespace of another container ({path}) cannot be joined; remove targetContainerName"
+                    ),
+                ));
+            }
+            _ => {}
+        }
+    }
+    if linux.get("uidMappings").and_then(Value::as_array).is_some_and(|mappings| !mappings.is_empty()) {
+        return Err(refused(
+            "linux.uidMappings",
+            "user namespaces are not supported in the VM; set hostUsers: true",
+        ));
+    }
+    linux.insert("namespaces".into(), json!([{"type": "pid"}, {"type": "mount"}, {"type": "cgroup"}]));
+    Ok(())
+}
+
+/// Character devices that every guest has under the same numbers as the host.
+const GUEST_DEVICES: [(u64, u64); 9] =
+    [(1, 3), (1, 5), (1, 7), (1, 8), (1, 9), (5, 0), (5, 1), (5, 2), (10, 229)];
+
+fn check_devices(linux: &Object) -> Result<(), SpecError> {
+    for device in linux.get("devices").and_then(Value::as_array).into_iter().flatten() {
+        let number = |key| device.get(key).and_then(Value::as_u64).unwrap_or(u64::MAX);
+        let known = device.get("type").and_then(Value::as_str) == Some("c")
+            && GUEST_DEVICES.contains(&(number("major"), number("minor")));
+        if !known {
+            let path = device.get("path").and_then(Value::as_str).unwrap_or("?");
+            return Err(refused(
+                "linux.devices",
+                format!(
+                    "{path} is a device of the host, which the VM does not have; remove it, or for a privileged \
+                     container set privileged_without_host_devices = true in containerd's runtime table"
+                ),
+            ));
+        }
+    }
+    Ok(())
+}
+
+fn set_resources(resources: &mut Object) -> Result<(), SpecError> {
+    if let Some(cpu) = resources.get_mut("cpu").and_then(Value::as_object_mut) {
+        // Numbers of the host's CPUs and memory nodes mean nothing in the guest; they bind the VMM instead.
+        cpu.remove("cpus");
+        cpu.remove("mems");
+    }
+    if let Some(memory) = resources.get_mut("memory").and_then(Value::as_object_mut) {
+        // The guest has no swap, so there is nothing to limit.
+        memory.remove("swap");
+        memory.remove("swappiness");
+    }
+    for limit in resources.get("hugepageLimits").and_then(Value::as_array).into_iter().flatten() {
+        if limit.get("limit").and_then(Value::as_u64).unwrap_or(0) > 0 {
+            let size = limit.get("pageSize").and_then(Value::as_str).unwrap_or("?");
+            return Err(refused(
+                "linux.resources.hugepageLimits",
+                format!(
+                    "the VM has no huge pages of {size}; remove the hugepages-* limits from the container"
+                ),
+            ));
+        }
+    }
+    // kubelet writes limits of 0 for every size the host knows.
+    resources.remove("hugepageLimits");
+    // Major and minor numbers of the host's disks.
+    resources.remove("blockIO");
+    resources.remove("rdma");
+    Ok(())
+}
+
+#[cfg(test)]
+#[path = "spec_tests.rs"]
+mod tests;

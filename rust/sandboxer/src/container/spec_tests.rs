@@ -1,0 +1,198 @@
+use super::*;
+
+const TARGET: Target<'static> = Target { container: "c1", pod_pid: 4242 };
+
+/// As containerd's CRI plugin writes it on a Debian host: AppArmor on, cgroup v2, systemd cgroups.
+fn cri() -> Value {
+    json!({
+        "ociVersion": "1.2.0",
+        "process": {
+            "user": {"uid": 0, "gid": 0, "additionalGids": [0, 10]},
+            "args": ["nginx"], "env": ["PATH=/bin", "HOSTNAME=web-0"], "cwd": "/",
+            "capabilities": {"bounding": ["CAP_CHOWN"]},
+            "apparmorProfile": "cri-containerd.apparmor.d",
+            "selinuxLabel": "system_u:system_r:container_t:s0",
+            "oomScoreAdj": 993,
+            "somethingNew": {"kept": true}
+        },
+        "root": {"path": "rootfs"},
+        "hostname": "web-0",
+        "mounts": [
+            {"destination": "/proc", "type": "proc", "source": "proc", "options": ["nosuid", "noexec", "nodev"]},
+            {"destination": "/dev", "type": "tmpfs", "source": "tmpfs", "options": ["nosuid", "strictatime", "mode=755", "size=65536k"]},
+            {"destination": "/dev/pts", "type": "devpts", "source": "devpts", "options": ["nosuid", "noexec", "newinstance", "gid=5"]},
+            {"destination": "/dev/mqueue", "type": "mqueue", "source": "mqueue", "options": ["nosuid", "noexec", "nodev"]},
+            {"destination": "/dev/shm", "type": "tmpfs", "source": "shm", "options": ["nosuid", "noexec", "nodev", "mode=1777", "size=65536k"]},
+            {"destination": "/sys", "type": "sysfs", "source": "sysfs", "options": ["nosuid", "noexec", "nodev", "ro"]},
+            {"destination": "/sys/fs/cgroup", "type": "cgroup", "source": "cgroup", "options": ["nosuid", "noexec", "nodev", "relatime", "ro"]},
+            {"destination": "/etc/hosts", "type": "bind", "source": "/var/lib/kubelet/pods/u/etc-hosts", "options": ["rbind", "rprivate", "rw"]},
+            {"destination": "/dev/termination-log", "type": "bind", "source": "/var/lib/kubelet/pods/u/containers/web/1", "options": ["rbind", "rprivate", "rw"]},
+            {"destination": "/secret", "type": "bind", "source": "/var/lib/kubelet/pods/u/volumes/s", "options": ["rbind", "rprivate", "ro"]}
+        ],
+        "annotations": {"io.kubernetes.cri.container-type": "container", "io.kubernetes.cri.sandbox-id": "p"},
+        "linux": {
+            "resources": {
+                "devices": [{"allow": false, "access": "rwm"}],
+                "memory": {"limit": 134217728, "swap": 134217728},
+                "cpu": {"shares": 102, "quota": 20000, "period": 100000, "cpus": "0-3", "mems": "0"},
+                "hugepageLimits": [{"pageSize": "2MB", "limit": 0}],
+                "unified": {"memory.oom.group": "1"}
+            },
+            "cgroupsPath": "kubepods-burstable-podu.slice:cri-containerd:c1",
+            "namespaces": [
+                {"type": "pid"},
+                {"type": "ipc", "path": "/proc/4242/ns/ipc"},
+                {"type": "uts", "path": "/proc/4242/ns/uts"},
+                {"type": "mount"},
+                {"type": "network", "path": "/proc/4242/ns/net"},
+                {"type": "cgroup"}
+            ],
+            "seccomp": {"defaultAction": "SCMP_ACT_ERRNO", "syscalls": []},
+            "maskedPaths": ["/proc/acpi"], "readonlyPaths": ["/proc/bus"]
+        }
+    })
+}
+
+fn rewritten(spec: Value) -> (Value, Vec<Bind>) {
+    let mut spec = spec;
+    let binds = rewrite(&mut spec, &TARGET).unwrap();
+    (spec, binds)
+}
+
+fn refusal(spec: Value) -> String {
+    let mut spec = spec;
+    rewrite(&mut spec, &TARGET).unwrap_err().to_string()
+}
+
+fn mount<'a>(spec: &'a Value, destination: &str) -> &'a Value {
+    let all: Vec<&Value> =
+        spec["mounts"].as_array().unwrap().iter().filter(|m| m["destination"] == destination).collect();
+    assert_eq!(all.len(), 1, "{destination} is there exactly once");
+    all[0]
+}
+
+#[test]
+fn the_host_is_gone_from_the_spec() {
+    let (spec, _) = rewritten(cri());
+    let text = spec.to_string();
+    for trace in ["4242", "/var/lib/kubelet", "apparmor", "selinux", "kubepods", "0-3", "web-0\"}"] {
+        assert!(!text.contains(trace), "{trace} in {text}");
+    }
+    assert_eq!(spec["root"]["path"], "/run/kuasar/state/c1/rootfs");
+    assert_eq!(spec["linux"]["cgroupsPath"], "/kuasar/c1");
+    assert_eq!(spec["linux"]["namespaces"], json!([{"type": "pid"}, {"type": "mount"}, {"type": "cgroup"}]));
+    assert_eq!(spec.get("hostname"), None);
+}
+
+#[test]
+fn limits_seccomp_and_unknown_fields_stay() {
+    let (spec, _) = rewritten(cri());
+    assert_eq!(spec["process"]["somethingNew"]["kept"], true);
+    assert_eq!(spec["process"]["oomScoreAdj"], 993);
+    assert_eq!(spec["linux"]["seccomp"]["defaultAction"], "SCMP_ACT_ERRNO");
+    assert_eq!(
+        spec["linux"]["resources"],
+        json!({
+            "devices": [{"allow": false, "access": "rwm"}],
+            "memory": {"limit": 134217728},
+            "cpu": {"shares": 102, "quota": 20000, "period": 100000},
+            "unified": {"memory.oom.group": "1"}
+        })
+    );
+    assert_eq!(spec["annotations"]["io.kubernetes.cri.sandbox-id"], "p");
+}
+
+#[test]
+fn bind_mounts_become_paths_of_the_share() {
+    let (spec, binds) = rewritten(cri());
+    let sources: Vec<&str> = binds.iter().map(|b| b.source.to_str().unwrap()).collect();
+    assert_eq!(
+        sources,
+        [
+            "/var/lib/kubelet/pods/u/etc-hosts",
+            "/var/lib/kubelet/pods/u/containers/web/1",
+            "/var/lib/kubelet/pods/u/volumes/s"
+        ]
+    );
+    assert_eq!(binds.iter().map(|b| b.read_only).collect::<Vec<_>>(), [false, false, true]);
+    assert!(binds.iter().all(|b| b.recursive));
+    assert_eq!(mount(&spec, "/etc/hosts")["source"], "/run/kuasar/state/c1/mounts/0");
+    assert_eq!(mount(&spec, "/secret")["source"], "/run/kuasar/state/c1/mounts/2");
+    assert_eq!(mount(&spec, "/secret")["options"], json!(["rbind", "rprivate", "ro"]));
+}
+
+#[test]
+fn the_pods_files_are_added_where_cri_gave_none() {
+    let (spec, _) = rewritten(cri());
+    assert_eq!(mount(&spec, "/etc/resolv.conf")["source"], "/run/kuasar/state/resolv.conf");
+    assert_eq!(mount(&spec, "/etc/hostname")["options"], json!(["rbind", "rprivate", "rw"]));
+    let mut read_only = cri();
+    read_only["root"]["readonly"] = json!(true);
+    let (spec, _) = rewritten(read_only);
+    assert_eq!(mount(&spec, "/etc/hostname")["options"], json!(["rbind", "rprivate", "ro"]));
+}
+
+#[test]
+fn shm_is_the_pods() {
+    let (spec, _) = rewritten(cri());
+    assert_eq!(
+        mount(&spec, "/dev/shm"),
+        &json!({"destination": "/dev/shm", "type": "bind", "source": "/dev/shm", "options": ["rbind", "nosuid", "noexec", "nodev"]})
+    );
+}
+
+#[test]
+fn a_minimal_spec_is_completed() {
+    let (spec, binds) = rewritten(json!({"ociVersion": "1.0.2"}));
+    assert_eq!(spec["root"]["path"], "/run/kuasar/state/c1/rootfs");
+    assert_eq!(spec["mounts"].as_array().unwrap().len(), 3);
+    assert!(binds.is_empty());
+}
+
+#[test]
+fn a_pid_namespace_of_the_pod_becomes_private() {
+    let mut spec = cri();
+    spec["linux"]["namespaces"][0] = json!({"type": "pid", "path": "/proc/4242/ns/pid"});
+    let (spec, _) = rewritten(spec);
+    assert_eq!(spec["linux"]["namespaces"][0], json!({"type": "pid"}));
+}
+
+#[test]
+fn what_a_vm_cannot_give_is_refused_by_name() {
+    let with = |pointer: &str, value: Value| {
+        let mut spec = cri();
+        *spec.pointer_mut(pointer).unwrap() = value;
+        refusal(spec)
+    };
+    let mut devices = cri();
+    devices["linux"]["devices"] = json!([{"path": "/dev/null", "type": "c", "major": 1, "minor": 3},
+                                         {"path": "/dev/nvme0n1", "type": "b", "major": 259, "minor": 0}]);
+    let mut hooks = cri();
+    hooks["hooks"] = json!({"prestart": [{"path": "/usr/bin/nvidia-container-runtime-hook"}]});
+    for (said, part) in [
+        (with("/linux/namespaces/0", json!({"type": "user"})), "set hostUsers: true"),
+        (with("/linux/namespaces/0", json!({"type": "pid", "path": "/proc/77/ns/pid"})), "/proc/77/ns/pid"),
+        (
+            with("/linux/resources/hugepageLimits", json!([{"pageSize": "2MB", "limit": 2097152}])),
+            "no huge pages of 2MB",
+        ),
+        (with("/mounts/9/options", json!(["rbind", "rshared"])), "/secret asks for mount propagation"),
+        (with("/mounts/9/source", json!("relative")), "/secret has the source \"relative\""),
+        (with("/mounts/0/type", json!("nfs")), "/proc is of type \"nfs\""),
+        (refusal(devices), "/dev/nvme0n1 is a device of the host"),
+        (refusal(hooks), "hooks of the container's spec"),
+        (refusal(json!([])), "it is not a JSON object"),
+        (refusal(json!({"mounts": 3})), "mounts is not a list"),
+    ] {
+        assert!(said.contains(part), "{said}");
+    }
+}
+
+#[test]
+fn a_bind_of_a_standard_device_takes_the_guests() {
+    let mut spec = cri();
+    spec["mounts"][9]["source"] = json!("/dev/null");
+    let (spec, binds) = rewritten(spec);
+    assert_eq!(mount(&spec, "/secret")["source"], "/dev/null");
+    assert_eq!(binds.len(), 2);
+}

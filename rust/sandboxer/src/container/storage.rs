@@ -1,0 +1,211 @@
+//! The part of a pod's shared folder that belongs to each container.
+
+use std::{
+    fs, io,
+    path::{Path, PathBuf},
+};
+
+use kuasar_common::constants::{GUEST_STATE_DIR, pod_files};
+use serde_json::Value;
+
+use super::{
+    mount::{self, MountError, RootfsMount},
+    remove,
+    spec::{self, SpecError, Target},
+};
+
+/// Makes and removes `shared/<container>`. One at a time per pod: the caller holds the pod's lock.
+#[derive(Clone, Debug)]
+pub struct Storage {
+    shared: PathBuf,
+    stage: PathBuf,
+}
+
+/// Why a container's files could not be made ready.
+#[derive(Debug, thiserror::Error)]
+pub enum StorageError {
+    /// The id cannot be a folder's name.
+    #[error("the container id {0:?} is not 1 to 128 letters, digits, '-', '_' and '.'")]
+    Id(String),
+    /// Reading or writing a file.
+    #[error("{doing} {}: {source}", path.display())]
+    File {
+        /// What was being done.
+        doing: &'static str,
+        /// To what.
+        path: PathBuf,
+        /// Why it failed.
+        source: io::Error,
+    },
+    /// Mounting or unmounting.
+    #[error(transparent)]
+    Mount(#[from] MountError),
+    /// The spec cannot be run in a VM.
+    #[error(transparent)]
+    Spec(#[from] SpecError),
+}
+
+impl StorageError {
+    /// Whether the request itself is at fault, not the host.
+    #[must_use]
+    pub const fn is_refusal(&self) -> bool {
+        matches!(self, Self::Id(_) | Self::Spec(_) | Self::Mount(MountError::Refused(_)))
+    }
+}
+
+fn file(doing: &'static str, path: &Path) -> impl FnOnce(io::Error) -> StorageError {
+    let path = path.to_owned();
+    move |source| StorageError::File { doing, path, source }
+}
+
+/// Whether an id from outside can be used as the name of a folder.
+#[must_use]
+pub fn is_safe_id(id: &str) -> bool {
+    (1..=128).contains(&id.len())
+        && !id.starts_with('.')
+        && id.bytes().all(|byte| byte.is_ascii_alphanumeric() || matches!(byte, b'-' | b'_' | b'.'))
+        && !matches!(id, "hosts" | "hostname" | "resolv.conf")
+}
+
+impl Storage {
+    /// The storage of the pod with this folder.
+    #[must_use]
+    pub fn new(pod_dir: &Path) -> Self {
+        Self { shared: pod_dir.join(pod_files::SHARED), stage: pod_dir.join("stage") }
+    }
+
+    /// Creates the shared folder, visible to processes in other mount namespaces.
+    ///
+    /// # Errors
+    /// When it cannot be created or mounted.
+    pub fn create(&self) -> Result<(), StorageError> {
+        fs::create_dir_all(&self.shared).map_err(file("creating", &self.shared))?;
+        Ok(mount::share(&self.shared)?)
+    }
+
+    /// Writes a file that all containers of the pod see.
+    ///
+    /// # Errors
+    /// When it cannot be written.
+    pub fn write_pod_file(&self, name: &str, text: &str) -> Result<(), StorageError> {
+        let path = self.shared.join(name);
+        fs::write(&path, text).map_err(file("writing", &path))
+    }
+
+    /// Mounts what a container needs, writes its spec, and returns the bundle's path in the guest. A container that was
+    /// prepared before is made anew. Nothing stays on error.
+    ///
+    /// # Errors
+    /// When the spec is refused, or the host cannot provide something.
+    pub fn prepare(
+        &self,
+        target: &Target,
+        bundle: &Path,
+        rootfs: &[RootfsMount],
+    ) -> Result<String, StorageError> {
+        if !is_safe_id(target.container) {
+            return Err(StorageError::Id(target.container.to_owned()));
+        }
+        self.release(target.container)?;
+        self.make(target, bundle, rootfs).inspect_err(|_| {
+            if let Err(error) = self.release(target.container) {
+                tracing::warn!(container = target.container, %error, "undoing a failed preparation");
+            }
+        })?;
+        Ok(format!("{GUEST_STATE_DIR}/{}", target.container))
+    }
+
+    fn make(&self, target: &Target, bundle: &Path, rootfs: &[RootfsMount]) -> Result<(), StorageError> {
+        let source = bundle.join("config.json");
+        let text = fs::read(&source).map_err(file("reading", &source))?;
+        let mut spec: Value = serde_json::from_slice(&text)
+            .map_err(|e| SpecError::Malformed(format!("{}: {e}", source.display())))?;
+        let binds = spec::rewrite(&mut spec, target)?;
+        let folder = self.shared.join(target.container);
+        let (root, mounts) = (folder.join("rootfs"), folder.join("mounts"));
+        for path in [&root, &mounts] {
+            fs::create_dir_all(path).map_err(file("creating", path))?;
+        }
+        mount::rootfs(rootfs, &root, &self.stage)?;
+        for bind in &binds {
+            mount::volume(bind, &mounts.join(&bind.name), &self.stage)?;
+        }
+        let config = folder.join("config.json");
+        fs::write(&config, spec.to_string()).map_err(file("writing", &config))
+    }
+
+    /// Undoes [`Storage::prepare`]. An unknown container is no error.
+    ///
+    /// # Errors
+    /// When something stays mounted; then nothing is deleted.
+    pub fn release(&self, container: &str) -> Result<(), StorageError> {
+        if !is_safe_id(container) {
+            return Err(StorageError::Id(container.to_owned()));
+        }
+        Ok(remove::remove(&self.shared.join(container))?)
+    }
+
+    /// Unmounts everything of all containers, and the shared folder itself.
+    ///
+    /// # Errors
+    /// When something stays mounted.
+    pub fn unmount(&self) -> Result<(), StorageError> {
+        mount::unmount_below(&self.shared)?;
+        Ok(mount::unmount_below(&self.stage)?)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    #[test]
+    fn ids_that_would_leave_the_folder_are_refused() {
+        for bad in ["", "..", ".hidden", "a/b", "a b", "hosts", "resolv.conf", &"x".repeat(129)] {
+            assert!(!is_safe_id(bad), "{bad}");
+        }
+        assert!(is_safe_id("6f0c2d_A.b-1"));
+    }
+
+    #[test]
+    fn a_container_is_prepared_and_released_and_two_do_not_share_a_root() {
+        let dir = tempfile::tempdir().unwrap();
+        let (bundle, pod) = (dir.path().join("bundle"), dir.path().join("pod"));
+        for name in ["bundle", "pod", "image1", "image2", "data"] {
+            fs::create_dir(dir.path().join(name)).unwrap();
+        }
+        fs::write(dir.path().join("image1/one"), "").unwrap();
+        fs::write(dir.path().join("data/f"), "precious").unwrap();
+        let spec = json!({"mounts": [{"destination": "/data", "type": "bind", "source": dir.path().join("data"), "options": ["rbind", "rw"]}]});
+        fs::write(bundle.join("config.json"), spec.to_string()).unwrap();
+        let storage = Storage::new(&pod);
+        storage.create().unwrap();
+        let image = |name: &str| RootfsMount {
+            kind: "bind".into(),
+            source: dir.path().join(name).to_str().unwrap().into(),
+            target: String::new(),
+            options: vec!["rbind".into(), "rw".into()],
+        };
+        for (container, name) in [("c1", "image1"), ("c2", "image2")] {
+            let path = storage.prepare(&Target { container, pod_pid: 1 }, &bundle, &[image(name)]).unwrap();
+            assert_eq!(path, format!("/run/kuasar/state/{container}"));
+        }
+        assert!(pod.join("shared/c1/rootfs/one").exists() && !pod.join("shared/c2/rootfs/one").exists());
+        assert!(pod.join("shared/c1/mounts/0/f").exists());
+        assert!(pod.join("shared/c1/config.json").exists());
+        storage.release("c1").unwrap();
+        storage.release("c1").unwrap();
+        assert!(!pod.join("shared/c1").exists() && pod.join("shared/c2/config.json").exists());
+        // A spec that is refused leaves nothing behind.
+        fs::write(bundle.join("config.json"), r#"{"hooks": {"prestart": [{}]}}"#).unwrap();
+        let error = storage
+            .prepare(&Target { container: "c3", pod_pid: 1 }, &bundle, &[image("image1")])
+            .unwrap_err();
+        assert!(error.is_refusal(), "{error}");
+        assert!(!pod.join("shared/c3").exists());
+        storage.unmount().unwrap();
+        remove::remove(&pod).unwrap();
+        assert_eq!(fs::read_to_string(dir.path().join("data/f")).unwrap(), "precious");
+    }
+}

@@ -1,0 +1,123 @@
+//! The mounts of a spec: which pass, which are made on the host first, and which the pod adds.
+
+use std::path::PathBuf;
+
+use kuasar_common::constants::GUEST_STATE_DIR;
+use serde_json::{Value, json};
+
+use super::spec::{Bind, Object, SpecError, refused};
+
+/// File systems that the guest's kernel makes itself.
+const OF_THE_GUEST: [&str; 7] = ["proc", "sysfs", "tmpfs", "devpts", "mqueue", "cgroup", "cgroup2"];
+
+/// Device nodes that the guest has, too: a bind of them takes the guest's own.
+const GUEST_NODES: [&str; 5] = ["/dev/null", "/dev/zero", "/dev/full", "/dev/random", "/dev/urandom"];
+
+/// Files of the pod that containers get unless CRI already gave them one: name in the shared folder, destination.
+const POD_FILES: [(&str, &str); 3] =
+    [("hosts", "/etc/hosts"), ("hostname", "/etc/hostname"), ("resolv.conf", "/etc/resolv.conf")];
+
+pub(super) fn rewrite(
+    spec: &mut Object,
+    container: &str,
+    read_only_root: bool,
+) -> Result<Vec<Bind>, SpecError> {
+    let given = match spec.remove("mounts") {
+        None | Some(Value::Null) => Vec::new(),
+        Some(Value::Array(mounts)) => mounts,
+        Some(_) => return Err(SpecError::Malformed("mounts is not a list".into())),
+    };
+    let mut binds = Vec::new();
+    let mut mounts = Vec::with_capacity(given.len() + POD_FILES.len());
+    for mut mount in given {
+        let fields =
+            mount.as_object_mut().ok_or_else(|| SpecError::Malformed("a mount is not an object".into()))?;
+        if let Some(bind) = rewrite_one(fields, container, binds.len())? {
+            binds.push(bind);
+        }
+        mounts.push(mount);
+    }
+    add_pod_files(&mut mounts, read_only_root);
+    spec.insert("mounts".into(), Value::Array(mounts));
+    Ok(binds)
+}
+
+fn rewrite_one(mount: &mut Object, container: &str, index: usize) -> Result<Option<Bind>, SpecError> {
+    let text = |key: &str| mount.get(key).and_then(Value::as_str).unwrap_or_default().to_owned();
+    let (kind, source, destination) = (text("type"), text("source"), text("destination"));
+    let options: Vec<String> = mount
+        .get("options")
+        .and_then(Value::as_array)
+        .map(|options| options.iter().filter_map(Value::as_str).map(str::to_owned).collect())
+        .unwrap_or_default();
+    if mount.get("uidMappings").and_then(Value::as_array).is_some_and(|mappings| !mappings.is_empty()) {
+        return Err(refused(
+            "mounts",
+            format!("{destination} has id mappings, which the VM does not support; set hostUsers: true"),
+        ));
+    }
+    if destination.trim_end_matches('/') == "/dev/shm" {
+        share_shm(mount, &options);
+        return Ok(None);
+    }
+    let has = |name: &str| options.iter().any(|option| option == name);
+    if kind != "bind" && !has("bind") && !has("rbind") {
+        if OF_THE_GUEST.contains(&kind.as_str()) {
+            return Ok(None);
+        }
+        return Err(refused(
+            "mounts",
+            format!("{destination} is of type {kind:?}, which the VM cannot mount; use a bind mount"),
+        ));
+    }
+    if GUEST_NODES.contains(&source.as_str()) {
+        return Ok(None);
+    }
+    if has("rshared") || has("shared") {
+        return Err(refused(
+            "mounts",
+            format!(
+                "{destination} asks for mount propagation to the host, which cannot leave the VM; set mountPropagation to HostToContainer or None"
+            ),
+        ));
+    }
+    if !source.starts_with('/') {
+        return Err(refused(
+            "mounts",
+            format!("{destination} has the source {source:?}, which is not an absolute path"),
+        ));
+    }
+    let name = index.to_string();
+    mount.insert("source".into(), json!(format!("{GUEST_STATE_DIR}/{container}/mounts/{name}")));
+    let read_only = has("ro") || has("rro");
+    // "bind" without "rbind" means the top mount only.
+    let recursive = has("rbind") || !has("bind");
+    Ok(Some(Bind { name, source: PathBuf::from(source), destination, read_only, recursive }))
+}
+
+/// All containers of the pod see the VM's one /dev/shm, as with a pod's sandbox on the host.
+fn share_shm(mount: &mut Object, options: &[String]) {
+    let mut kept = vec!["rbind"];
+    kept.extend(
+        ["ro", "nosuid", "noexec", "nodev"].into_iter().filter(|name| options.iter().any(|o| o == name)),
+    );
+    mount.insert("options".into(), json!(kept));
+    mount.insert("type".into(), json!("bind"));
+    mount.insert("source".into(), json!("/dev/shm"));
+}
+
+fn add_pod_files(mounts: &mut Vec<Value>, read_only_root: bool) {
+    for (name, destination) in POD_FILES {
+        let taken =
+            mounts.iter().any(|mount| mount.get("destination").and_then(Value::as_str) == Some(destination));
+        if !taken {
+            let access = if read_only_root { "ro" } else { "rw" };
+            mounts.push(json!({
+                "destination": destination,
+                "type": "bind",
+                "source": format!("{GUEST_STATE_DIR}/{name}"),
+                "options": ["rbind", "rprivate", access],
+            }));
+        }
+    }
+}
