@@ -1,11 +1,31 @@
 //! The pod's network: from the links that CNI left in the pod's network namespace to network cards of the VM.
+//!
+//! Each veth stays where it is, name and addresses included, because CNI and pod statistics look for it there. A tap is
+//! put beside it and every frame that arrives at one is sent out of the other by `tc` (an ingress qdisc with a filter
+//! that matches everything and redirects). Taps vanish with the VMM that holds them; the rest vanishes with the namespace
+//! or by [`remove`].
 
-use std::path::{Path, PathBuf};
+mod read;
+mod redirect;
+mod tap;
+
+use std::{
+    fs::File,
+    io,
+    os::fd::AsFd,
+    path::{Path, PathBuf},
+    time::Duration,
+};
 
 use kuasar_common::api::sandbox::{Interface, Neighbour, Route};
+use rustix::thread::LinkNameSpaceType;
 use serde::{Deserialize, Serialize};
+use tokio::{sync::oneshot, time::timeout};
 
 use crate::vmm::Nic;
+
+/// How long the kernel may take to answer all that is asked here; it needs milliseconds.
+const DEADLINE: Duration = Duration::from_secs(10);
 
 /// What the VM and its agent get to be the pod's network.
 #[derive(Debug, Default)]
@@ -14,7 +34,7 @@ pub struct PodNetwork {
     pub nics: Vec<Nic>,
     /// For `SetupSandbox`.
     pub interfaces: Vec<Interface>,
-    /// For `SetupSandbox`.
+    /// For `SetupSandbox`; those that others need to be reachable come first.
     pub routes: Vec<Route>,
     /// For `SetupSandbox`.
     pub neighbours: Vec<Neighbour>,
@@ -36,15 +56,58 @@ pub struct NetworkRecord {
 
 /// Why a pod's network could not be made or removed.
 #[derive(Debug, thiserror::Error)]
-#[error("{0}")]
-pub struct NetworkError(String);
+pub enum NetworkError {
+    /// The namespace cannot be entered.
+    #[error("entering the network namespace {}: {source}", path.display())]
+    Enter {
+        /// The namespace.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// A request to the kernel failed.
+    #[error("{doing}: {source}")]
+    Netlink {
+        /// What was being done to what.
+        doing: String,
+        /// The kernel's answer.
+        source: rtnetlink::Error,
+    },
+    /// Another system call failed.
+    #[error("{doing}: {source}")]
+    Io {
+        /// What was being done to what.
+        doing: String,
+        /// Why.
+        source: io::Error,
+    },
+    /// The pod has something that cannot be given to a VM.
+    #[error("{0}")]
+    Unsupported(String),
+    /// The kernel did not answer.
+    #[error("working in the network namespace {}: no answer within {DEADLINE:?}", .0.display())]
+    Deadline(PathBuf),
+}
 
-/// Gives every link of the pod's network namespace a tap for the VM, `queues` queues each. On error nothing is left.
+impl NetworkError {
+    fn netlink(doing: impl Into<String>) -> impl FnOnce(rtnetlink::Error) -> Self {
+        let doing = doing.into();
+        move |source| Self::Netlink { doing, source }
+    }
+
+    fn io(doing: impl Into<String>) -> impl FnOnce(io::Error) -> Self {
+        let doing = doing.into();
+        move |source| Self::Io { doing, source }
+    }
+}
+
+/// Gives every link of the pod's network namespace a tap for the VM, with `queues` queues each. On error nothing is left.
 ///
 /// # Errors
-/// When the namespace cannot be entered or read, or has a link of a kind that cannot be given to a VM.
+/// When the namespace cannot be entered or read, or has a link, route or rule of a kind that cannot be given to a VM.
 pub async fn prepare(netns: &Path, queues: u32) -> Result<PodNetwork, NetworkError> {
-    Err(NetworkError(format!("preparing the network of {} for {queues} queues: not there yet", netns.display())))
+    let path = netns.to_owned();
+    within(netns, move |handle| async move { prepare_here(&handle, &path, queues).await }).await
 }
 
 /// Removes what [`prepare`] made. A namespace, tap or qdisc that is gone is no error.
@@ -52,5 +115,126 @@ pub async fn prepare(netns: &Path, queues: u32) -> Result<PodNetwork, NetworkErr
 /// # Errors
 /// When something is there and cannot be removed.
 pub async fn remove(record: &NetworkRecord) -> Result<(), NetworkError> {
-    Err(NetworkError(format!("removing the network of {}: not there yet", record.netns.display())))
+    let record = record.clone();
+    match within(&record.netns.clone(), move |handle| async move { remove_here(&handle, &record).await })
+        .await
+    {
+        // Gone, or, after CNI's DEL, an empty file where the namespace was mounted.
+        Err(NetworkError::Enter { source, .. })
+            if matches!(source.raw_os_error(), Some(nix::libc::ENOENT | nix::libc::EINVAL)) =>
+        {
+            Ok(())
+        }
+        done => done,
+    }
 }
+
+async fn prepare_here(
+    handle: &rtnetlink::Handle,
+    netns: &Path,
+    queues: u32,
+) -> Result<PodNetwork, NetworkError> {
+    let pod = read::pod(handle).await?;
+    let mut network = PodNetwork {
+        interfaces: pod.links.iter().map(|link| link.interface.clone()).collect(),
+        routes: pod.routes,
+        neighbours: pod.neighbours,
+        record: NetworkRecord { netns: netns.to_owned(), ..NetworkRecord::default() },
+        ..PodNetwork::default()
+    };
+    for link in pod.links {
+        if let Err(error) = add_nic(handle, &link, queues, &mut network).await {
+            // Closes the taps' descriptors, which removes them; what was done to the links is undone here.
+            network.nics.clear();
+            remove_here(handle, &network.record).await?;
+            return Err(error);
+        }
+    }
+    Ok(network)
+}
+
+async fn add_nic(
+    handle: &rtnetlink::Handle,
+    link: &read::Link,
+    queues: u32,
+    network: &mut PodNetwork,
+) -> Result<(), NetworkError> {
+    let mtu = u32::try_from(link.interface.mtu).unwrap_or(u32::MAX);
+    let tap = format!("kua{}", link.index);
+    let fds = tap::create(&tap, queues).map_err(NetworkError::io(format!("creating the tap {tap}")))?;
+    network.record.taps.push(tap.clone());
+    let tap_index = tap::configure(handle, &tap, mtu).await?;
+    // On record before it is done: undoing what was not done is no error.
+    network.record.redirected.push(link.interface.name.clone());
+    redirect::both_ways(handle, (&link.interface.name, link.index), (&tap, tap_index)).await?;
+    network.nics.push(Nic {
+        id: format!("net{}", link.index),
+        tap,
+        mac: link.interface.hwAddr.clone(),
+        mtu,
+        queues: fds,
+    });
+    Ok(())
+}
+
+async fn remove_here(handle: &rtnetlink::Handle, record: &NetworkRecord) -> Result<(), NetworkError> {
+    for name in &record.taps {
+        if let Some(link) = read::link_by_name(handle, name).await? {
+            let deleted = handle.link().del(link.header.index).execute().await;
+            redirect::unless_gone(deleted)
+                .map_err(NetworkError::netlink(format!("removing the tap {name}")))?;
+        }
+    }
+    for name in &record.redirected {
+        if let Some(link) = read::link_by_name(handle, name).await? {
+            redirect::undo(handle, name, link.header.index).await?;
+        }
+    }
+    Ok(())
+}
+
+/// Runs `work` in a thread that is in the network namespace and ends afterwards: a thread of the runtime's pool must
+/// never change its namespace, because others use it next.
+async fn within<T, F>(
+    netns: &Path,
+    work: impl FnOnce(rtnetlink::Handle) -> F + Send + 'static,
+) -> Result<T, NetworkError>
+where
+    T: Send + 'static,
+    F: Future<Output = Result<T, NetworkError>>,
+{
+    let (sender, receiver) = oneshot::channel();
+    let path = netns.to_owned();
+    let thread = move || drop(sender.send(in_thread(&path, work)));
+    std::thread::Builder::new()
+        .name("netns".into())
+        .spawn(thread)
+        .map_err(NetworkError::io("starting a thread for the network namespace"))?;
+    match timeout(DEADLINE + Duration::from_secs(1), receiver).await {
+        Ok(Ok(done)) => done,
+        _ => Err(NetworkError::Deadline(netns.to_owned())),
+    }
+}
+
+fn in_thread<T, F>(path: &Path, work: impl FnOnce(rtnetlink::Handle) -> F) -> Result<T, NetworkError>
+where
+    F: Future<Output = Result<T, NetworkError>>,
+{
+    let enter = || {
+        let netns = File::open(path)?;
+        rustix::thread::move_into_link_name_space(netns.as_fd(), Some(LinkNameSpaceType::Network))?;
+        tokio::runtime::Builder::new_current_thread().enable_all().build()
+    };
+    let runtime = enter().map_err(|source| NetworkError::Enter { path: path.to_owned(), source })?;
+    runtime.block_on(async {
+        let (connection, handle, _messages) =
+            rtnetlink::new_connection().map_err(NetworkError::io("opening a netlink socket"))?;
+        let connection = tokio::spawn(connection);
+        let done = timeout(DEADLINE, work(handle)).await;
+        connection.abort();
+        done.unwrap_or_else(|_| Err(NetworkError::Deadline(path.to_owned())))
+    })
+}
+
+#[cfg(test)]
+mod tests;

@@ -25,7 +25,7 @@ pub use self::{
     config::{Accel, Machine, Root, ShareFs, VmConfig, VsockKind},
     device::{Bus, BusKind, DeviceAddress, DeviceInfo, Nic},
     error::{PreflightError, VmError},
-    ready::{ReadyGuest, ReadyListener},
+    ready::{ReadyError, ReadyGuest, ReadyListener, VsockHub},
 };
 use crate::process::ProcessRecord;
 

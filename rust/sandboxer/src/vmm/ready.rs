@@ -1,15 +1,117 @@
-//! The agent's call that its VM is up, taken on the host.
+//! The agent's call that its VM is up, taken on the host (see `kuasar_common::handshake`).
+//!
+//! Everything read here was written by a guest: it is bounded, parsed without panic, and waited for with a deadline.
 
-use std::path::PathBuf;
+use std::{
+    collections::HashMap,
+    fs, io,
+    path::{Path, PathBuf},
+    pin::Pin,
+    sync::{Arc, Mutex, PoisonError},
+    time::Duration,
+};
 
-use kuasar_common::handshake::Ready;
-use tokio::{io::BufReader, net::UnixListener, net::UnixStream};
+use kuasar_common::{
+    constants::PORT_READY,
+    handshake::{self, MAX_LINE, Ready, ToGuest, ToHost},
+};
+use tokio::{
+    io::{AsyncBufReadExt, AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, BufReader},
+    net::UnixListener,
+    sync::oneshot,
+    time::timeout,
+};
+use tokio_vsock::{VMADDR_CID_ANY, VsockAddr, VsockListener};
+
+/// How long the guest may take to read one line that we wrote.
+const WRITE_DEADLINE: Duration = Duration::from_secs(5);
+
+trait Stream: AsyncRead + AsyncWrite + Send {}
+impl<T: AsyncRead + AsyncWrite + Send> Stream for T {}
+type Connection = BufReader<Pin<Box<dyn Stream>>>;
+
+/// Why the agent's call was not understood.
+#[derive(Debug, thiserror::Error)]
+pub enum ReadyError {
+    /// The connection failed.
+    #[error("talking to the guest's agent: {0}")]
+    Io(#[from] io::Error),
+    /// The guest spoke something else.
+    #[error("talking to the guest's agent: {0}")]
+    Line(#[from] handshake::LineError),
+    /// The agent gave up.
+    #[error("the guest's agent gave up: {0:?}")]
+    Fatal(String),
+    /// The guest closed the connection.
+    #[error("the guest's agent closed the connection without a word")]
+    Closed,
+}
 
 /// Waits for one guest's agent.
 #[derive(Debug)]
-pub struct ReadyListener {
-    path: PathBuf,
-    listener: UnixListener,
+pub struct ReadyListener(Source);
+
+#[derive(Debug)]
+enum Source {
+    /// Behind a hybrid socket: the guest's calls to a port arrive at a socket of that name.
+    Hybrid { path: PathBuf, listener: UnixListener },
+    /// On the kernel's vsock: one listener for all guests.
+    Hub { hub: VsockHub, cid: u32, connection: oneshot::Receiver<Pin<Box<dyn Stream>>> },
+}
+
+impl std::fmt::Debug for dyn Stream {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Stream")
+    }
+}
+
+impl ReadyListener {
+    /// Listens beside a hybrid socket, which need not exist yet.
+    ///
+    /// # Errors
+    /// When the socket cannot be bound.
+    pub fn hybrid(vsock_socket: &Path) -> io::Result<Self> {
+        let mut path = vsock_socket.as_os_str().to_owned();
+        path.push(format!("_{PORT_READY}"));
+        let path = PathBuf::from(path);
+        let listener = UnixListener::bind(&path)?;
+        Ok(Self(Source::Hybrid { path, listener }))
+    }
+
+    /// Waits for the call of the guest with this context id.
+    #[must_use]
+    pub fn vhost(hub: &VsockHub, cid: u32) -> Self {
+        let (sender, connection) = oneshot::channel();
+        hub.waiting().insert(cid, sender);
+        Self(Source::Hub { hub: hub.clone(), cid, connection })
+    }
+
+    /// Waits for the agent's call, for ever: the caller has the deadline, because it also knows when the VM ended.
+    ///
+    /// # Errors
+    /// When the guest says anything but that it is ready.
+    pub async fn accept(mut self) -> Result<ReadyGuest, ReadyError> {
+        let stream: Pin<Box<dyn Stream>> = match &mut self.0 {
+            Source::Hybrid { listener, .. } => Box::pin(listener.accept().await?.0),
+            Source::Hub { connection, .. } => connection.await.map_err(|_| ReadyError::Closed)?,
+        };
+        let mut connection = BufReader::with_capacity(MAX_LINE, stream);
+        match read_message(&mut connection).await? {
+            Some(ToHost::Ready(ready)) => Ok(ReadyGuest { ready, connection }),
+            Some(ToHost::Fatal(fatal)) => Err(ReadyError::Fatal(fatal.reason)),
+            None => Err(ReadyError::Closed),
+        }
+    }
+}
+
+impl Drop for ReadyListener {
+    fn drop(&mut self) {
+        match &self.0 {
+            // Nobody else is to call once the agent has, least of all a container.
+            Source::Hybrid { path, .. } => drop(fs::remove_file(path)),
+            Source::Hub { hub, cid, .. } => drop(hub.waiting().remove(cid)),
+        }
+    }
 }
 
 /// A guest whose agent has called; the connection stays open as long as the VM lives.
@@ -17,5 +119,127 @@ pub struct ReadyListener {
 pub struct ReadyGuest {
     /// What the agent said.
     pub ready: Ready,
-    stream: BufReader<UnixStream>,
+    connection: Connection,
+}
+
+impl ReadyGuest {
+    /// Hands the pod's token over; the agent serves calls that carry it from now on.
+    ///
+    /// # Errors
+    /// When the guest does not take it in time.
+    pub async fn give_token(&mut self, token: &str) -> Result<(), ReadyError> {
+        let line = handshake::to_line(&ToGuest::Token(token.to_owned()))?;
+        let write = self.connection.write_all(&line);
+        Ok(timeout(WRITE_DEADLINE, write).await.map_err(|_| io::Error::from(io::ErrorKind::TimedOut))??)
+    }
+
+    /// Waits for the end of the connection; the reason if the agent gave one.
+    pub async fn fatal(&mut self) -> Option<String> {
+        match read_message(&mut self.connection).await {
+            Ok(Some(ToHost::Fatal(fatal))) => Some(fatal.reason),
+            _ => None,
+        }
+    }
+}
+
+/// Reads a line of at most [`MAX_LINE`] bytes; `None` at the end of the stream.
+async fn read_message(connection: &mut Connection) -> Result<Option<ToHost>, ReadyError> {
+    let mut line = Vec::new();
+    let limit = u64::try_from(MAX_LINE).unwrap_or(u64::MAX).saturating_add(1);
+    connection.take(limit).read_until(b'\n', &mut line).await?;
+    if line.is_empty() { Ok(None) } else { Ok(Some(handshake::from_line(&line)?)) }
+}
+
+type Waiting = HashMap<u32, oneshot::Sender<Pin<Box<dyn Stream>>>>;
+
+/// The host's side of the kernel's vsock: takes the calls of all guests and gives each to whom waits for it.
+#[derive(Clone, Debug)]
+pub struct VsockHub(Arc<Mutex<Waiting>>);
+
+impl VsockHub {
+    /// Listens on the host's port; needs a tokio runtime.
+    ///
+    /// # Errors
+    /// When the kernel has no vsock or the port is taken, by another daemon perhaps.
+    pub fn listen() -> io::Result<Self> {
+        let listener = VsockListener::bind(VsockAddr::new(VMADDR_CID_ANY, PORT_READY))?;
+        let hub = Self(Arc::default());
+        let accepting = hub.clone();
+        tokio::spawn(async move { accepting.accept(listener).await });
+        Ok(hub)
+    }
+
+    async fn accept(self, listener: VsockListener) {
+        loop {
+            match listener.accept().await {
+                // A guest nobody waits for is hung up on.
+                Ok((stream, peer)) => {
+                    if let Some(waiter) = self.waiting().remove(&peer.cid()) {
+                        drop(waiter.send(Box::pin(stream)));
+                    }
+                }
+                Err(error) => {
+                    tracing::warn!(%error, "accepting a guest's vsock connection");
+                    // Out of descriptors, most likely: give others the time to close some.
+                    tokio::time::sleep(Duration::from_millis(100)).await;
+                }
+            }
+        }
+    }
+
+    fn waiting(&self) -> std::sync::MutexGuard<'_, Waiting> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::net::UnixStream;
+
+    use super::*;
+
+    async fn call(bytes: &[u8]) -> (Result<ReadyGuest, ReadyError>, UnixStream) {
+        let dir = tempfile::tempdir().unwrap();
+        let listener = ReadyListener::hybrid(&dir.path().join("vsock.sock")).unwrap();
+        let socket = dir.path().join("vsock.sock_1024");
+        let mut guest = UnixStream::connect(&socket).await.unwrap();
+        guest.write_all(bytes).await.unwrap();
+        if !bytes.ends_with(b"\n") {
+            guest.shutdown().await.unwrap();
+        }
+        let accepted = listener.accept().await;
+        assert!(!socket.exists(), "nobody else can call");
+        (accepted, guest)
+    }
+
+    #[tokio::test]
+    async fn a_ready_guest_gets_the_token_and_may_give_up_later() {
+        let (host, mut guest) = call(b"{\"ready\":{\"agent\":\"0.1.0\",\"uptime_ns\":5}}\n").await;
+        let mut host = host.unwrap();
+        assert_eq!(host.ready, Ready { agent: "0.1.0".into(), uptime_ns: 5 });
+        host.give_token("secret").await.unwrap();
+        let mut line = vec![0; 19];
+        guest.read_exact(&mut line).await.unwrap();
+        assert_eq!(line, b"{\"token\":\"secret\"}\n");
+        guest.write_all(b"{\"fatal\":{\"reason\":\"no cgroup v2\"}}\n").await.unwrap();
+        assert_eq!(host.fatal().await.as_deref(), Some("no cgroup v2"));
+        drop(guest);
+        assert_eq!(host.fatal().await, None);
+    }
+
+    #[tokio::test]
+    async fn what_hostile_guests_say_is_refused() {
+        let endless = vec![b'a'; 1 << 16];
+        for (bytes, expected) in [
+            (&b""[..], "closed the connection"),
+            (b"\xff\xfe\n", "parsing a handshake line"),
+            (b"{\"token\":\"x\"}\n", "parsing a handshake line"),
+            (b"{\"ready\"", "parsing a handshake line"),
+            (b"{\"fatal\":{\"reason\":\"a\\u001b[2J\"}}\n", "gave up: \"a\\u{1b}[2J\""),
+            (&endless, "longer than 4096"),
+        ] {
+            let error = call(bytes).await.0.unwrap_err().to_string();
+            assert!(error.contains(expected), "{error}");
+        }
+    }
 }

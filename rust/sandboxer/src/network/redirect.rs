@@ -1,0 +1,60 @@
+//! `tc`: everything that arrives at one link leaves by another.
+
+use nix::libc;
+
+use super::NetworkError;
+
+/// `ETH_P_ALL` of `linux/if_ether.h`, in network byte order as `tc` wants it.
+const EVERY_PROTOCOL: u16 = 0x0003_u16.to_be();
+
+/// Redirects every frame between two links, given by name and index.
+pub(super) async fn both_ways(
+    handle: &rtnetlink::Handle,
+    link: (&str, u32),
+    tap: (&str, u32),
+) -> Result<(), NetworkError> {
+    for (from, to) in [(link, tap), (tap, link)] {
+        let doing = format!("redirecting the traffic of {} to {}", from.0, to.0);
+        one_way(handle, from.1, to.1).await.map_err(NetworkError::netlink(doing))?;
+    }
+    Ok(())
+}
+
+async fn one_way(handle: &rtnetlink::Handle, from: u32, to: u32) -> Result<(), rtnetlink::Error> {
+    let index = link_index(from)?;
+    handle.qdisc().add(index).ingress().execute().await?;
+    let filter = handle.traffic_filter(index).add().parent(INGRESS).protocol(EVERY_PROTOCOL).redirect(to)?;
+    filter.execute().await
+}
+
+/// `ffff:`, the ingress qdisc's handle.
+const INGRESS: u32 = 0xffff_0000;
+
+/// Removes a link's ingress qdisc and with it the redirection. None there is no error.
+pub(super) async fn undo(handle: &rtnetlink::Handle, name: &str, index: u32) -> Result<(), NetworkError> {
+    let removed = async {
+        let mut request = handle.qdisc().del(link_index(index)?);
+        let header = &mut request.message_mut().header;
+        header.parent = netlink_packet_route::tc::TcHandle::INGRESS;
+        header.handle = INGRESS.into();
+        unless_gone(request.execute().await)
+    };
+    removed.await.map_err(NetworkError::netlink(format!("ending the redirection of {name}")))
+}
+
+/// What is gone already need not be removed.
+pub(super) fn unless_gone(result: Result<(), rtnetlink::Error>) -> Result<(), rtnetlink::Error> {
+    match result {
+        // EINVAL: the link has no ingress qdisc.
+        Err(rtnetlink::Error::NetlinkError(e))
+            if matches!(-e.raw_code(), libc::ENOENT | libc::ENODEV | libc::EINVAL) =>
+        {
+            Ok(())
+        }
+        result => result,
+    }
+}
+
+fn link_index(index: u32) -> Result<i32, rtnetlink::Error> {
+    i32::try_from(index).map_err(|_| rtnetlink::Error::InvalidNla(format!("link index {index}")))
+}

@@ -1,0 +1,232 @@
+//! In real network namespaces, with real veth pairs, taps and `tc`.
+
+use std::{
+    io::{Read, Write},
+    os::fd::AsFd,
+    process::Command,
+    sync::atomic::{AtomicU32, Ordering},
+    thread,
+};
+
+use rtnetlink::NETNS_PATH;
+
+use super::*;
+
+/// A namespace as CNI's bridge plugin leaves it: a veth `eth0` whose other end is in a namespace that plays the host.
+struct Netns {
+    pod: String,
+    host: String,
+}
+
+fn ip(args: &str) {
+    let output = Command::new("ip").args(args.split_whitespace()).output().unwrap();
+    assert!(output.status.success(), "ip {args}: {}", String::from_utf8_lossy(&output.stderr));
+}
+
+fn show(program: &str, args: &str) -> String {
+    let output = Command::new(program).args(args.split_whitespace()).output().unwrap();
+    String::from_utf8(output.stdout).unwrap()
+}
+
+impl Netns {
+    fn new() -> Self {
+        static COUNT: AtomicU32 = AtomicU32::new(0);
+        let name = format!("vmnet{}-{}", std::process::id(), COUNT.fetch_add(1, Ordering::Relaxed));
+        let this = Self { pod: format!("{name}p"), host: format!("{name}h") };
+        ip(&format!("netns add {}", this.pod));
+        ip(&format!("netns add {}", this.host));
+        this
+    }
+
+    fn with_eth0() -> Self {
+        let this = Self::new();
+        let (pod, host) = (&this.pod, &this.host);
+        ip(&format!("-n {pod} link add eth0 mtu 1400 type veth peer name peer netns {host}"));
+        ip(&format!("-n {pod} link set eth0 address 02:00:00:00:00:05 up"));
+        ip(&format!("-n {host} link set peer up"));
+        ip(&format!("-n {host} addr add 10.77.0.1/24 dev peer"));
+        ip(&format!("-n {pod} addr add 10.77.0.5/24 dev eth0"));
+        ip(&format!("-n {pod} addr add fd77::5/64 dev eth0 nodad"));
+        ip(&format!("-n {pod} route add default via 10.77.0.1"));
+        ip(&format!("-n {pod} route add 192.0.2.0/24 via 10.77.0.9 src 10.77.0.5 metric 7"));
+        ip(&format!("-n {pod} route add 169.254.1.1/32 dev eth0 scope link"));
+        ip(&format!("-n {pod} -6 route add default via fd77::1"));
+        ip(&format!("-n {pod} neigh add 10.77.0.1 lladdr 02:00:00:00:00:01 nud permanent dev eth0"));
+        this
+    }
+
+    fn path(&self) -> PathBuf {
+        Path::new(NETNS_PATH).join(&self.pod)
+    }
+
+    fn tc(&self) -> String {
+        show("tc", &format!("-n {} qdisc show", self.pod))
+    }
+
+    fn links(&self) -> String {
+        show("ip", &format!("-n {} -o link show", self.pod))
+    }
+}
+
+impl Drop for Netns {
+    fn drop(&mut self) {
+        for name in [&self.pod, &self.host] {
+            drop(Command::new("ip").args(["netns", "del", name]).status());
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_veth_becomes_a_network_card_and_messages() {
+    let netns = Netns::with_eth0();
+    let network = prepare(&netns.path(), 2).await.unwrap();
+
+    let [nic] = network.nics.as_slice() else { panic!("one card, not {:?}", network.nics) };
+    assert_eq!((nic.mac.as_str(), nic.mtu, nic.queues.len()), ("02:00:00:00:00:05", 1400, 2));
+    let [interface] = network.interfaces.as_slice() else { panic!("{:?}", network.interfaces) };
+    assert_eq!((interface.name.as_str(), interface.mtu), ("eth0", 1400));
+    assert_eq!(interface.hwAddr, "02:00:00:00:00:05");
+    let mut addresses: Vec<_> =
+        interface.IPAddresses.iter().map(|a| format!("{}/{}", a.address, a.mask)).collect();
+    addresses.sort();
+    assert_eq!(addresses, ["10.77.0.5/24", "fd77::5/64"]);
+
+    let routes: Vec<_> = network
+        .routes
+        .iter()
+        .map(|r| {
+            assert_eq!(r.device, "eth0");
+            format!("{} via {} src {} metric {} scope {}", r.dest, r.gateway, r.source, r.metric, r.scope)
+        })
+        .collect();
+    assert_eq!(
+        routes,
+        [
+            "169.254.1.1/32 via  src  metric 0 scope 253",
+            "192.0.2.0/24 via 10.77.0.9 src 10.77.0.5 metric 7 scope 0",
+            " via 10.77.0.1 src  metric 0 scope 0",
+            " via fd77::1 src  metric 0 scope 0",
+        ]
+    );
+    let neighbours: Vec<_> =
+        network.neighbours.iter().map(|n| (n.address.as_str(), n.hwAddr.as_str())).collect();
+    assert_eq!(neighbours, [("10.77.0.1", "02:00:00:00:00:01")]);
+
+    let links = netns.links();
+    assert!(links.contains("eth0@") && links.contains(&nic.tap) && links.contains("mtu 1400"), "{links}");
+    remove(&network.record).await.unwrap();
+    assert!(!netns.links().contains(&nic.tap));
+    assert!(!netns.tc().contains("ingress"), "{}", netns.tc());
+    remove(&network.record).await.unwrap();
+}
+
+/// Sends a broadcast from the host's side and reads it at the tap, then the other way round.
+#[tokio::test]
+async fn frames_pass_both_ways() {
+    let netns = Netns::with_eth0();
+    let network = prepare(&netns.path(), 1).await.unwrap();
+    let queue = network.nics[0].queues[0].try_clone().unwrap();
+
+    let host = Path::new(NETNS_PATH).join(&netns.host);
+    let udp = thread::spawn(move || {
+        let host = File::open(host).unwrap();
+        rustix::thread::move_into_link_name_space(host.as_fd(), Some(LinkNameSpaceType::Network)).unwrap();
+        let udp = std::net::UdpSocket::bind("10.77.0.1:4000").unwrap();
+        udp.set_broadcast(true).unwrap();
+        udp.set_read_timeout(Some(Duration::from_secs(5))).unwrap();
+        udp.send_to(b"to the guest", "10.77.0.255:4001").unwrap();
+        let mut buffer = [0; 64];
+        let (length, from) = udp.recv_from(&mut buffer).unwrap();
+        (buffer[..length].to_vec(), from.to_string())
+    });
+    let from_guest = tokio::task::spawn_blocking(move || {
+        let mut queue = File::from(queue);
+        let mut buffer = [0; 2048];
+        // Other frames (IPv6 multicast of the host's end) come by, too.
+        loop {
+            let length = queue.read(&mut buffer).unwrap();
+            if buffer[..length].windows(12).any(|w| w == b"to the guest") {
+                break;
+            }
+        }
+        // A frame without checksums to compute: virtio header, ethernet, IPv4, UDP with checksum 0.
+        let mut frame = vec![0; 10];
+        frame.extend([0xff; 6].iter().chain(&[2, 0, 0, 0, 0, 5, 8, 0]));
+        let mut header = vec![0x45, 0, 0, 20 + 8 + 10, 0, 0, 0, 0, 64, 17, 0, 0, 10, 77, 0, 5, 10, 77, 0, 1];
+        let sum: u32 = header.chunks(2).map(|c| u32::from(c[0]) << 8 | u32::from(c[1])).sum();
+        let sum = !u16::try_from((sum & 0xffff) + (sum >> 16)).unwrap();
+        header[10..12].copy_from_slice(&sum.to_be_bytes());
+        frame.extend(header);
+        frame.extend([0x0f, 0xa1, 0x0f, 0xa0, 0, 18, 0, 0]);
+        frame.extend(b"from guest");
+        queue.write_all(&frame).unwrap();
+    });
+    timeout(Duration::from_secs(10), from_guest).await.unwrap().unwrap();
+    let (bytes, from) = udp.join().unwrap();
+    assert_eq!((bytes.as_slice(), from.as_str()), (&b"from guest"[..], "10.77.0.5:4001"));
+    remove(&network.record).await.unwrap();
+}
+
+#[tokio::test]
+async fn a_tap_vanishes_with_its_last_holder_and_removal_still_works() {
+    let netns = Netns::with_eth0();
+    let network = prepare(&netns.path(), 1).await.unwrap();
+    let (record, tap) = (network.record.clone(), network.nics[0].tap.clone());
+    drop(network);
+    assert!(!netns.links().contains(&tap));
+    assert!(netns.tc().contains("ingress"));
+    remove(&record).await.unwrap();
+    assert!(!netns.tc().contains("ingress"));
+    drop(netns);
+    remove(&record).await.unwrap();
+}
+
+#[tokio::test]
+async fn what_a_vm_cannot_have_is_refused_by_name_and_nothing_is_left() {
+    for (setup, expected) in [
+        (
+            "link add br0 up type bridge",
+            "the pod's link br0 is of kind bridge, which cannot be given to a VM",
+        ),
+        ("route add blackhole 198.51.100.0/24", "the pod's route 198.51.100.0/24 has type BlackHole"),
+        ("rule add from 10.77.0.5 table 100", "the pod has a routing rule for table 100"),
+        (
+            "route add 198.51.100.0/24 nexthop via 10.77.0.1 nexthop via 10.77.0.2",
+            "the pod's route 198.51.100.0/24 has several next hops",
+        ),
+    ] {
+        let netns = Netns::with_eth0();
+        ip(&format!("-n {} {setup}", netns.pod));
+        let error = prepare(&netns.path(), 1).await.unwrap_err().to_string();
+        assert!(error.starts_with(expected), "{error}");
+        assert!(!netns.tc().contains("ingress") && !netns.links().contains("kua"), "{}", netns.links());
+    }
+}
+
+#[tokio::test]
+async fn a_failure_half_way_leaves_nothing() {
+    let netns = Netns::with_eth0();
+    let (pod, host) = (&netns.pod, &netns.host);
+    ip(&format!("-n {pod} link add eth1 up type veth peer name peer1 netns {host}"));
+    // Someone else's ingress qdisc is in the way of the second card.
+    let status =
+        Command::new("tc").args(["-n", pod, "qdisc", "add", "dev", "eth1", "clsact"]).status().unwrap();
+    assert!(status.success());
+    let error = prepare(&netns.path(), 1).await.unwrap_err().to_string();
+    assert!(error.starts_with("redirecting the traffic of eth1 to kua"), "{error}");
+    assert!(!netns.links().contains("kua"), "{}", netns.links());
+    let tc = netns.tc();
+    assert!(!tc.contains("ingress") && tc.contains("clsact"), "{tc}");
+}
+
+#[tokio::test]
+async fn loopback_alone_is_no_network_and_a_missing_namespace_is_named() {
+    let netns = Netns::new();
+    let network = prepare(&netns.path(), 1).await.unwrap();
+    assert!(network.nics.is_empty() && network.interfaces.is_empty() && network.routes.is_empty());
+    let error = prepare(Path::new("/nonexistent/netns"), 1).await.unwrap_err().to_string();
+    assert_eq!(
+        error,
+        "entering the network namespace /nonexistent/netns: No such file or directory (os error 2)"
+    );
+}
