@@ -1,1 +1,17 @@
-//! Black-box tests and demo over CRI.
+//! Black-box tests and demo over CRI: a stock containerd and the daemon, started in a machine of their own, driven the
+//! way the kubelet drives them.
+//!
+//! - [`machine`]: private mount, network and PID namespaces around everything, and the check that nothing is left
+//! - [`paths`]: where the programs and artefacts under test are, and what to run when one is missing
+//! - [`image`]: OCI images made from files, without a registry
+//! - [`lab`]: containerd and the daemons in that machine
+//! - [`cri`]: the client, one method per call
+//! - [`suite`]: test list to exit status
+
+pub mod cri;
+pub mod image;
+pub mod lab;
+pub mod leaks;
+pub mod machine;
+pub mod paths;
+pub mod suite;

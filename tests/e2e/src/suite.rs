@@ -1,0 +1,159 @@
+//! From a list of cases to an exit status: one machine, one lab, all cases, an orderly end.
+
+use std::{future::Future, pin::Pin, process::ExitCode, sync::Arc, time::Duration};
+
+use anyhow::{Context, Result, anyhow};
+use libtest_mimic::{Arguments, Failed, Trial};
+use tokio::runtime::Runtime;
+
+use crate::{
+    lab::{self, Lab},
+    machine::{self, Machine},
+    paths::Paths,
+};
+
+/// Longest time of one case. Emulation is slow; a hang is longer.
+const DEADLINE: Duration = Duration::from_secs(240);
+
+type Body<T> = fn(Arc<T>) -> Pin<Box<dyn Future<Output = Result<()>> + Send>>;
+
+/// One test.
+pub struct Case<T> {
+    /// Its name.
+    pub name: &'static str,
+    /// What it does.
+    pub body: Body<T>,
+    /// Why it cannot run here.
+    pub skip: Option<String>,
+}
+
+/// Makes a [`Case`] of an `async fn(Arc<T>) -> Result<()>`, named like it.
+#[macro_export]
+macro_rules! cases {
+    ($($name:ident),* $(,)?) => {
+        vec![$($crate::suite::Case { name: stringify!($name), body: |of| Box::pin($name(of)), skip: None }),*]
+    };
+}
+
+/// The runtime handler under test. `KUASAR_HANDLER=runc` is for the lab's own sake: it runs what makes sense without a
+/// VM, and tells a fault of the lab from one of ours.
+#[must_use]
+pub fn handler() -> &'static str {
+    if for_runc() { lab::RUNC } else { lab::QEMU }
+}
+
+fn for_runc() -> bool {
+    std::env::var("KUASAR_HANDLER").is_ok_and(|name| name == lab::RUNC)
+}
+
+/// Runs cases that share a lab. Returns what `main` returns.
+#[must_use]
+pub fn with_lab(handlers: &'static [&'static str], cases: Vec<Case<Lab>>) -> ExitCode {
+    run(cases, move |runtime, machine| {
+        let paths = Paths::find()?;
+        runtime.block_on(async {
+            let handlers = if for_runc() { &[] } else { handlers };
+            let lab = Lab::start(machine, paths, handlers).await?;
+            lab.import_images().await?;
+            Ok(lab)
+        })
+    })
+}
+
+/// Runs cases that need programs, but no lab.
+#[must_use]
+pub fn without_lab<T, F>(cases: Vec<Case<T>>, make: F) -> ExitCode
+where
+    T: Shared,
+    F: FnOnce(Machine) -> Result<T>,
+{
+    run(cases, |_, machine| make(machine))
+}
+
+/// What cases share, and how it ends.
+pub trait Shared: Send + Sync + Sized + 'static {
+    /// Ends it; returns what went wrong.
+    fn end(self) -> impl Future<Output = Vec<String>>;
+    /// Text that helps to understand a failure.
+    fn hints(&self) -> Vec<String> {
+        Vec::new()
+    }
+}
+
+impl Shared for Lab {
+    async fn end(self) -> Vec<String> {
+        self.stop().await
+    }
+
+    fn hints(&self) -> Vec<String> {
+        let logs = std::fs::read_dir(self.logs()).into_iter().flatten().flatten();
+        logs.filter_map(|entry| Some(self.log(entry.path().file_stem()?.to_str()?))).collect()
+    }
+}
+
+fn run<T, F>(cases: Vec<Case<T>>, make: F) -> ExitCode
+where
+    T: Shared,
+    F: FnOnce(&Runtime, Machine) -> Result<T>,
+{
+    match try_run(cases, make) {
+        Ok(code) => code,
+        Err(e) => {
+            eprintln!("error: {e:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn try_run<T, F>(cases: Vec<Case<T>>, make: F) -> Result<ExitCode>
+where
+    T: Shared,
+    F: FnOnce(&Runtime, Machine) -> Result<T>,
+{
+    let mut args = Arguments::from_args();
+    if args.list {
+        let trials = cases.iter().map(|case| Trial::test(case.name, || Ok(()))).collect();
+        return Ok(libtest_mimic::run(&args, trials).exit_code());
+    }
+    // Pods under emulation share two cores; more at once only makes every one of them slow.
+    args.test_threads.get_or_insert(1);
+    let machine = match machine::enter()? {
+        Ok(machine) => machine,
+        Err(code) => return Ok(code),
+    };
+    let runtime = Arc::new(Runtime::new().context("starting the async runtime")?);
+    let shared = Arc::new(make(&runtime, machine)?);
+    for case in &cases {
+        if let Some(why) = &case.skip {
+            println!("skipped: {}: {why}", case.name);
+        }
+    }
+    let trials = cases.into_iter().map(|case| trial(case, &runtime, &shared)).collect();
+    let conclusion = libtest_mimic::run(&args, trials);
+    if conclusion.has_failed() {
+        for hint in shared.hints() {
+            eprintln!("{hint}\n");
+        }
+    }
+    let shared = Arc::into_inner(shared).context("a case kept the lab after its end")?;
+    let wrong = runtime.block_on(shared.end());
+    for line in &wrong {
+        eprintln!("while ending: {line}");
+    }
+    if conclusion.has_failed() || !wrong.is_empty() { Ok(ExitCode::from(101)) } else { Ok(ExitCode::SUCCESS) }
+}
+
+fn trial<T: Shared>(case: Case<T>, runtime: &Arc<Runtime>, shared: &Arc<T>) -> Trial {
+    let (runtime, shared) = (Arc::clone(runtime), Arc::clone(shared));
+    let body = case.body;
+    Trial::test(case.name, move || {
+        let outcome =
+            runtime.block_on(async { tokio::time::timeout(DEADLINE, tokio::spawn(body(shared))).await });
+        let outcome = outcome.map_err(|_| anyhow!("not done after {DEADLINE:?}"));
+        match outcome.and_then(|joined| joined.map_err(|e| anyhow!("it panicked: {e}"))?) {
+            Ok(()) => Ok(()),
+            Err(e) => Err(Failed::from(format!("{e:#}"))),
+        }
+    })
+    .with_ignored_flag(case.skip.is_some())
+}

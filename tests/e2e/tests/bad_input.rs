@@ -1,0 +1,3 @@
+//! Bad input: every refusal is one that a person can act on.
+
+fn main() {}

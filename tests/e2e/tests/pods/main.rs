@@ -1,0 +1,54 @@
+//! Pods over CRI: life, processes, output, images, network. One lab for all; most cases make a pod of their own.
+
+mod io;
+mod life;
+mod network;
+
+use std::process::ExitCode;
+
+use kuasar_e2e::{
+    cases,
+    lab::{QEMU, QEMU_9P, QEMU_INITRD},
+    suite,
+};
+
+use io::{
+    exec_reads_stdin_to_its_end, exec_with_a_terminal, ten_mebibytes_of_log_are_complete,
+    two_streams_stay_apart,
+};
+use life::{
+    a_command_that_does_not_exist, a_container_restarts_in_a_living_pod, a_host_network_pod_is_refused,
+    an_image_of_another_architecture, exec_of_a_command_that_does_not_exist, exit_codes_arrive,
+    pod_life_is_idempotent, two_images_in_one_pod,
+};
+use network::{
+    guest_kernel_is_not_the_hosts, guest_runs_from_the_initrd, guest_runs_without_virtiofsd,
+    pod_answers_at_its_ip,
+};
+
+fn main() -> ExitCode {
+    suite::with_lab(
+        &[QEMU, QEMU_9P, QEMU_INITRD],
+        cases![
+            pod_life_is_idempotent,
+            exit_codes_arrive,
+            exec_of_a_command_that_does_not_exist,
+            a_command_that_does_not_exist,
+            an_image_of_another_architecture,
+            two_images_in_one_pod,
+            a_container_restarts_in_a_living_pod,
+            exec_reads_stdin_to_its_end,
+            exec_with_a_terminal,
+            two_streams_stay_apart,
+            ten_mebibytes_of_log_are_complete,
+            pod_answers_at_its_ip,
+            guest_kernel_is_not_the_hosts,
+            guest_runs_without_virtiofsd,
+            guest_runs_from_the_initrd,
+            a_host_network_pod_is_refused,
+        ],
+    )
+}
+
+/// A command that keeps a container alive and ends at once when asked to.
+const IDLE: &[&str] = &["/bin/sh", "-c", "trap 'exit 0' TERM; while :; do sleep 1000 & wait; done"];
