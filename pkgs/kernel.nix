@@ -51,18 +51,18 @@ stdenv.mkDerivation {
   postPatch = "patchShebangs scripts";
   configurePhase = ''
     runHook preConfigure
-    sh ${configs}/configure -s . -o ../build ${toString (map (list: "${configs}/${list}") lists)}
+    sh ${configs}/configure -s "$PWD" -o "$NIX_BUILD_TOP/kernel" ${toString (map (list: "${configs}/${list}") lists)}
     runHook postConfigure
   '';
   buildPhase = ''
     runHook preBuild
-    sh ${configs}/build -s . -o ../build -j "$NIX_BUILD_CORES" -d ../result
+    sh ${configs}/build -s "$PWD" -o "$NIX_BUILD_TOP/kernel" -j "$NIX_BUILD_CORES" -d "$NIX_BUILD_TOP/result"
     runHook postBuild
   '';
   installPhase = ''
     runHook preInstall
     mkdir -p "$out"
-    cp ../result/vmlinux ../result/bzImage ../result/config "$out"
+    cp "$NIX_BUILD_TOP"/result/{vmlinux,bzImage,config} "$out"
     runHook postInstall
   '';
   dontFixup = true; # nothing in it runs on the host
