@@ -1,0 +1,8 @@
+use kuasar_derive::CmdLineParams;
+
+#[derive(CmdLineParams)]
+enum Accel {
+    Kvm,
+}
+
+fn main() {}
