@@ -21,8 +21,9 @@ use tokio::{
 
 use crate::{
     cri::{
-        ContainerConfig, ContainerMetadata, Cri, ImageSpec, LinuxPodSandboxConfig, PodSandboxConfig,
-        PodSandboxMetadata,
+        ContainerConfig, ContainerMetadata, Cri, ImageSpec, LinuxContainerConfig,
+        LinuxContainerSecurityContext, LinuxPodSandboxConfig, LinuxSandboxSecurityContext, NamespaceMode,
+        NamespaceOption, PodSandboxConfig, PodSandboxMetadata,
     },
     image, leaks,
     machine::Machine,
@@ -246,7 +247,11 @@ impl Lab {
             }),
             hostname: name,
             log_directory: logs.to_string_lossy().into_owned(),
-            linux: Some(LinuxPodSandboxConfig { cgroup_parent: format!("/{cgroup}"), ..Default::default() }),
+            linux: Some(LinuxPodSandboxConfig {
+                cgroup_parent: format!("/{cgroup}"),
+                security_context: Some(LinuxSandboxSecurityContext { namespace_options: Some(own_pids()) }),
+                ..Default::default()
+            }),
             ..Default::default()
         })
     }
@@ -371,8 +376,16 @@ pub fn container(name: &str, image: &str, command: &[&str]) -> ContainerConfig {
         image: Some(ImageSpec { image: image.to_owned() }),
         command: command.iter().map(|&word| word.to_owned()).collect(),
         log_path: format!("{name}.log"),
+        linux: Some(LinuxContainerConfig {
+            security_context: Some(LinuxContainerSecurityContext { namespace_options: Some(own_pids()) }),
+        }),
         ..Default::default()
     }
+}
+
+/// What the kubelet asks for unless a pod shares its processes; the protocol's zero means the opposite.
+fn own_pids() -> NamespaceOption {
+    NamespaceOption { pid: NamespaceMode::Container.into(), ..Default::default() }
 }
 
 /// CRI's log lines: time, stream, `F` or `P` (the line goes on), text.

@@ -4,10 +4,7 @@ use std::{sync::Arc, time::Duration};
 
 use anyhow::{Context, Result, ensure};
 use kuasar_e2e::{
-    cri::{
-        ContainerState, LinuxPodSandboxConfig, LinuxSandboxSecurityContext, NamespaceMode, NamespaceOption,
-        PodSandboxState,
-    },
+    cri::{ContainerState, LinuxSandboxSecurityContext, NamespaceMode, NamespaceOption, PodSandboxState},
     image::{ALIEN, ALIEN_LABELLED, BASH, BUSYBOX},
     lab::{self, Lab, Pod, QEMU},
     suite::handler,
@@ -133,10 +130,14 @@ pub(crate) async fn a_command_that_does_not_exist(lab: Arc<Lab>) -> Result<()> {
 
 pub(crate) async fn an_image_of_another_architecture(lab: Arc<Lab>) -> Result<()> {
     let pod = lab.pod("alien", handler()).await?;
-    let id = pod.create(lab::container("alien", ALIEN, &["/bin/alien"])).await?;
-    let error = lab.cri.start(&id).await.err().context("a program of another architecture ran")?;
-    ensure!(error.message().contains("exec format error"), "it does not say why: {}", error.message());
-    ensure!(error.message().contains("/bin/alien"), "it does not name the program: {}", error.message());
+    // runc learns it after it reported the start, and tells it on the container's standard error.
+    let id = pod.container("alien", ALIEN, &["/bin/alien"]).await?;
+    let status = lab.cri.ended(&id, SOON).await?;
+    ensure!(status.exit_code != 0, "a program of another architecture ran");
+    let (_, stderr) = pod.output("alien")?;
+    let stderr = String::from_utf8_lossy(&stderr);
+    ensure!(stderr.contains("exec format error"), "its log does not say why: {stderr:?}");
+    ensure!(stderr.contains("/bin/alien"), "its log does not name the program: {stderr:?}");
     // An image that admits it does not get as far as us.
     let labelled = pod.create(lab::container("labelled", ALIEN_LABELLED, &["/bin/alien"])).await;
     ensure!(labelled.is_err(), "containerd took an image of another architecture");
@@ -206,8 +207,12 @@ async fn boot_id(lab: &Lab, pod: &Pod<'_>, number: u32) -> Result<Vec<u8>> {
 
 pub(crate) async fn a_host_network_pod_is_refused(lab: Arc<Lab>) -> Result<()> {
     let mut config = lab.pod_config("hostnet")?;
-    let options = NamespaceOption { network: NamespaceMode::Node.into(), ..Default::default() };
-    config.linux.get_or_insert_with(LinuxPodSandboxConfig::default).security_context =
+    let options = NamespaceOption {
+        network: NamespaceMode::Node.into(),
+        pid: NamespaceMode::Container.into(),
+        ..Default::default()
+    };
+    config.linux.get_or_insert_default().security_context =
         Some(LinuxSandboxSecurityContext { namespace_options: Some(options) });
     let error =
         lab.cri.run_pod(&config, QEMU).await.err().context("a pod in the host's network was started")?;
