@@ -1,0 +1,288 @@
+//! The way to the guest: dialling its ports, and the one ttrpc connection to its Task service.
+
+use std::{
+    io,
+    path::PathBuf,
+    pin::Pin,
+    sync::{Arc, Weak},
+    task::{Context, Poll},
+    time::Duration,
+};
+
+use kuasar_common::{
+    address::GuestAddress,
+    constants::{PORT_TTRPC, TOKEN_METADATA},
+};
+use tokio::{
+    io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, ReadBuf},
+    net::UnixStream,
+    sync::Mutex,
+    time::{Instant, sleep, timeout},
+};
+use tokio_vsock::{VsockAddr, VsockStream};
+use ttrpc::{
+    asynchronous::{Client, transport::Socket},
+    proto::{KeyValue, Request, Status},
+};
+
+use crate::{log::log, vm::Vm};
+
+/// The service that the relay offers to containerd and uses in the guest.
+pub(crate) const TASK_SERVICE: &str = "containerd.task.v3.Task";
+
+/// Longest wait for one connection to a guest's port, handshake included.
+const DIAL_LIMIT: Duration = Duration::from_secs(10);
+/// How long a guest whose VM nobody watches may be unreachable before it counts as dead.
+const LOST_LIMIT: Duration = Duration::from_secs(5);
+/// Pauses between attempts to connect again.
+const RETRY: (Duration, Duration) = (Duration::from_millis(50), Duration::from_secs(1));
+/// Longest `OK …` line of a hybrid socket, in bytes.
+const OK_LINE: usize = 64;
+
+/// A connection to a port of the guest.
+pub(crate) trait Stream: AsyncRead + AsyncWrite + Send + Sync + Unpin {}
+impl<T: AsyncRead + AsyncWrite + Send + Sync + Unpin> Stream for T {}
+/// A connection to a port of the guest, whatever carries it.
+pub(crate) type Conn = Box<dyn Stream>;
+
+/// Why a port of the guest could not be reached.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum DialError {
+    #[error("connecting to the guest's port {port} through {path}: {source}")]
+    Hybrid { path: PathBuf, port: u32, source: io::Error },
+    #[error("connecting to the guest's port {port} at context id {cid}: {source}")]
+    Vsock { cid: u32, port: u32, source: io::Error },
+    #[error("connecting to the guest's port {port}: no answer within {} s", DIAL_LIMIT.as_secs())]
+    Timeout { port: u32 },
+}
+
+/// Why a call to the guest has no answer of the guest's.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum CallError {
+    /// The guest answered with an error.
+    #[error("{}", .0.message())]
+    Status(Status),
+    #[error("the pod's VM has ended")]
+    Dead,
+    #[error("the guest did not answer within {} s", .0.as_secs_f32())]
+    Timeout(Duration),
+    #[error("the connection to the guest broke: {0}")]
+    Broken(ttrpc::Error),
+}
+
+/// A Task call for the guest.
+#[derive(Clone)]
+pub(crate) struct Call {
+    pub(crate) method: &'static str,
+    pub(crate) payload: Vec<u8>,
+    /// The caller's metadata.
+    pub(crate) metadata: Vec<KeyValue>,
+    pub(crate) limit: Option<Duration>,
+    /// Whether it may be sent once more after a broken connection.
+    pub(crate) repeatable: bool,
+}
+
+/// The guest of this relay.
+pub(crate) struct Guest {
+    address: GuestAddress,
+    pub(crate) token: String,
+    pub(crate) vm: Arc<Vm>,
+    link: Mutex<Link>,
+}
+
+#[derive(Default)]
+struct Link {
+    /// The client, and a mark that lives as long as its connection.
+    client: Option<(Client, Weak<()>)>,
+    /// Since when every attempt to connect has failed.
+    lost_since: Option<Instant>,
+}
+
+impl Guest {
+    pub(crate) fn new(address: GuestAddress, token: String, vm: Arc<Vm>) -> Self {
+        Self { address, token, vm, link: Mutex::default() }
+    }
+
+    /// Connects to a port of the guest.
+    pub(crate) async fn dial(&self, port: u32) -> Result<Conn, DialError> {
+        let dialled = async {
+            match &self.address {
+                GuestAddress::Hybrid(path) => match dial_hybrid(path, port).await {
+                    Ok(stream) => Ok(Box::new(stream) as Conn),
+                    Err(source) => Err(DialError::Hybrid { path: path.clone(), port, source }),
+                },
+                &GuestAddress::Vsock(cid) => match VsockStream::connect(VsockAddr::new(cid, port)).await {
+                    Ok(stream) => Ok(Box::new(stream) as Conn),
+                    Err(source) => Err(DialError::Vsock { cid, port, source }),
+                },
+            }
+        };
+        timeout(DIAL_LIMIT, dialled).await.unwrap_or(Err(DialError::Timeout { port }))
+    }
+
+    /// Calls the guest's Task service and returns the payload of its answer. Ends with the VM and at the call's limit; a
+    /// connection that broke is made anew as long as the VM lives.
+    pub(crate) async fn call(&self, call: Call) -> Result<Vec<u8>, CallError> {
+        if self.vm.is_dead() {
+            return Err(CallError::Dead);
+        }
+        let limit = call.limit;
+        let work = self.call_until_answered(call);
+        let bounded = async {
+            match limit {
+                Some(limit) => timeout(limit, work).await.unwrap_or(Err(CallError::Timeout(limit))),
+                None => work.await,
+            }
+        };
+        tokio::select! {
+            biased;
+            answer = bounded => answer,
+            () = self.vm.dead() => Err(CallError::Dead),
+        }
+    }
+
+    async fn call_until_answered(&self, call: Call) -> Result<Vec<u8>, CallError> {
+        let repeatable = call.repeatable;
+        let request = self.request(call);
+        loop {
+            match self.client().await?.request(request.clone()).await {
+                Ok(response) => return Ok(response.payload),
+                Err(ttrpc::Error::RpcStatus(status)) => return Err(CallError::Status(status)),
+                // `LocalClosed`: the connection was found closed before anything was sent.
+                Err(e) if repeatable || e == ttrpc::Error::LocalClosed => sleep(RETRY.0).await,
+                Err(e) => return Err(CallError::Broken(e)),
+            }
+        }
+    }
+
+    fn request(&self, call: Call) -> Request {
+        let mut metadata = call.metadata;
+        metadata.retain(|pair| pair.key != TOKEN_METADATA);
+        let (key, value) = (TOKEN_METADATA.to_owned(), self.token.clone());
+        metadata.push(KeyValue { key, value, ..Default::default() });
+        // The guest gives up a little later than this side, so that it is always this side that words the error.
+        let limit = call.limit.map_or(0, |limit| (limit + Duration::from_secs(1)).as_nanos());
+        Request {
+            service: TASK_SERVICE.to_owned(),
+            method: call.method.to_owned(),
+            payload: call.payload,
+            timeout_nano: i64::try_from(limit).unwrap_or(i64::MAX),
+            metadata,
+            ..Default::default()
+        }
+    }
+
+    /// The connected client; connects if there is none, for as long as the VM lives.
+    async fn client(&self) -> Result<Client, CallError> {
+        let mut link = self.link.lock().await;
+        let mut pause = RETRY.0;
+        loop {
+            if let Some((client, mark)) = &link.client {
+                if mark.strong_count() > 0 {
+                    return Ok(client.clone());
+                }
+                log!("the connection to the guest's port {PORT_TTRPC} is gone, making a new one");
+                link.client = None;
+            }
+            match self.dial(PORT_TTRPC).await {
+                Ok(conn) => {
+                    let mark = Arc::new(());
+                    let weak = Arc::downgrade(&mark);
+                    link.client = Some((Client::new(Socket::new(Marked { conn, _mark: mark })), weak));
+                    link.lost_since = None;
+                }
+                Err(e) => {
+                    if link.lost_since.is_none() {
+                        log!("{e}");
+                    }
+                    let lost_since = *link.lost_since.get_or_insert_with(Instant::now);
+                    if !self.vm.watched && lost_since.elapsed() >= LOST_LIMIT {
+                        self.vm.declare_dead("its guest cannot be reached any more");
+                        return Err(CallError::Dead);
+                    }
+                    sleep(pause).await;
+                    pause = (pause * 2).min(RETRY.1);
+                }
+            }
+        }
+    }
+}
+
+/// A connection whose mark tells when the ttrpc client dropped it.
+struct Marked {
+    conn: Conn,
+    _mark: Arc<()>,
+}
+
+impl AsyncRead for Marked {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buf: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.conn).poll_read(cx, buf)
+    }
+}
+
+impl AsyncWrite for Marked {
+    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.conn).poll_write(cx, buf)
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.conn).poll_flush(cx)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.conn).poll_shutdown(cx)
+    }
+}
+
+async fn dial_hybrid(path: &PathBuf, port: u32) -> io::Result<UnixStream> {
+    let mut stream = UnixStream::connect(path).await?;
+    stream.write_all(format!("CONNECT {port}\n").as_bytes()).await?;
+    let line = read_line(&mut stream, OK_LINE).await?;
+    if line == b"OK" || line.starts_with(b"OK ") {
+        return Ok(stream);
+    }
+    let line = String::from_utf8_lossy(&line).into_owned();
+    Err(io::Error::new(io::ErrorKind::ConnectionRefused, format!("the answer to CONNECT was {line:?}")))
+}
+
+/// Reads up to a newline, which is left out, and not a byte further: what follows is the connection's own.
+pub(crate) async fn read_line(from: &mut (impl AsyncRead + Unpin), limit: usize) -> io::Result<Vec<u8>> {
+    let mut line = Vec::new();
+    loop {
+        match from.read_u8().await {
+            Ok(b'\n') => return Ok(line),
+            Ok(_) if line.len() >= limit => {
+                return Err(io::Error::new(
+                    io::ErrorKind::InvalidData,
+                    format!("a line of over {limit} bytes"),
+                ));
+            }
+            Ok(byte) => line.push(byte),
+            Err(e) if e.kind() == io::ErrorKind::UnexpectedEof => {
+                return Err(io::Error::new(e.kind(), "closed before an answer"));
+            }
+            Err(e) => return Err(e),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::read_line;
+
+    #[test]
+    fn a_line_is_read_to_its_end_and_no_further() {
+        let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
+        runtime.block_on(async {
+            let mut input = &b"OK 7\n\x00rest"[..];
+            assert_eq!(read_line(&mut input, 64).await.unwrap(), b"OK 7");
+            assert_eq!(input, b"\x00rest");
+            assert!(read_line(&mut &b"no end"[..], 64).await.is_err());
+            assert!(read_line(&mut &[b'x'; 100][..], 64).await.is_err());
+        });
+    }
+}

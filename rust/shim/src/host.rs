@@ -1,0 +1,119 @@
+//! What the relay asks of the daemon. The daemon may be down or restarting; nothing else of the relay depends on it.
+
+use std::{
+    path::{Path, PathBuf},
+    time::Duration,
+};
+
+use kuasar_common::api::{
+    host::{PrepareRequest, ReleaseRequest},
+    host_ttrpc::HostClient,
+};
+use tokio::{
+    net::UnixStream,
+    time::{Instant, sleep, timeout_at},
+};
+use ttrpc::{
+    asynchronous::{Client, transport::Socket},
+    context,
+    proto::Status,
+};
+
+/// How long a new container waits for the daemon.
+const PREPARE_LIMIT: Duration = Duration::from_secs(60);
+/// How long the end of a container waits for a daemon that answers.
+const RELEASE_LIMIT: Duration = Duration::from_secs(30);
+/// How long the end of a container waits for a daemon that is down.
+const RELEASE_CONNECT_LIMIT: Duration = Duration::from_secs(2);
+/// Pauses between attempts to reach the daemon.
+const RETRY: (Duration, Duration) = (Duration::from_millis(50), Duration::from_secs(1));
+
+/// Why the daemon did not do what it was asked.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum HostError {
+    /// It answered with an error.
+    #[error("{}", .0.message())]
+    Refused(Status),
+    #[error(
+        "{doing}: the daemon vmm-sandboxer did not answer on {socket} within {} s ({why}); containers that run are not \
+         concerned, new ones need it: is it running?", limit.as_secs()
+    )]
+    Absent { doing: String, socket: PathBuf, limit: Duration, why: String },
+}
+
+/// The daemon, as seen from this relay.
+pub(crate) struct Host {
+    socket: PathBuf,
+}
+
+impl Host {
+    pub(crate) fn new(pod_dir: &Path) -> Self {
+        Self { socket: pod_dir.join(kuasar_common::constants::pod_files::HOST_SOCKET) }
+    }
+
+    /// Has a container's files made ready; returns its bundle as the guest sees it. Waits for a daemon that is down.
+    pub(crate) async fn prepare(&self, request: &PrepareRequest) -> Result<String, HostError> {
+        let deadline = Instant::now() + PREPARE_LIMIT;
+        let mut why = String::from("it never took the call");
+        let mut pause = RETRY.0;
+        let work = async {
+            loop {
+                match self.connect().await {
+                    Ok(client) => match client.prepare(until(deadline), request).await {
+                        Ok(response) => return Ok(response.bundle),
+                        Err(ttrpc::Error::RpcStatus(status)) => return Err(HostError::Refused(status)),
+                        // It went down in the middle; Prepare is idempotent.
+                        Err(e) => why = e.to_string(),
+                    },
+                    Err(e) => why = e.to_string(),
+                }
+                sleep(pause).await;
+                pause = (pause * 2).min(RETRY.1);
+            }
+        };
+        let result = timeout_at(deadline, work).await;
+        result.unwrap_or_else(|_| {
+            let doing = format!("preparing container {}", request.container_id);
+            Err(HostError::Absent { doing, socket: self.socket.clone(), limit: PREPARE_LIMIT, why })
+        })
+    }
+
+    /// Has a container's files undone. Unknown containers are no error of the daemon's.
+    pub(crate) async fn release(&self, container_id: &str) -> Result<(), HostError> {
+        let absent = |limit, why| HostError::Absent {
+            doing: format!("releasing container {container_id}"),
+            socket: self.socket.clone(),
+            limit,
+            why,
+        };
+        let client = self.connect_within(RELEASE_CONNECT_LIMIT).await;
+        let client = client.map_err(|e| absent(RELEASE_CONNECT_LIMIT, e.to_string()))?;
+        let request = ReleaseRequest { container_id: container_id.to_owned(), ..Default::default() };
+        match client.release(context::with_duration(RELEASE_LIMIT), &request).await {
+            Ok(_) => Ok(()),
+            Err(ttrpc::Error::RpcStatus(status)) => Err(HostError::Refused(status)),
+            Err(e) => Err(absent(RELEASE_LIMIT, e.to_string())),
+        }
+    }
+
+    async fn connect(&self) -> std::io::Result<HostClient> {
+        Ok(HostClient::new(Client::new(Socket::from(UnixStream::connect(&self.socket).await?))))
+    }
+
+    async fn connect_within(&self, limit: Duration) -> std::io::Result<HostClient> {
+        let deadline = Instant::now() + limit;
+        let mut pause = RETRY.0;
+        loop {
+            match timeout_at(deadline, self.connect()).await {
+                Ok(Err(_)) if Instant::now() + pause < deadline => sleep(pause).await,
+                Ok(result) => return result,
+                Err(_) => return Err(std::io::ErrorKind::TimedOut.into()),
+            }
+            pause = (pause * 2).min(RETRY.1);
+        }
+    }
+}
+
+fn until(deadline: Instant) -> context::Context {
+    context::with_duration(deadline.saturating_duration_since(Instant::now()).max(Duration::from_millis(1)))
+}

@@ -1,0 +1,205 @@
+//! Copying bytes between a fifo and a stream connection, frame by frame, until the stream's end.
+
+use std::{io, sync::Arc, time::Duration};
+
+use kuasar_common::stdio::{HEADER, header, payload_len};
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::unix::pipe,
+    sync::Notify,
+    time::sleep,
+};
+
+use crate::{
+    guest::Conn,
+    life::Life,
+    log::log,
+    stdio::{Port, Sink, StdioError},
+};
+
+/// Bytes copied at once. Allocated when there is something to copy, and freed after: most streams are quiet most of the
+/// time, and there are many.
+const CHUNK: usize = 16 * 1024;
+/// Pauses between attempts to connect again.
+const RETRY: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(1));
+
+/// Why copying stopped.
+enum Stop {
+    /// The stream is at its end.
+    End,
+    /// containerd's side is broken.
+    Host(io::Error),
+    /// The guest's side is broken.
+    Guest(io::Error),
+    /// The process is over and the guest silent.
+    Silent,
+}
+
+/// Copies a process's output until its end.
+pub(crate) async fn output(mut sink: Sink, port: Port, mut conn: Conn, life: Life) {
+    loop {
+        let why = match output_frames(&mut sink, &mut conn, &life).await {
+            Stop::End => return,
+            Stop::Silent => return log!("{}: closed, the process is over and its guest silent", port.name()),
+            Stop::Host(e) | Stop::Guest(e) => e,
+        };
+        match again(&port, &life, &why).await {
+            Some(new) => conn = new,
+            None => return,
+        }
+    }
+}
+
+async fn output_frames(sink: &mut Sink, conn: &mut Conn, life: &Life) -> Stop {
+    loop {
+        let mut head = [0; HEADER];
+        if let Err(stop) = patiently(life, conn.read_exact(&mut head)).await {
+            return stop;
+        }
+        let mut rest = match payload_len(head) {
+            Ok(0) => return Stop::End,
+            Ok(len) => len,
+            Err(e) => return Stop::Guest(io::Error::new(io::ErrorKind::InvalidData, e)),
+        };
+        let mut chunk = vec![0; rest.min(CHUNK)];
+        while rest > 0 {
+            let Some(room) = chunk.get_mut(..rest.min(CHUNK)) else { break };
+            let got = match patiently(life, conn.read(room)).await {
+                Ok(0) => return Stop::Guest(io::ErrorKind::UnexpectedEof.into()),
+                Ok(got) => got,
+                Err(stop) => return stop,
+            };
+            sink.write_all(chunk.get(..got).unwrap_or_default()).await;
+            rest -= got;
+        }
+    }
+}
+
+/// Waits for the guest, but not for ever once the process is over.
+async fn patiently<T>(life: &Life, io: impl Future<Output = io::Result<T>>) -> Result<T, Stop> {
+    tokio::select! {
+        biased;
+        result = io => result.map_err(Stop::Guest),
+        () = life.silent_too_long() => Err(Stop::Silent),
+    }
+}
+
+/// Copies a process's input until `close`, or until the process is over.
+pub(crate) async fn input(
+    mut source: pipe::Receiver,
+    port: Port,
+    mut conn: Conn,
+    close: Arc<Notify>,
+    life: Life,
+) {
+    let mut unsent = Vec::new();
+    loop {
+        let stop = tokio::select! {
+            stop = input_frames(&mut source, &mut conn, &close, &mut unsent) => stop,
+            _ = life.ended() => return,
+        };
+        let why = match stop {
+            Stop::End => break,
+            Stop::Silent => return,
+            Stop::Host(e) => return log!("{}: reading: {e}", port.name()),
+            Stop::Guest(e) => e,
+        };
+        match again(&port, &life, &why).await {
+            Some(new) => conn = new,
+            None => return,
+        }
+    }
+    // Whoever receives the data closes the connection: closing it here could overtake what is in flight.
+    let mut byte = [0];
+    tokio::select! {
+        _ = conn.read(&mut byte) => {}
+        () = life.silent_too_long() => {}
+    }
+}
+
+/// Sends frames; `unsent` keeps the frame that a broken connection did not take.
+async fn input_frames(
+    source: &mut pipe::Receiver,
+    conn: &mut Conn,
+    close: &Notify,
+    unsent: &mut Vec<u8>,
+) -> Stop {
+    let mut closing = false;
+    loop {
+        if !unsent.is_empty() {
+            if let Err(e) = conn.write_all(unsent).await {
+                if closing {
+                    close.notify_one();
+                }
+                return Stop::Guest(e);
+            }
+            let end = unsent.len() == HEADER;
+            *unsent = Vec::new();
+            if end {
+                return Stop::End;
+            }
+        }
+        if !closing {
+            tokio::select! {
+                ready = source.readable() => if let Err(e) = ready {
+                    return Stop::Host(e);
+                },
+                () = close.notified() => closing = true,
+            }
+        }
+        match next_frame(source, closing) {
+            Ok(Some(frame)) => *unsent = frame,
+            Ok(None) if closing => *unsent = header(0).to_vec(),
+            Ok(None) => {}
+            Err(e) => return Stop::Host(e),
+        }
+    }
+}
+
+/// What the fifo holds right now as a frame, or nothing. When `closing`, the fifo itself is asked: tokio's readiness may
+/// not yet know of bytes that were written before containerd closed.
+fn next_frame(source: &pipe::Receiver, closing: bool) -> io::Result<Option<Vec<u8>>> {
+    let mut frame = vec![0; HEADER + CHUNK];
+    let room = frame.get_mut(HEADER..).unwrap_or_default();
+    let got = if closing {
+        rustix::io::retry_on_intr(|| rustix::io::read(source, &mut *room)).map_err(io::Error::from)
+    } else {
+        source.try_read(room)
+    };
+    match got {
+        Ok(0) => Ok(None),
+        Ok(got) => {
+            frame.truncate(HEADER + got);
+            frame.get_mut(..HEADER).unwrap_or_default().copy_from_slice(&header(got));
+            Ok(Some(frame))
+        }
+        Err(e) if e.kind() == io::ErrorKind::WouldBlock => Ok(None),
+        Err(e) => Err(e),
+    }
+}
+
+/// Connects a broken stream again (the guest kept what it has not sent), until nothing is to be expected any more.
+async fn again(port: &Port, life: &Life, why: &io::Error) -> Option<Conn> {
+    if life.is_closing() {
+        return None;
+    }
+    log!("{}: the connection to the guest broke ({why}), connecting again", port.name());
+    let mut pause = RETRY.0;
+    let work = async {
+        loop {
+            sleep(pause).await;
+            match port.connect().await {
+                Ok(conn) => return Some(conn),
+                Err(e @ StdioError::Refused { .. }) => {
+                    log!("{}: {e}", port.name());
+                    return None;
+                }
+                Err(_) => pause = (pause * 2).min(RETRY.1),
+            }
+        }
+    };
+    tokio::select! {
+        conn = work => conn,
+        () = life.silent_too_long() => None,
+    }
+}

@@ -1,0 +1,232 @@
+//! The pod's containers and their processes, as this relay created them.
+
+use std::{
+    collections::HashMap,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+};
+
+use containerd_shim_protos::{
+    api::{CreateTaskRequest, ExecProcessRequest, StateResponse, Status as TaskStatus},
+    protobuf::MessageField,
+};
+use tokio::task::AbortHandle;
+
+use crate::{
+    life::Life,
+    stdio::{Stdio, Wanted},
+};
+
+/// Locks; what a panicking holder left behind is still the best there is.
+pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// How far a process has come, exit aside.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Phase {
+    /// Not there yet for anyone but its creator.
+    Creating,
+    Created,
+    Running,
+    Paused,
+}
+
+/// A container's first process, or one that was added.
+pub(crate) struct Process {
+    /// As received from containerd, and echoed to it.
+    pub(crate) wanted: Wanted,
+    pub(crate) life: Life,
+    state: Mutex<State>,
+}
+
+struct State {
+    phase: Phase,
+    pid: u32,
+    stdio: Stdio,
+    /// Waits for the exit in the guest.
+    watcher: Option<AbortHandle>,
+}
+
+impl Process {
+    fn new(wanted: Wanted) -> Self {
+        let state = State { phase: Phase::Creating, pid: 0, stdio: Stdio::default(), watcher: None };
+        Self { wanted, life: Life::new(), state: Mutex::new(state) }
+    }
+
+    pub(crate) fn phase(&self) -> Phase {
+        lock(&self.state).phase
+    }
+
+    pub(crate) fn set_phase(&self, phase: Phase) {
+        lock(&self.state).phase = phase;
+    }
+
+    /// Its id in the guest; 0 as long as there is none.
+    pub(crate) fn pid(&self) -> u32 {
+        lock(&self.state).pid
+    }
+
+    /// It exists in the guest now.
+    pub(crate) fn created(&self, pid: u32, stdio: Stdio, watcher: AbortHandle) {
+        *lock(&self.state) = State { phase: Phase::Created, pid, stdio, watcher: Some(watcher) };
+    }
+
+    /// It runs now.
+    pub(crate) fn started(&self, pid: u32) {
+        let mut state = lock(&self.state);
+        state.phase = Phase::Running;
+        if pid != 0 {
+            state.pid = pid;
+        }
+    }
+
+    pub(crate) fn close_stdin(&self) {
+        lock(&self.state).stdio.close_stdin();
+    }
+
+    /// The guest says no more about it: its streams come to their end within limits.
+    pub(crate) fn close(&self) {
+        self.life.close();
+        std::mem::take(&mut lock(&self.state).stdio).finish();
+    }
+
+    /// It is deleted; whoever still waits for it is told that it was killed.
+    pub(crate) fn deleted(&self, status: u32) {
+        self.life.end(status);
+        self.close();
+        if let Some(watcher) = lock(&self.state).watcher.take() {
+            watcher.abort();
+        }
+    }
+
+    /// containerd's view of it.
+    pub(crate) fn describe(&self, container: &Container, exec_id: &str) -> StateResponse {
+        let exit = self.life.exit();
+        let state = lock(&self.state);
+        let status = match (exit, state.phase) {
+            (Some(_), _) => TaskStatus::STOPPED,
+            (None, Phase::Creating | Phase::Created) => TaskStatus::CREATED,
+            (None, Phase::Running) => TaskStatus::RUNNING,
+            (None, Phase::Paused) => TaskStatus::PAUSED,
+        };
+        StateResponse {
+            id: if exec_id.is_empty() { container.id.clone() } else { exec_id.to_owned() },
+            exec_id: exec_id.to_owned(),
+            bundle: container.bundle.clone(),
+            pid: state.pid,
+            status: status.into(),
+            stdin: self.wanted.stdin.clone(),
+            stdout: self.wanted.stdout.clone(),
+            stderr: self.wanted.stderr.clone(),
+            terminal: self.wanted.terminal,
+            exit_status: exit.map_or(0, |exit| exit.status),
+            exited_at: exit.map_or_else(MessageField::none, |exit| MessageField::some(exit.timestamp())),
+            ..Default::default()
+        }
+    }
+}
+
+/// A container of the pod.
+pub(crate) struct Container {
+    pub(crate) id: String,
+    /// The host's path, as received.
+    pub(crate) bundle: String,
+    pub(crate) init: Arc<Process>,
+    execs: Mutex<HashMap<String, Arc<Process>>>,
+    /// The last answer to Stats.
+    pub(crate) stats: Mutex<Option<Vec<u8>>>,
+    /// Held while the container is made and while it is deleted.
+    pub(crate) gate: Arc<tokio::sync::Mutex<()>>,
+}
+
+impl Container {
+    pub(crate) fn new(request: &CreateTaskRequest) -> Self {
+        let wanted = Wanted {
+            stdin: request.stdin.clone(),
+            stdout: request.stdout.clone(),
+            stderr: request.stderr.clone(),
+            terminal: request.terminal,
+        };
+        Self {
+            id: request.id.clone(),
+            bundle: request.bundle.clone(),
+            init: Arc::new(Process::new(wanted)),
+            execs: Mutex::default(),
+            stats: Mutex::default(),
+            gate: Arc::default(),
+        }
+    }
+
+    /// Reserves an exec id; nothing if it is taken.
+    pub(crate) fn add_exec(&self, request: &ExecProcessRequest) -> Option<Arc<Process>> {
+        let mut execs = lock(&self.execs);
+        if execs.contains_key(&request.exec_id) {
+            return None;
+        }
+        let wanted = Wanted {
+            stdin: request.stdin.clone(),
+            stdout: request.stdout.clone(),
+            stderr: request.stderr.clone(),
+            terminal: request.terminal,
+        };
+        let process = Arc::new(Process::new(wanted));
+        execs.insert(request.exec_id.clone(), Arc::clone(&process));
+        Some(process)
+    }
+
+    pub(crate) fn remove_exec(&self, exec_id: &str) {
+        lock(&self.execs).remove(exec_id);
+    }
+
+    /// The process of an exec id; empty for the first one.
+    pub(crate) fn process(&self, exec_id: &str) -> Option<Arc<Process>> {
+        let process = if exec_id.is_empty() {
+            Arc::clone(&self.init)
+        } else {
+            lock(&self.execs).get(exec_id).cloned()?
+        };
+        (process.phase() != Phase::Creating).then_some(process)
+    }
+
+    /// All processes, the first one included.
+    pub(crate) fn processes(&self) -> Vec<Arc<Process>> {
+        lock(&self.execs).values().cloned().chain([Arc::clone(&self.init)]).collect()
+    }
+}
+
+/// All containers of the pod.
+#[derive(Default)]
+pub(crate) struct Registry(Mutex<HashMap<String, Arc<Container>>>);
+
+impl Registry {
+    /// Adds a container; false if its id is taken.
+    pub(crate) fn add(&self, container: &Arc<Container>) -> bool {
+        let mut map = lock(&self.0);
+        let free = !map.contains_key(&container.id);
+        if free {
+            map.insert(container.id.clone(), Arc::clone(container));
+        }
+        free
+    }
+
+    pub(crate) fn get(&self, id: &str) -> Option<Arc<Container>> {
+        lock(&self.0).get(id).cloned()
+    }
+
+    /// Removes this very container.
+    pub(crate) fn remove(&self, container: &Arc<Container>) {
+        let mut map = lock(&self.0);
+        if map.get(&container.id).is_some_and(|found| Arc::ptr_eq(found, container)) {
+            map.remove(&container.id);
+        }
+    }
+
+    /// Whether it is still this very container.
+    pub(crate) fn holds(&self, container: &Arc<Container>) -> bool {
+        self.get(&container.id).is_some_and(|found| Arc::ptr_eq(&found, container))
+    }
+
+    pub(crate) fn all(&self) -> Vec<Arc<Container>> {
+        lock(&self.0).values().cloned().collect()
+    }
+}

@@ -1,0 +1,119 @@
+//! `serve`: takes over the descriptors that the daemon hands down, and serves until it is ended.
+
+use std::{
+    fs, io,
+    os::fd::{AsRawFd, FromRawFd, IntoRawFd, OwnedFd},
+    path::{Path, PathBuf},
+    sync::Arc,
+};
+
+use kuasar_common::constants::pod_files;
+use rustix::{
+    net::sockopt::socket_acceptconn,
+    process::{Resource, getrlimit, setrlimit},
+};
+use ttrpc::asynchronous::Server;
+
+use crate::{
+    args::Serve,
+    guest::Guest,
+    host::Host,
+    log::{log, name_pod},
+    task::Relay,
+    vm::Vm,
+};
+
+/// Why a relay could not begin.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum ServeError {
+    #[error("reading the pod's token {path}: {source}")]
+    Token { path: PathBuf, source: io::Error },
+    #[error("reading the pod's token {path}: it is not 64 hexadecimal digits")]
+    BadToken { path: PathBuf },
+    #[error("taking over file descriptor {fd} as {what}: {source}")]
+    Descriptor { fd: i32, what: &'static str, source: io::Error },
+    #[error("starting the runtime: {0}")]
+    Runtime(io::Error),
+    #[error("watching the VM's process: {0}")]
+    Vm(io::Error),
+    #[error("serving the Task endpoint: {0}")]
+    Server(#[from] ttrpc::Error),
+}
+
+/// Serves; returns only with an error.
+pub(crate) fn serve(args: Serve) -> Result<(), ServeError> {
+    let pod = args.pod_dir.file_name().unwrap_or(args.pod_dir.as_os_str());
+    name_pod(&pod.to_string_lossy());
+    let token = read_token(&args.pod_dir)?;
+    let listener = inherited(args.listen_fd, "the listening socket", |fd| {
+        if socket_acceptconn(fd)? { Ok(()) } else { Err(wrong("it does not listen".to_owned())) }
+    })?;
+    let is_pidfd = |fd: &OwnedFd| {
+        let target = fs::read_link(format!("/proc/self/fd/{}", fd.as_raw_fd()))?;
+        if target.to_string_lossy().contains("pidfd") {
+            Ok(())
+        } else {
+            Err(wrong(format!("it is {}", target.display())))
+        }
+    };
+    let pidfd = args.vmm_pidfd.map(|fd| inherited(fd, "the VMM's pidfd", is_pidfd)).transpose()?;
+    raise_descriptor_limit();
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_io().enable_time().build();
+    runtime.map_err(ServeError::Runtime)?.block_on(async {
+        let vm = Vm::new(pidfd).map_err(ServeError::Vm)?;
+        let guest = Guest::new(args.guest, token, vm);
+        let relay = Relay::new(guest, Host::new(&args.pod_dir));
+        // SAFETY: `listener` was checked to be a listening socket, and its ownership ends here.
+        let server = unsafe { Server::new().add_unix_listener(listener.into_raw_fd()) }?;
+        let mut server = server.register_service(relay.service());
+        server.start().await?;
+        log!("serving, process {}", std::process::id());
+        let _relay: Arc<Relay> = relay;
+        // SIGTERM, which has its default effect, is how a relay ends: there is nothing to say or save then.
+        std::future::pending().await
+    })
+}
+
+fn wrong(what: String) -> io::Error {
+    io::Error::new(io::ErrorKind::InvalidInput, what)
+}
+
+fn read_token(pod_dir: &Path) -> Result<String, ServeError> {
+    let path = pod_dir.join(pod_files::TOKEN);
+    let text = match fs::read_to_string(&path) {
+        Ok(text) => text,
+        Err(source) => return Err(ServeError::Token { path, source }),
+    };
+    let token = text.trim();
+    if token.len() == 64 && token.bytes().all(|byte| byte.is_ascii_hexdigit()) {
+        Ok(token.to_owned())
+    } else {
+        Err(ServeError::BadToken { path })
+    }
+}
+
+/// Owns a descriptor that this process was started with, after `check` found it to be what it should be.
+fn inherited(
+    fd: i32,
+    what: &'static str,
+    check: impl FnOnce(&OwnedFd) -> io::Result<()>,
+) -> Result<OwnedFd, ServeError> {
+    let failed = |source| ServeError::Descriptor { fd, what, source };
+    // An `OwnedFd` of a closed descriptor would be undefined behaviour: ask the kernel by path first.
+    fs::symlink_metadata(format!("/proc/self/fd/{fd}"))
+        .map_err(|_| failed(io::Error::new(io::ErrorKind::NotFound, "it is not open")))?;
+    // SAFETY: the descriptor is open, numbered 3 or more, and was inherited for this use: nothing else here has it, as
+    // nothing was opened yet that is still open.
+    let fd = unsafe { OwnedFd::from_raw_fd(fd) };
+    check(&fd).map_err(failed)?;
+    Ok(fd)
+}
+
+/// Containers and execs take up to seven descriptors each; the usual soft limit of 1024 is for programs that `select`.
+fn raise_descriptor_limit() {
+    let mut limit = getrlimit(Resource::Nofile);
+    limit.current = limit.maximum;
+    if let Err(e) = setrlimit(Resource::Nofile, limit) {
+        log!("raising the limit of open files: {e}");
+    }
+}

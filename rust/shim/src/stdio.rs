@@ -1,0 +1,231 @@
+//! Stdio of one process: containerd's fifos (or files) on one side, stream connections to the guest on the other.
+//!
+//! A fifo is opened for reading *and* writing, which on Linux is the same as holding both ends: an absent or restarted
+//! reader gives no EPIPE, a writer that went away no EOF, and what nobody reads waits in the pipe and then in the guest.
+
+use std::{
+    fs::{File, OpenOptions},
+    io,
+    os::unix::fs::FileTypeExt,
+    sync::Arc,
+    time::Duration,
+};
+
+use kuasar_common::{
+    constants::PORT_STDIO,
+    handshake::MAX_LINE,
+    stdio::{Hello, Stream},
+};
+use tokio::{io::AsyncWriteExt, net::unix::pipe, sync::Notify, task::JoinSet, time::timeout};
+
+use crate::{
+    guest::{Conn, DialError, Guest, read_line},
+    life::Life,
+    log::log,
+    pump,
+};
+
+/// How long the streams of a deleted process may still take, whatever its reader does.
+const LINGER: Duration = Duration::from_secs(30);
+/// How long a guest may take to answer a stream's first line.
+const HELLO_LIMIT: Duration = Duration::from_secs(10);
+
+/// Why stdio could not be set up.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum StdioError {
+    #[error("opening {stream:?} {path}: {source}")]
+    Open { stream: Stream, path: String, source: io::Error },
+    #[error(
+        "opening {stream:?} {uri}: {scheme}:// is not supported by this runtime, it takes fifos and file:// (a logging \
+         program would need containerd's shim on the host)"
+    )]
+    Scheme { stream: Stream, uri: String, scheme: String },
+    #[error("opening {stream:?}: {source}")]
+    Dial { stream: Stream, source: DialError },
+    #[error("opening {stream:?} in the guest: {source}")]
+    Hello { stream: Stream, source: io::Error },
+    #[error("opening {stream:?} in the guest: it answered {why:?}")]
+    Refused { stream: Stream, why: String },
+}
+
+/// What containerd wants connected, as received.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Wanted {
+    pub(crate) stdin: String,
+    pub(crate) stdout: String,
+    pub(crate) stderr: String,
+    pub(crate) terminal: bool,
+}
+
+impl Wanted {
+    /// Path of a stream; a terminal has no stderr of its own.
+    pub(crate) fn path(&self, stream: Stream) -> Option<&str> {
+        let path = match stream {
+            Stream::Stdin => &self.stdin,
+            Stream::Stdout => &self.stdout,
+            Stream::Stderr if self.terminal => return None,
+            Stream::Stderr => &self.stderr,
+        };
+        Some(path.as_str()).filter(|path| !path.is_empty())
+    }
+}
+
+/// Where output goes.
+pub(crate) enum Sink {
+    Pipe(pipe::Sender),
+    /// Regular files and devices, which epoll does not know; writing to them does not wait for anyone.
+    File(File),
+    /// A sink that failed. What follows is dropped, so that a full disk does not stop the container.
+    Broken,
+}
+
+impl Sink {
+    fn open(stream: Stream, uri: &str) -> Result<Self, StdioError> {
+        let open = |path: &str, create| {
+            let fifo = std::fs::metadata(path).is_ok_and(|meta| meta.file_type().is_fifo());
+            if fifo {
+                return pipe::OpenOptions::new().read_write(true).open_sender(path).map(Self::Pipe);
+            }
+            OpenOptions::new().append(true).create(create).open(path).map(Self::File)
+        };
+        let result = match uri.split_once("://") {
+            None => open(uri, false),
+            Some(("fifo", path)) => open(path, false),
+            Some(("file", path)) => open(path.split('?').next().unwrap_or(path), true),
+            Some((scheme, _)) => {
+                return Err(StdioError::Scheme { stream, uri: uri.to_owned(), scheme: scheme.to_owned() });
+            }
+        };
+        result.map_err(|source| StdioError::Open { stream, path: uri.to_owned(), source })
+    }
+
+    /// Writes all of it, for as long as that takes.
+    pub(crate) async fn write_all(&mut self, bytes: &[u8]) {
+        let result = match self {
+            Self::Pipe(pipe) => pipe.write_all(bytes).await,
+            Self::File(file) => io::Write::write_all(file, bytes),
+            Self::Broken => Ok(()),
+        };
+        if let Err(e) = result {
+            log!("writing a container's output, which is lost from here on: {e}");
+            *self = Self::Broken;
+        }
+    }
+}
+
+/// Opens containerd's stdin.
+fn open_source(path: &str) -> Result<pipe::Receiver, StdioError> {
+    let open = pipe::OpenOptions::new().read_write(true).open_receiver(path);
+    open.map_err(|source| StdioError::Open { stream: Stream::Stdin, path: path.to_owned(), source })
+}
+
+/// A stream's connection to the guest, able to be made again.
+pub(crate) struct Port {
+    pub(crate) guest: Arc<Guest>,
+    pub(crate) container: String,
+    pub(crate) exec: String,
+    pub(crate) stream: Stream,
+}
+
+impl Port {
+    /// Connects and says which stream this is.
+    pub(crate) async fn connect(&self) -> Result<Conn, StdioError> {
+        let stream = self.stream;
+        let failed = |source| StdioError::Hello { stream, source };
+        let hello = Hello {
+            token: self.guest.token.clone(),
+            container: self.container.clone(),
+            exec: self.exec.clone(),
+            stream,
+        };
+        let mut line = serde_json::to_vec(&hello).map_err(|e| failed(e.into()))?;
+        line.push(b'\n');
+        let mut conn =
+            self.guest.dial(PORT_STDIO).await.map_err(|source| StdioError::Dial { stream, source })?;
+        let talk = async {
+            conn.write_all(&line).await?;
+            read_line(&mut conn, MAX_LINE).await
+        };
+        let answer = timeout(HELLO_LIMIT, talk).await.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()));
+        match answer {
+            Ok(line) if line == b"OK" => Ok(conn),
+            Ok(line) => Err(StdioError::Refused { stream, why: String::from_utf8_lossy(&line).into_owned() }),
+            Err(e) => Err(failed(e)),
+        }
+    }
+
+    /// For log lines.
+    pub(crate) fn name(&self) -> String {
+        let exec = if self.exec.is_empty() { String::new() } else { format!(" exec {}", self.exec) };
+        format!("container {}{exec} {:?}", self.container, self.stream)
+    }
+}
+
+/// The streams of a process, copied by tasks of their own. Dropping it closes them at once.
+#[derive(Default)]
+pub(crate) struct Stdio {
+    tasks: JoinSet<()>,
+    close_stdin: Option<Arc<Notify>>,
+}
+
+impl Stdio {
+    /// Opens and connects all that is wanted, and starts copying.
+    pub(crate) async fn open(
+        guest: &Arc<Guest>,
+        container: &str,
+        exec: &str,
+        wanted: &Wanted,
+        life: &Life,
+    ) -> Result<Self, StdioError> {
+        let source = wanted.path(Stream::Stdin).map(open_source).transpose()?;
+        let sink = |stream| wanted.path(stream).map(|path| Sink::open(stream, path)).transpose();
+        let (stdout, stderr) = (sink(Stream::Stdout)?, sink(Stream::Stderr)?);
+        let port = |stream| Port {
+            guest: Arc::clone(guest),
+            container: container.to_owned(),
+            exec: exec.to_owned(),
+            stream,
+        };
+        let connect = |wanted: bool, stream| async move {
+            if !wanted {
+                return Ok(None);
+            }
+            let port = port(stream);
+            let conn = port.connect().await?;
+            Ok::<_, StdioError>(Some((port, conn)))
+        };
+        let (input, output, errors) = tokio::try_join!(
+            connect(source.is_some(), Stream::Stdin),
+            connect(stdout.is_some(), Stream::Stdout),
+            connect(stderr.is_some(), Stream::Stderr),
+        )?;
+        let mut stdio = Self::default();
+        if let (Some(source), Some((port, conn))) = (source, input) {
+            let close = Arc::new(Notify::new());
+            stdio.close_stdin = Some(Arc::clone(&close));
+            stdio.tasks.spawn(pump::input(source, port, conn, close, life.clone()));
+        }
+        for (sink, connected) in [(stdout, output), (stderr, errors)] {
+            if let (Some(sink), Some((port, conn))) = (sink, connected) {
+                stdio.tasks.spawn(pump::output(sink, port, conn, life.clone()));
+            }
+        }
+        Ok(stdio)
+    }
+
+    /// No more input will come: what is in the fifo is still passed on, then its end.
+    pub(crate) fn close_stdin(&self) {
+        if let Some(close) = &self.close_stdin {
+            close.notify_one();
+        }
+    }
+
+    /// Lets what is under way reach its reader, within limits. The process's life is to be over before.
+    pub(crate) fn finish(mut self) {
+        if !self.tasks.is_empty() {
+            tokio::spawn(async move {
+                timeout(LINGER, async { while self.tasks.join_next().await.is_some() {} }).await
+            });
+        }
+    }
+}

@@ -1,0 +1,287 @@
+//! The Task service: what containerd calls, and where each call goes.
+
+use std::{
+    collections::{HashMap, HashSet},
+    sync::{Arc, Mutex},
+    time::Duration,
+};
+
+use async_trait::async_trait;
+use containerd_shim_protos::api::{
+    ConnectRequest, ConnectResponse, PidsResponse, ProcessInfo, StartResponse, StateRequest, WaitResponse,
+};
+use protobuf::MessageField;
+use ttrpc::{
+    Code,
+    asynchronous::{MethodHandler, Service, TtrpcContext},
+    get_status,
+    proto::{KeyValue, Request, Response},
+};
+
+use crate::{
+    answer::{Answer, decode, encode, guest_error, not_found, response},
+    guest::{Call, CallError, Guest, TASK_SERVICE},
+    host::Host,
+    log::log,
+    registry::{Container, Phase, Process, Registry, lock},
+};
+
+/// Exit status of what was killed by a signal 9, as shells have it: also of everything in a VM that died.
+pub(crate) const EXIT_KILLED: u32 = 137;
+/// Limit of calls that change a container: containerd's own deadline does not end them half way.
+pub(crate) const WORK_LIMIT: Duration = Duration::from_secs(120);
+/// Limit of other calls that bring none.
+const CALL_LIMIT: Duration = Duration::from_secs(60);
+/// Limit of what containerd asks in passing. It asks node-wide, one container after the other.
+const PROBE_LIMIT: Duration = Duration::from_millis(1800);
+
+/// Every method of the Task service.
+const METHODS: [&str; 17] = [
+    "State",
+    "Create",
+    "Start",
+    "Delete",
+    "Pids",
+    "Pause",
+    "Resume",
+    "Checkpoint",
+    "Kill",
+    "Exec",
+    "ResizePty",
+    "CloseIO",
+    "Update",
+    "Wait",
+    "Stats",
+    "Connect",
+    "Shutdown",
+];
+
+/// One pod's relay.
+pub(crate) struct Relay {
+    pub(crate) guest: Arc<Guest>,
+    pub(crate) host: Host,
+    pub(crate) containers: Registry,
+    /// Containers that are gone but for the daemon, which has yet to be told.
+    pub(crate) unreleased: Mutex<HashSet<String>>,
+    /// One release at a time, so that a late one cannot hit a new container of the same id.
+    pub(crate) releasing: tokio::sync::Mutex<()>,
+}
+
+impl Relay {
+    pub(crate) fn new(guest: Guest, host: Host) -> Arc<Self> {
+        let relay = Arc::new(Self {
+            guest: Arc::new(guest),
+            host,
+            containers: Registry::default(),
+            unreleased: Mutex::default(),
+            releasing: tokio::sync::Mutex::default(),
+        });
+        tokio::spawn(end_with_vm(Arc::clone(&relay)));
+        relay
+    }
+
+    /// The ttrpc service over it.
+    pub(crate) fn service(self: &Arc<Self>) -> HashMap<String, Service> {
+        let method = |method: &'static str| {
+            let handler: Box<dyn MethodHandler + Send + Sync> =
+                Box::new(Method { relay: Arc::clone(self), method });
+            (method.to_owned(), handler)
+        };
+        let methods = METHODS.into_iter().map(method).collect();
+        HashMap::from([(TASK_SERVICE.to_owned(), Service { methods, streams: HashMap::new() })])
+    }
+
+    /// A container that was created and is not deleted.
+    pub(crate) fn container(&self, id: &str) -> Result<Arc<Container>, ttrpc::proto::Status> {
+        let found = self.containers.get(id).filter(|found| found.init.phase() != Phase::Creating);
+        found.ok_or_else(|| not_found(&format!("container {id}")))
+    }
+
+    /// The container and process that a request names in its fields 1 and 2.
+    fn process(
+        &self,
+        payload: &[u8],
+    ) -> Result<(Arc<Container>, Arc<Process>, String), ttrpc::proto::Status> {
+        let named: StateRequest = decode(payload)?;
+        let container = self.container(&named.id)?;
+        let process = container.process(&named.exec_id);
+        let process =
+            process.ok_or_else(|| not_found(&format!("exec {} of container {}", named.exec_id, named.id)))?;
+        Ok((container, process, named.exec_id))
+    }
+
+    /// The container that a request names in its field 1.
+    fn named(&self, payload: &[u8]) -> Result<Arc<Container>, ttrpc::proto::Status> {
+        let named: ConnectRequest = decode(payload)?;
+        self.container(&named.id)
+    }
+
+    async fn handle(self: Arc<Self>, method: &'static str, request: Request) -> Answer {
+        match method {
+            "Create" => Box::pin(self.create(request)).await,
+            "Exec" => Box::pin(self.exec(request)).await,
+            "Delete" => Box::pin(self.delete(request)).await,
+            "Start" => Box::pin(self.start(request)).await,
+            "State" => self.process(&request.payload).and_then(|(c, p, exec)| encode(&p.describe(&c, &exec))),
+            "Connect" => self.named(&request.payload).and_then(|container| {
+                let (shim_pid, task_pid) = (std::process::id(), container.init.pid());
+                encode(&ConnectResponse { shim_pid, task_pid, ..Default::default() })
+            }),
+            // containerd sends it after failed creates, at restarts and, some day, after each Delete. Only the sandbox's
+            // end ends a relay.
+            "Shutdown" => Ok(Vec::new()),
+            "Checkpoint" => Err(get_status(Code::UNIMPLEMENTED, "checkpoints of containers in a microVM")),
+            "CloseIO" => {
+                self.process(&request.payload)?.1.close_stdin();
+                Ok(Vec::new())
+            }
+            "Kill" => self.kill(request).await,
+            "Pids" => self.pids(request).await,
+            "Stats" => self.stats(request).await,
+            "Pause" => self.pause(method, request, Phase::Paused).await,
+            "Resume" => self.pause(method, request, Phase::Running).await,
+            "ResizePty" => {
+                self.process(&request.payload)?;
+                self.forward(method, request).await
+            }
+            _ => {
+                self.named(&request.payload)?;
+                self.forward(method, request).await
+            }
+        }
+    }
+
+    /// Passes a call on as it is, within the caller's time.
+    async fn forward(&self, method: &'static str, request: Request) -> Answer {
+        let limit = caller_s(&request).unwrap_or(CALL_LIMIT);
+        let Request { payload, metadata, .. } = request;
+        let call = Call { method, payload, metadata, limit: Some(limit), repeatable: false };
+        self.guest.call(call).await.map_err(|e| guest_error(method, e))
+    }
+
+    async fn wait(self: Arc<Self>, request: Request) -> Answer {
+        let (_, process, _) = self.process(&request.payload)?;
+        let exit = process.life.ended().await;
+        let exited_at = MessageField::some(exit.timestamp());
+        encode(&WaitResponse { exit_status: exit.status, exited_at, ..Default::default() })
+    }
+
+    /// Starts a process. If the guest cannot, containerd waits for the end of its streams before it deletes it.
+    async fn start(&self, request: Request) -> Answer {
+        let (container, process, exec) = self.process(&request.payload)?;
+        let call = Call { limit: Some(at_least(WORK_LIMIT, &request)), ..work("Start", request) };
+        match self.guest.call(call).await {
+            Ok(payload) => {
+                process.started(decode::<StartResponse>(&payload)?.pid);
+                Ok(payload)
+            }
+            Err(e) => {
+                let status = guest_error(&format!("starting {} {exec}", container.id), e);
+                log!("starting container {} {exec}: {}", container.id, status.message());
+                process.close();
+                Err(status)
+            }
+        }
+    }
+
+    async fn kill(&self, request: Request) -> Answer {
+        let (container, process, exec) = self.process(&request.payload)?;
+        if process.life.exit().is_some() {
+            let what = if exec.is_empty() { String::new() } else { format!(" exec {exec}") };
+            return Err(get_status(
+                Code::NOT_FOUND,
+                format!("container {}{what}: process already finished: not found", container.id),
+            ));
+        }
+        self.forward("Kill", request).await
+    }
+
+    /// Never empty: containerd forgets a task without processes when it restarts, exit code and all.
+    async fn pids(&self, request: Request) -> Answer {
+        let container = self.named(&request.payload)?;
+        if container.init.life.exit().is_none() {
+            let call = Call { limit: Some(probe(&request)), repeatable: true, ..work("Pids", request) };
+            match self.guest.call(call).await {
+                Ok(payload) if !payload.is_empty() => return Ok(payload),
+                Ok(_) | Err(CallError::Status(_)) => {}
+                Err(e) => log!("Pids of container {}: {e}", container.id),
+            }
+        }
+        let first = ProcessInfo { pid: container.init.pid(), ..Default::default() };
+        encode(&PidsResponse { processes: vec![first], ..Default::default() })
+    }
+
+    /// The guest's figures, or the last ones it gave: an error would cost containerd the figures of the whole node.
+    async fn stats(&self, request: Request) -> Answer {
+        let container = self.named(&request.payload)?;
+        let call = Call { limit: Some(probe(&request)), repeatable: true, ..work("Stats", request) };
+        match self.guest.call(call).await {
+            Ok(payload) => {
+                *lock(&container.stats) = Some(payload.clone());
+                Ok(payload)
+            }
+            Err(e) => {
+                let last = lock(&container.stats).clone();
+                last.ok_or_else(|| guest_error(&format!("figures of container {}", container.id), e))
+            }
+        }
+    }
+
+    async fn pause(&self, method: &'static str, request: Request, phase: Phase) -> Answer {
+        let container = self.named(&request.payload)?;
+        let answer = self.forward(method, request).await?;
+        container.init.set_phase(phase);
+        Ok(answer)
+    }
+}
+
+/// When the VM dies, every process in it does. The relay stays to say so.
+async fn end_with_vm(relay: Arc<Relay>) {
+    relay.guest.vm.dead().await;
+    for process in relay.containers.all().iter().flat_map(|container| container.processes()) {
+        process.life.end(EXIT_KILLED);
+        process.life.close();
+    }
+}
+
+/// A call that passes a request on, without a limit.
+pub(crate) fn work(method: &'static str, request: Request) -> Call {
+    let Request { payload, metadata, .. } = request;
+    Call { method, payload, metadata, limit: None, repeatable: false }
+}
+
+/// The caller's limit, or `least` if that is longer.
+pub(crate) fn at_least(least: Duration, request: &Request) -> Duration {
+    caller_s(request).map_or(least, |limit| limit.max(least))
+}
+
+fn probe(request: &Request) -> Duration {
+    caller_s(request).map_or(PROBE_LIMIT, |limit| limit.min(PROBE_LIMIT))
+}
+
+fn caller_s(request: &Request) -> Option<Duration> {
+    u64::try_from(request.timeout_nano).ok().filter(|nanos| *nanos > 0).map(Duration::from_nanos)
+}
+
+/// One method of the service.
+struct Method {
+    relay: Arc<Relay>,
+    method: &'static str,
+}
+
+#[async_trait]
+impl MethodHandler for Method {
+    async fn handler(&self, _: TtrpcContext, mut request: Request) -> ttrpc::Result<Response> {
+        let relay = Arc::clone(&self.relay);
+        // Values that are none of the guest's business, or that it could take for ours, stay here.
+        request.metadata.retain(|pair: &KeyValue| pair.key == "containerd-namespace-ttrpc");
+        let answer = if self.method == "Wait" {
+            relay.wait(request).await
+        } else {
+            // A task of its own: neither a dropped connection nor an expired deadline leaves work half done.
+            let work = tokio::spawn(relay.handle(self.method, request));
+            work.await.unwrap_or_else(|e| Err(get_status(Code::INTERNAL, format!("{}: {e}", self.method))))
+        };
+        Ok(response(answer))
+    }
+}
