@@ -1,1 +1,24 @@
 //! PID 1 of the microVM: runs the pod's containers.
+//!
+//! The agent boots the guest, tells the host that it is ready, and serves containerd's Task API and the pod's own
+//! `SandboxService`. It has one thread: nothing it does blocks for long, and what the kernel answers at once needs no
+//! locks.
+
+pub mod auth;
+pub mod boot;
+pub mod cgroup;
+pub mod config;
+pub mod error;
+pub mod handshake;
+mod launch;
+pub mod logging;
+pub mod netlink;
+pub mod process;
+pub mod reaper;
+pub mod runc;
+pub mod sandbox;
+pub mod sandbox_service;
+pub mod serve;
+pub mod stdio;
+pub mod task_service;
+pub mod tasks;

@@ -1,3 +1,81 @@
 //! PID 1 of the microVM: runs the pod's containers.
 
-fn main() {}
+#![no_main]
+
+use std::{
+    ffi::c_int,
+    fs::{self, OpenOptions},
+    panic::{AssertUnwindSafe, catch_unwind},
+};
+
+use anyhow::{Context, Result};
+use vmm_task::{boot, config::TaskConfig, logging, serve};
+
+/// The kernel's console for what happens before, or instead of, logging.
+const CONSOLE: &str = "/dev/console";
+
+// Not Rust's own entry: that one ends the process if standard streams are closed and /dev/null is missing, which is what
+// PID 1 finds on an image without device nodes and a kernel without console.
+// SAFETY: the C library calls the one symbol of this name, with arguments that are not looked at here.
+#[unsafe(no_mangle)]
+extern "C" fn main() -> c_int {
+    if std::process::id() == 1 {
+        init();
+    }
+    match std::env::args().nth(1).as_deref() {
+        Some("--version" | "-v") => {
+            println!("vmm-task {}", env!("CARGO_PKG_VERSION"));
+            0
+        }
+        _ => {
+            eprintln!("vmm-task runs as PID 1 of a virtual machine; on its own it only knows --version");
+            2
+        }
+    }
+}
+
+/// The life of PID 1, which never returns: the kernel would panic.
+fn init() -> ! {
+    let ended = catch_unwind(AssertUnwindSafe(boot_and_serve));
+    let reason = match ended {
+        Ok(Ok(())) => "its ports ended".to_owned(),
+        Ok(Err(error)) => format!("{error:#}"),
+        Err(_) => "it panicked".to_owned(),
+    };
+    log::error!("the agent gives up: {reason}");
+    // In case there is no kernel log yet.
+    let _ = fs::write(CONSOLE, format!("vmm-task: the agent gives up: {reason}\n"));
+    boot::end_vm()
+}
+
+fn boot_and_serve() -> Result<()> {
+    boot::early()?;
+    standard_streams();
+    let cmdline = fs::read_to_string("/proc/cmdline").context("reading /proc/cmdline")?;
+    let (config, problems) = TaskConfig::parse(&cmdline);
+    logging::init(config.log_level);
+    for problem in problems {
+        log::warn!("{problem}");
+    }
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_io()
+        .enable_time()
+        .build()
+        .context("starting the runtime")?;
+    runtime.block_on(serve::run(&config))?;
+    Ok(())
+}
+
+/// Descriptors 0 to 2 must not become sockets: opens what is missing of them.
+fn standard_streams() {
+    loop {
+        let opened = OpenOptions::new().read(true).write(true).open("/dev/null");
+        let Ok(null) = opened else { return };
+        let number = std::os::fd::IntoRawFd::into_raw_fd(null);
+        if number > 2 {
+            // SAFETY: it was opened above and is not used elsewhere.
+            drop(unsafe { <fs::File as std::os::fd::FromRawFd>::from_raw_fd(number) });
+            return;
+        }
+    }
+}

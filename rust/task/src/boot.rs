@@ -1,0 +1,244 @@
+//! What PID 1 owes the rest of the guest: file systems, cgroups, sysctls; and how it ends.
+
+use std::{ffi::CString, fs, io, path::Path};
+
+use kuasar_common::constants::{GUEST_STATE_DIR, SHARE_TAG};
+use rustix::{
+    fs::statfs,
+    io::Errno,
+    mount::{MountFlags, mount},
+    system::{RebootCommand, reboot},
+};
+
+use crate::config::ShareFs;
+
+/// Where cgroup v2 is mounted.
+pub const CGROUPS: &str = "/sys/fs/cgroup";
+/// Below it, the cgroup of all containers.
+const POD_CGROUP: &str = "kuasar";
+/// Folder for the agent's own small files.
+pub const WORK: &str = "/run/kuasar/work";
+/// State folder of the OCI runtime.
+pub const RUNC_ROOT: &str = "/run/runc";
+
+/// Bytes in a 9p message. Each one in flight is a buffer of contiguous memory, so not the largest possible.
+const NINE_P_MSIZE: u32 = 128 * 1024;
+/// `RAMFS_MAGIC` and `TMPFS_MAGIC` of `linux/magic.h`.
+const INITRAMFS: [u32; 2] = [0x8584_58f6, 0x0102_1994];
+
+/// Why the guest cannot be brought up.
+#[derive(Debug, thiserror::Error)]
+pub enum BootError {
+    /// A file system that the agent cannot do without.
+    #[error("mounting {fs} at {target}: {source}")]
+    Mount {
+        /// Its type.
+        fs: &'static str,
+        /// Where.
+        target: &'static str,
+        /// What the kernel said.
+        source: io::Error,
+    },
+    /// A file or folder that the agent cannot do without.
+    #[error("{doing}: {source}")]
+    Io {
+        /// What was being done to what.
+        doing: String,
+        /// What the kernel said.
+        source: io::Error,
+    },
+}
+
+struct Mount {
+    fs: &'static str,
+    target: &'static str,
+    flags: MountFlags,
+    data: &'static str,
+}
+
+const SAFE: MountFlags = MountFlags::NOSUID.union(MountFlags::NOEXEC).union(MountFlags::NODEV);
+
+/// Needed to say READY: the command line, and somewhere to log to.
+const EARLY: [Mount; 2] = [
+    Mount { fs: "proc", target: "/proc", flags: SAFE, data: "" },
+    Mount {
+        fs: "devtmpfs",
+        target: "/dev",
+        flags: MountFlags::NOSUID.union(MountFlags::NOEXEC),
+        data: "mode=0755",
+    },
+];
+
+/// Needed by containers only: made while the host reads READY.
+const LATE: [Mount; 7] = [
+    Mount { fs: "sysfs", target: "/sys", flags: SAFE, data: "" },
+    Mount {
+        fs: "tmpfs",
+        target: "/run",
+        flags: MountFlags::NOSUID.union(MountFlags::NODEV),
+        data: "mode=0755",
+    },
+    Mount {
+        fs: "tmpfs",
+        target: "/tmp",
+        flags: MountFlags::NOSUID.union(MountFlags::NODEV),
+        data: "mode=1777",
+    },
+    Mount {
+        fs: "devpts",
+        target: "/dev/pts",
+        flags: MountFlags::NOSUID.union(MountFlags::NOEXEC),
+        data: "gid=5,mode=620,ptmxmode=666",
+    },
+    Mount { fs: "tmpfs", target: "/dev/shm", flags: SAFE, data: "mode=1777,size=64m" },
+    Mount { fs: "mqueue", target: "/dev/mqueue", flags: SAFE, data: "" },
+    Mount { fs: "cgroup2", target: CGROUPS, flags: SAFE, data: "" },
+];
+
+/// What containers of a Kubernetes node find set there.
+const SYSCTLS: [(&str, &str); 2] = [("vm/overcommit_memory", "1"), ("kernel/keys/root_maxkeys", "1000000")];
+
+/// Mounts what is needed to say READY.
+///
+/// # Errors
+/// When the kernel refuses.
+pub fn early() -> Result<(), BootError> {
+    EARLY.iter().try_for_each(mount_one)
+}
+
+/// Mounts and sets the rest.
+///
+/// # Errors
+/// When the kernel refuses something that containers cannot do without.
+pub fn late(share: ShareFs) -> Result<(), BootError> {
+    for entry in &LATE {
+        match mount_one(entry) {
+            // A kernel without POSIX message queues still runs most containers, an image without /tmp too.
+            Err(error) if matches!(entry.target, "/dev/mqueue" | "/tmp") => log::warn!("{error}"),
+            done => done?,
+        }
+    }
+    make_dir(WORK)?;
+    make_dir(RUNC_ROOT)?;
+    links();
+    delegate_controllers(Path::new(CGROUPS)).map_err(|source| BootError::Io {
+        doing: format!("enabling the controllers of {CGROUPS}"),
+        source,
+    })?;
+    for (name, value) in SYSCTLS {
+        if let Err(error) = fs::write(Path::new("/proc/sys").join(name), value) {
+            log::info!("setting sysctl {name}: {error}");
+        }
+    }
+    mount_share(share)
+}
+
+/// Mounts the pod's shared folder.
+fn mount_share(share: ShareFs) -> Result<(), BootError> {
+    let (fs, data) = match share {
+        ShareFs::None => return Ok(()),
+        ShareFs::Virtiofs => ("virtiofs", String::new()),
+        ShareFs::NineP => ("9p", format!("trans=virtio,version=9p2000.L,cache=mmap,msize={NINE_P_MSIZE}")),
+    };
+    make_dir(GUEST_STATE_DIR)?;
+    let data = CString::new(data).unwrap_or_default();
+    // No nosuid and the like: root file systems of containers are in there.
+    mount(SHARE_TAG, GUEST_STATE_DIR, fs, MountFlags::RELATIME, data.as_c_str())
+        .map_err(|source| BootError::Mount { fs, target: GUEST_STATE_DIR, source: source.into() })
+}
+
+fn mount_one(entry: &Mount) -> Result<(), BootError> {
+    let Mount { fs, target, flags, data } = *entry;
+    let attempt = || {
+        let data = CString::new(data).unwrap_or_default();
+        mount(fs, target, fs, flags, data.as_c_str())
+    };
+    let mounted = match attempt() {
+        // No such folder yet.
+        Err(Errno::NOENT) => fs::create_dir_all(target).and_then(|()| Ok(attempt()?)),
+        // The kernel mounts some of them itself.
+        Err(Errno::BUSY) => Ok(()),
+        done => done.map_err(io::Error::from),
+    };
+    mounted.map_err(|source| BootError::Mount { fs, target, source })
+}
+
+fn make_dir(path: &str) -> Result<(), BootError> {
+    fs::create_dir_all(path).map_err(|source| BootError::Io { doing: format!("making {path}"), source })
+}
+
+/// Names that programs expect in `/dev` beside what the kernel puts there.
+fn links() {
+    for (target, link) in [
+        ("/proc/self/fd", "/dev/fd"),
+        ("/proc/self/fd/0", "/dev/stdin"),
+        ("/proc/self/fd/1", "/dev/stdout"),
+        ("/proc/self/fd/2", "/dev/stderr"),
+        ("pts/ptmx", "/dev/ptmx"),
+    ] {
+        let _ = fs::remove_file(link);
+        if let Err(error) = std::os::unix::fs::symlink(target, link) {
+            log::info!("linking {link}: {error}");
+        }
+    }
+}
+
+/// Lets containers' cgroups have limits: each level passes on to the next what it has.
+fn delegate_controllers(root: &Path) -> io::Result<()> {
+    enable_controllers(root)?;
+    let pod = root.join(POD_CGROUP);
+    match fs::create_dir(&pod) {
+        Err(error) if error.kind() != io::ErrorKind::AlreadyExists => return Err(error),
+        _ => enable_controllers(&pod),
+    }
+}
+
+fn enable_controllers(cgroup: &Path) -> io::Result<()> {
+    let available = fs::read_to_string(cgroup.join("cgroup.controllers"))?;
+    for controller in available.split_whitespace() {
+        // One at a time: some cannot be passed on, which must not keep back the others.
+        if let Err(error) = fs::write(cgroup.join("cgroup.subtree_control"), format!("+{controller}")) {
+            log::info!("enabling controller {controller} in {}: {error}", cgroup.display());
+        }
+    }
+    Ok(())
+}
+
+/// Whether the root file system is an initramfs, which cannot be pivoted away from.
+#[must_use]
+pub fn root_is_initramfs() -> bool {
+    statfs("/").is_ok_and(|root| u32::try_from(root.f_type).is_ok_and(|kind| INITRAMFS.contains(&kind)))
+}
+
+/// Ends the VM. A reboot and not a power-off, because a guest without ACPI cannot power off, and the VMM is told to end
+/// at a reboot.
+pub fn end_vm() -> ! {
+    rustix::fs::sync();
+    loop {
+        let _ = reboot(RebootCommand::Restart);
+        std::thread::sleep(std::time::Duration::from_secs(1));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn controllers_are_passed_on_at_both_levels() {
+        let root = tempfile::tempdir().unwrap();
+        fs::write(root.path().join("cgroup.controllers"), "cpu memory\n").unwrap();
+        fs::create_dir(root.path().join(POD_CGROUP)).unwrap();
+        fs::write(root.path().join("kuasar/cgroup.controllers"), "memory\n").unwrap();
+        delegate_controllers(root.path()).unwrap();
+        // Plain files keep the last write only; the kernel's keep all.
+        assert_eq!(fs::read_to_string(root.path().join("cgroup.subtree_control")).unwrap(), "+memory");
+        assert_eq!(fs::read_to_string(root.path().join("kuasar/cgroup.subtree_control")).unwrap(), "+memory");
+    }
+
+    #[test]
+    fn errors_name_what_and_where() {
+        let error = BootError::Mount { fs: "virtiofs", target: GUEST_STATE_DIR, source: Errno::NODEV.into() };
+        assert_eq!(error.to_string(), "mounting virtiofs at /run/kuasar/state: No such device (os error 19)");
+    }
+}

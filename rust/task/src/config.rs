@@ -1,0 +1,147 @@
+//! What the kernel command line says to the agent: `task.*` parameters as a typed [`TaskConfig`].
+//!
+//! A wrong parameter never keeps a pod from starting: the default is taken and one line says what was wrong.
+
+use log::LevelFilter;
+
+/// The agent's settings.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct TaskConfig {
+    /// `task.log_level`: least severe messages that are written.
+    pub log_level: LevelFilter,
+    /// `task.sharefs_type`: how the pod's shared folder comes into the guest.
+    pub share: ShareFs,
+    /// `task.debug`: log at debug level at least.
+    pub debug: bool,
+}
+
+/// File systems that carry the pod's shared folder.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ShareFs {
+    /// virtiofs, served by a process beside the VMM.
+    Virtiofs,
+    /// 9p, served by QEMU itself.
+    NineP,
+    /// No shared folder: the image or initrd carries everything.
+    None,
+}
+
+impl Default for TaskConfig {
+    fn default() -> Self {
+        Self { log_level: LevelFilter::Warn, share: ShareFs::Virtiofs, debug: false }
+    }
+}
+
+impl TaskConfig {
+    /// Reads the parameters of a kernel command line; returns what was wrong with them, one sentence each, beside.
+    #[must_use]
+    pub fn parse(cmdline: &str) -> (Self, Vec<String>) {
+        let mut config = Self::default();
+        let mut problems = Vec::new();
+        for word in words(cmdline) {
+            let (key, value) = match word.split_once('=') {
+                Some((key, value)) => (key.to_owned(), Some(value.to_owned())),
+                None => (word, None),
+            };
+            let Some(name) = key.strip_prefix("task.") else { continue };
+            if let Err(problem) = config.set(name, value.as_deref()) {
+                problems.push(format!("kernel command line: {key}: {problem}"));
+            }
+        }
+        if config.debug {
+            config.log_level = config.log_level.max(LevelFilter::Debug);
+        }
+        (config, problems)
+    }
+
+    fn set(&mut self, name: &str, value: Option<&str>) -> Result<(), String> {
+        match name {
+            "log_level" => {
+                let text = value.unwrap_or_default();
+                self.log_level = text.parse().map_err(|_| {
+                    format!(
+                        "{text:?} is none of off, error, warn, info, debug, trace; using {}",
+                        self.log_level.as_str().to_lowercase()
+                    )
+                })?;
+            }
+            "sharefs_type" => {
+                self.share = match value.unwrap_or_default() {
+                    "virtiofs" => ShareFs::Virtiofs,
+                    "9p" => ShareFs::NineP,
+                    "none" => ShareFs::None,
+                    other => return Err(format!("{other:?} is none of virtiofs, 9p, none; using virtiofs")),
+                }
+            }
+            "debug" => {
+                self.debug = match value {
+                    None | Some("" | "true" | "1") => true,
+                    Some("false" | "0") => false,
+                    Some(other) => return Err(format!("{other:?} is neither true nor false; using false")),
+                }
+            }
+            // Known to other versions of the agent; said once, so that nobody waits for their effect.
+            "debug_shell" | "enable_tracing" => return Err("has no effect in this agent".to_owned()),
+            _ => return Err("unknown parameter (known: log_level, sharefs_type, debug)".to_owned()),
+        }
+        Ok(())
+    }
+}
+
+/// Splits a command line as the kernel does: at white space outside double quotes, which are dropped.
+fn words(cmdline: &str) -> Vec<String> {
+    let mut words = vec![String::new()];
+    let mut quoted = false;
+    for c in cmdline.chars() {
+        match c {
+            '"' => quoted = !quoted,
+            c if c.is_ascii_whitespace() && !quoted => words.push(String::new()),
+            c => {
+                if let Some(word) = words.last_mut() {
+                    word.push(c);
+                }
+            }
+        }
+    }
+    words.retain(|word| !word.is_empty());
+    words
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn parameters_are_read_and_others_left_alone() {
+        let (config, problems) = TaskConfig::parse(
+            "console=ttyS0 root=/dev/pmem0p1 task.log_level=info task.sharefs_type=9p task.debug quiet\n",
+        );
+        assert_eq!(problems, Vec::<String>::new());
+        assert_eq!(config, TaskConfig { log_level: LevelFilter::Debug, share: ShareFs::NineP, debug: true });
+        assert_eq!(TaskConfig::parse("").0, TaskConfig::default());
+    }
+
+    #[test]
+    fn quotes_keep_words_together() {
+        assert_eq!(words("a \"b c\"=1 task.log_level=\"info\""), ["a", "b c=1", "task.log_level=info"]);
+        assert_eq!(TaskConfig::parse("x=\" task.debug \"").0, TaskConfig::default());
+    }
+
+    #[test]
+    fn wrong_values_are_reported_and_defaults_kept() {
+        let (config, problems) = TaskConfig::parse(
+            "task.log_level=loud task.sharefs_type=nfs task.debug=maybe task.colour=red task.debug_shell=/bin/sh",
+        );
+        assert_eq!(config, TaskConfig::default());
+        assert_eq!(
+            problems,
+            [
+                "kernel command line: task.log_level: \"loud\" is none of off, error, warn, info, debug, trace; using warn",
+                "kernel command line: task.sharefs_type: \"nfs\" is none of virtiofs, 9p, none; using virtiofs",
+                "kernel command line: task.debug: \"maybe\" is neither true nor false; using false",
+                "kernel command line: task.colour: unknown parameter (known: log_level, sharefs_type, debug)",
+                "kernel command line: task.debug_shell: has no effect in this agent",
+            ]
+        );
+    }
+}

@@ -1,0 +1,138 @@
+//! The one place that waits for children.
+//!
+//! PID 1 inherits every orphan of the VM, so `waitpid(-1)` is called here and nowhere else, and exits are handed to
+//! whoever registered the pid. A container's process becomes known only when the runtime that made it has ended, and may
+//! have exited before: while a [`Spawning`] guard lives, exits of unknown pids are kept for it.
+
+use std::{
+    collections::HashMap,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::SystemTime,
+};
+
+use rustix::process::{Pid, WaitOptions, WaitStatus, test_kill_process, wait};
+use tokio::{
+    signal::unix::{Signal, SignalKind, signal},
+    sync::watch,
+};
+
+/// How a process ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Exit {
+    /// Exit code, or 128 plus the signal's number.
+    pub code: u32,
+    /// When it was seen.
+    pub at: SystemTime,
+}
+
+/// Where the exit of one process is announced; `None` until then.
+pub type ExitSender = Arc<watch::Sender<Option<Exit>>>;
+
+#[derive(Default)]
+struct Table {
+    watched: HashMap<i32, ExitSender>,
+    early: HashMap<i32, Exit>,
+    spawning: usize,
+}
+
+/// Hands out exits; see the module.
+#[derive(Default)]
+pub struct Reaper {
+    table: Mutex<Table>,
+}
+
+/// While it lives, exits of pids that nobody registered are kept.
+pub struct Spawning {
+    reaper: Arc<Reaper>,
+}
+
+impl Reaper {
+    /// A reaper without work.
+    #[must_use]
+    pub fn new() -> Arc<Self> {
+        Arc::default()
+    }
+
+    /// Starts reaping on the current runtime, for as long as it runs.
+    ///
+    /// # Errors
+    /// When SIGCHLD cannot be received.
+    pub fn start(self: &Arc<Self>) -> std::io::Result<()> {
+        let children = signal(SignalKind::child())?;
+        // Something may have ended before the signal was received.
+        self.reap();
+        tokio::spawn(run(Arc::clone(self), children));
+        Ok(())
+    }
+
+    /// Keeps the exits of pids unknown yet, until the guard is dropped. Take it before starting what makes the process.
+    #[must_use]
+    pub fn spawning(self: &Arc<Self>) -> Spawning {
+        self.lock().spawning += 1;
+        Spawning { reaper: Arc::clone(self) }
+    }
+
+    /// Announces the exit of `pid` on `exit`, at once if it has exited under a [`Spawning`] guard that still lives.
+    pub fn watch(&self, pid: i32, exit: ExitSender) {
+        let mut table = self.lock();
+        let early = table.early.remove(&pid);
+        match early {
+            // A kept exit is stale if the pid is in use again.
+            Some(early) if !is_process(pid) => {
+                exit.send_replace(Some(early));
+            }
+            _ => {
+                table.watched.insert(pid, exit);
+            }
+        }
+    }
+
+    /// Collects everything that has ended.
+    pub fn reap(&self) {
+        // Errors mean that there is nothing to wait for.
+        while let Ok(Some((pid, status))) = wait(WaitOptions::NOHANG) {
+            self.ended(pid, status);
+        }
+    }
+
+    fn ended(&self, pid: Pid, status: WaitStatus) {
+        let code = match (status.exit_status(), status.terminating_signal()) {
+            (Some(code), _) => code,
+            (None, Some(signal)) => 128 + signal,
+            // Stopped or continued, which was not asked for.
+            (None, None) => return,
+        };
+        let exit = Exit { code: u32::try_from(code).unwrap_or(255), at: SystemTime::now() };
+        let pid = pid.as_raw_nonzero().get();
+        let mut table = self.lock();
+        if let Some(sender) = table.watched.remove(&pid) {
+            sender.send_replace(Some(exit));
+        } else if table.spawning > 0 {
+            table.early.insert(pid, exit);
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Table> {
+        self.table.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Drop for Spawning {
+    fn drop(&mut self) {
+        let mut table = self.reaper.lock();
+        table.spawning = table.spawning.saturating_sub(1);
+        if table.spawning == 0 {
+            table.early.clear();
+        }
+    }
+}
+
+async fn run(reaper: Arc<Reaper>, mut children: Signal) {
+    while children.recv().await.is_some() {
+        reaper.reap();
+    }
+}
+
+fn is_process(pid: i32) -> bool {
+    Pid::from_raw(pid).is_some_and(|pid| test_kill_process(pid).is_ok())
+}

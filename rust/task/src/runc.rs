@@ -1,0 +1,297 @@
+//! Drives the OCI runtime: one call, one process, one log file, one deadline.
+
+use std::{
+    ffi::OsString,
+    fs, io,
+    path::{Path, PathBuf},
+    process::{Command, Stdio},
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::Duration,
+};
+
+use rustix::process::{Pid, Signal, kill_process};
+use serde::Deserialize;
+use tokio::{sync::watch, time::timeout};
+
+use crate::reaper::{Exit, Reaper};
+
+/// Longest that one call of the runtime may take. Generous, because emulated guests are slow; a hung one is killed.
+const DEADLINE: Duration = Duration::from_secs(60);
+/// Most of a log file that is looked at.
+const MAX_LOG: usize = 64 * 1024;
+
+/// Why the runtime did not do it.
+#[derive(Debug, thiserror::Error)]
+pub enum RuncError {
+    /// It could not be run at all.
+    #[error("running {program} {command}: {source}")]
+    Spawn {
+        /// Its path.
+        program: String,
+        /// First word of what it was to do.
+        command: &'static str,
+        /// What the kernel said.
+        source: io::Error,
+    },
+    /// It ran and failed.
+    #[error("OCI runtime {command} failed: {message}")]
+    Failed {
+        /// First word of what it was to do.
+        command: &'static str,
+        /// Its own last error.
+        message: String,
+    },
+    /// It was killed at its deadline.
+    #[error("OCI runtime {command} did not end within {} s and was killed", DEADLINE.as_secs())]
+    Timeout {
+        /// First word of what it was to do.
+        command: &'static str,
+    },
+}
+
+/// Standard streams that the container's process inherits from the runtime.
+#[derive(Debug)]
+pub struct ChildStdio {
+    /// Standard input.
+    pub stdin: Stdio,
+    /// Standard output.
+    pub stdout: Stdio,
+    /// Standard error.
+    pub stderr: Stdio,
+}
+
+impl Default for ChildStdio {
+    fn default() -> Self {
+        Self { stdin: Stdio::null(), stdout: Stdio::null(), stderr: Stdio::null() }
+    }
+}
+
+/// Where the runtime is and what it is told on every call.
+pub struct Runc {
+    /// The executable.
+    pub program: PathBuf,
+    /// Its state folder.
+    pub root: PathBuf,
+    /// Folder for log files.
+    pub logs: PathBuf,
+    /// The root file system cannot be pivoted away from, as on an initramfs.
+    pub no_pivot: bool,
+    /// Sees the runtime's own processes end.
+    pub reaper: Arc<Reaper>,
+    /// Numbers the log files.
+    pub calls: AtomicU64,
+}
+
+impl Runc {
+    /// Makes a container and leaves its first process waiting for `start`.
+    ///
+    /// # Errors
+    /// When the runtime fails; its message is in the error.
+    pub async fn create(
+        &self,
+        id: &str,
+        bundle: &Path,
+        pid_file: &Path,
+        console: Option<&Path>,
+        stdio: ChildStdio,
+    ) -> Result<(), RuncError> {
+        let mut args = vec!["--bundle".into(), bundle.into(), "--pid-file".into(), pid_file.into()];
+        if self.no_pivot {
+            args.push("--no-pivot".into());
+        }
+        push_console(&mut args, console);
+        args.push(id.into());
+        self.call("create", args, stdio).await
+    }
+
+    /// Lets the container's first process go on.
+    ///
+    /// # Errors
+    /// When the runtime fails.
+    pub async fn start(&self, id: &str) -> Result<(), RuncError> {
+        self.call("start", vec![id.into()], ChildStdio::default()).await
+    }
+
+    /// Runs one more process in a container.
+    ///
+    /// # Errors
+    /// When the runtime fails, for instance because the program does not exist.
+    pub async fn exec(
+        &self,
+        id: &str,
+        process: &Path,
+        pid_file: &Path,
+        console: Option<&Path>,
+        stdio: ChildStdio,
+    ) -> Result<(), RuncError> {
+        let mut args =
+            vec!["--process".into(), process.into(), "--pid-file".into(), pid_file.into(), "--detach".into()];
+        push_console(&mut args, console);
+        args.push(id.into());
+        self.call("exec", args, stdio).await
+    }
+
+    /// Removes what the runtime keeps of a container. No error if it keeps nothing.
+    ///
+    /// # Errors
+    /// When the runtime fails.
+    pub async fn delete(&self, id: &str, force: bool) -> Result<(), RuncError> {
+        let mut args: Vec<OsString> = Vec::new();
+        if force {
+            args.push("--force".into());
+        }
+        args.push(id.into());
+        match self.call("delete", args, ChildStdio::default()).await {
+            Err(RuncError::Failed { message, .. }) if message.contains("does not exist") => Ok(()),
+            done => done,
+        }
+    }
+
+    /// Freezes (`pause`) or thaws (`resume`) a container.
+    ///
+    /// # Errors
+    /// When the runtime fails.
+    pub async fn freeze(&self, id: &str, freeze: bool) -> Result<(), RuncError> {
+        let command = if freeze { "pause" } else { "resume" };
+        self.call(command, vec![id.into()], ChildStdio::default()).await
+    }
+
+    /// Changes a container's limits to those of a file with OCI `LinuxResources`.
+    ///
+    /// # Errors
+    /// When the runtime fails.
+    pub async fn update(&self, id: &str, resources: &Path) -> Result<(), RuncError> {
+        let args = vec!["--resources".into(), resources.into(), id.into()];
+        self.call("update", args, ChildStdio::default()).await
+    }
+
+    async fn call(
+        &self,
+        command: &'static str,
+        args: Vec<OsString>,
+        stdio: ChildStdio,
+    ) -> Result<(), RuncError> {
+        let log = self.logs.join(format!("runc-{}.json", self.calls.fetch_add(1, Ordering::Relaxed)));
+        let result = self.call_logged(command, args, stdio, &log).await;
+        // It exists only if the runtime had something to say.
+        let _ = fs::remove_file(&log);
+        result
+    }
+
+    async fn call_logged(
+        &self,
+        command: &'static str,
+        args: Vec<OsString>,
+        stdio: ChildStdio,
+        log: &Path,
+    ) -> Result<(), RuncError> {
+        let exited = self.spawn(command, args, stdio, log)?;
+        let exit = self.finish(command, exited).await?;
+        if exit.code == 0 {
+            return Ok(());
+        }
+        let message = last_error(log).unwrap_or_else(|| format!("exit status {}", exit.code));
+        Err(RuncError::Failed { command, message })
+    }
+
+    fn spawn(
+        &self,
+        command: &'static str,
+        args: Vec<OsString>,
+        stdio: ChildStdio,
+        log: &Path,
+    ) -> Result<(i32, watch::Receiver<Option<Exit>>), RuncError> {
+        let mut process = Command::new(&self.program);
+        process
+            .arg("--root")
+            .arg(&self.root)
+            .arg("--log")
+            .arg(log)
+            .args(["--log-format", "json", command])
+            .args(args)
+            .env_clear()
+            .env("PATH", "/usr/sbin:/usr/bin:/sbin:/bin")
+            .stdin(stdio.stdin)
+            .stdout(stdio.stdout)
+            .stderr(stdio.stderr);
+        // Nothing is awaited between the two, and the agent has one thread: its reaper cannot see the exit before.
+        let guard = self.reaper.spawning();
+        let child = process.spawn().map_err(|source| RuncError::Spawn {
+            program: self.program.display().to_string(),
+            command,
+            source,
+        })?;
+        let pid = i32::try_from(child.id()).unwrap_or(0);
+        let (sender, receiver) = watch::channel(None);
+        self.reaper.watch(pid, Arc::new(sender));
+        drop(guard);
+        Ok((pid, receiver))
+    }
+
+    async fn finish(
+        &self,
+        command: &'static str,
+        (pid, mut exited): (i32, watch::Receiver<Option<Exit>>),
+    ) -> Result<Exit, RuncError> {
+        let ended = timeout(DEADLINE, exited.wait_for(Option::is_some)).await;
+        if let Ok(Ok(exit)) = ended
+            && let Some(exit) = *exit
+        {
+            return Ok(exit);
+        }
+        if let Some(pid) = Pid::from_raw(pid) {
+            let _ = kill_process(pid, Signal::KILL);
+        }
+        Err(RuncError::Timeout { command })
+    }
+}
+
+fn push_console(args: &mut Vec<OsString>, console: Option<&Path>) {
+    if let Some(console) = console {
+        args.push("--console-socket".into());
+        args.push(console.into());
+    }
+}
+
+#[derive(Deserialize)]
+struct LogLine {
+    level: String,
+    msg: String,
+}
+
+/// The last error in a log of the runtime.
+fn last_error(log: &Path) -> Option<String> {
+    let text = fs::read(log).ok()?;
+    let tail = text.get(text.len().saturating_sub(MAX_LOG)..)?;
+    tail.split(|byte| *byte == b'\n')
+        .rev()
+        .filter_map(|line| serde_json::from_slice::<LogLine>(line).ok())
+        .find(|line| line.level == "error" || line.level == "fatal")
+        .map(|line| line.msg)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_last_error_is_found_among_other_lines() {
+        let dir = tempfile::tempdir().unwrap();
+        let log = dir.path().join("log");
+        assert_eq!(last_error(&log), None);
+        fs::write(
+            &log,
+            concat!(
+                "{\"level\":\"warning\",\"msg\":\"w\",\"time\":\"t\"}\n",
+                "{\"level\":\"error\",\"msg\":\"first\",\"time\":\"t\"}\nnot json\n",
+                "{\"level\":\"error\",\"msg\":\"exec: \\\"nosuch\\\": executable file not found in $PATH\",\"time\":\"t\"}\n",
+                "{\"level\":\"warning\",\"msg\":\"later\",\"time\":\"t\"}\n",
+            ),
+        )
+        .unwrap();
+        assert_eq!(last_error(&log).unwrap(), "exec: \"nosuch\": executable file not found in $PATH");
+    }
+}

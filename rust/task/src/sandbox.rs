@@ -1,0 +1,181 @@
+//! What makes a VM a certain pod: names, sysctls, clock, `/dev/shm`.
+
+use std::{
+    ffi::CString,
+    fs, io,
+    path::{Path, PathBuf},
+};
+
+use rustix::{
+    fs::Timespec,
+    mount::{MountFlags, mount_bind, mount_remount},
+    system::sethostname,
+    time::{ClockId, clock_gettime, clock_settime},
+};
+
+use crate::error::TaskError;
+
+/// Where the pod's resolver configuration is written.
+const RESOLV_CONF: &str = "/run/kuasar/resolv.conf";
+/// Where programs of the guest look for it.
+const ETC_RESOLV_CONF: &str = "/etc/resolv.conf";
+const NANOS: i64 = 1_000_000_000;
+
+/// Sets the VM's host name. Empty leaves it.
+///
+/// # Errors
+/// The kernel's, for instance when it is longer than 64 bytes.
+pub fn set_hostname(name: &str) -> Result<(), TaskError> {
+    if name.is_empty() {
+        return Ok(());
+    }
+    sethostname(name.as_bytes()).map_err(TaskError::io(format!("setting the host name to {name:?}")))
+}
+
+/// Puts the pod's resolver configuration where programs look. The root file system may be read-only: the file is on a
+/// tmpfs, and bound over the one in the image.
+///
+/// # Errors
+/// When it cannot be written. An image without the file is no error: nothing in it resolves names then.
+pub fn set_resolv_conf(text: &str) -> Result<(), TaskError> {
+    let doing = || format!("writing {RESOLV_CONF}");
+    fs::write(RESOLV_CONF, text).map_err(TaskError::io(doing()))?;
+    let etc = Path::new(ETC_RESOLV_CONF);
+    if etc.is_symlink() {
+        // The image points it to ours.
+        return Ok(());
+    }
+    let bound = if etc.exists() { mount_bind(RESOLV_CONF, etc) } else { Err(rustix::io::Errno::NOENT) };
+    if let Err(error) = bound {
+        let linked = std::os::unix::fs::symlink(RESOLV_CONF, etc);
+        linked.unwrap_or_else(|_| log::info!("binding {RESOLV_CONF} over {ETC_RESOLV_CONF}: {error}"));
+    }
+    Ok(())
+}
+
+/// Sets sysctls, all that can be.
+///
+/// # Errors
+/// The first that could not be set.
+pub fn set_sysctls<'a>(sysctls: impl IntoIterator<Item = (&'a String, &'a String)>) -> Result<(), TaskError> {
+    let mut sysctls: Vec<_> = sysctls.into_iter().collect();
+    sysctls.sort();
+    for (name, value) in sysctls {
+        let path = sysctl_path(name)?;
+        fs::write(&path, value).map_err(TaskError::io(format!("setting sysctl {name} to {value:?}")))?;
+    }
+    Ok(())
+}
+
+/// The file of a sysctl, named with dots or with slashes; the first of either in a name says which separates. The other
+/// one then stands for the separator in a link's name, as in `net/ipv4/conf/eth0.1/rp_filter`.
+fn sysctl_path(name: &str) -> Result<PathBuf, TaskError> {
+    let separator = name.find(['.', '/']).and_then(|at| name.as_bytes().get(at)).copied();
+    let relative = if separator == Some(b'.') {
+        name.chars()
+            .map(|c| match c {
+                '.' => '/',
+                '/' => '.',
+                c => c,
+            })
+            .collect()
+    } else {
+        name.to_owned()
+    };
+    let fine = !relative.is_empty()
+        && relative.split('/').all(|part| !matches!(part, "" | "." | ".."))
+        && !relative.contains(char::is_whitespace);
+    if !fine {
+        return Err(TaskError::InvalidArgument(format!("{name:?} is not the name of a sysctl")));
+    }
+    Ok(Path::new("/proc/sys").join(relative))
+}
+
+/// Sets the size of `/dev/shm` in bytes; 0 leaves it at 64 MiB.
+///
+/// # Errors
+/// The kernel's.
+pub fn set_shm_size(bytes: u64) -> Result<(), TaskError> {
+    if bytes == 0 {
+        return Ok(());
+    }
+    let flags = MountFlags::NOSUID | MountFlags::NOEXEC | MountFlags::NODEV;
+    let data = CString::new(format!("mode=1777,size={bytes}")).unwrap_or_default();
+    mount_remount("/dev/shm", flags, data.as_c_str())
+        .map_err(TaskError::io(format!("setting the size of /dev/shm to {bytes} bytes")))
+}
+
+/// Nanoseconds since 1970 by the guest's clock.
+#[must_use]
+pub fn now_ns() -> i64 {
+    let now = clock_gettime(ClockId::Realtime);
+    now.tv_sec.saturating_mul(NANOS).saturating_add(now.tv_nsec)
+}
+
+/// Sets the guest's clock; 0 leaves it.
+///
+/// # Errors
+/// When the time is before 1970, or the kernel's.
+pub fn set_clock(ns: i64) -> Result<(), TaskError> {
+    if ns == 0 {
+        return Ok(());
+    }
+    let time = clock_time(ns)?;
+    clock_settime(ClockId::Realtime, time).map_err(TaskError::io(format!("setting the clock to {ns} ns")))
+}
+
+/// Moves the guest's clock by a number of nanoseconds, forward or back.
+///
+/// # Errors
+/// As [`set_clock`].
+pub fn shift_clock(delta_ns: i64) -> Result<(), TaskError> {
+    let shifted = now_ns().checked_add(delta_ns);
+    let shifted =
+        shifted.ok_or_else(|| TaskError::InvalidArgument(format!("clock delta {delta_ns} ns overflows")))?;
+    set_clock(shifted)
+}
+
+fn clock_time(ns: i64) -> Result<Timespec, TaskError> {
+    if ns < 0 {
+        return Err(TaskError::InvalidArgument(format!("clock {ns} ns is before 1970")));
+    }
+    Ok(Timespec { tv_sec: ns.div_euclid(NANOS), tv_nsec: ns.rem_euclid(NANOS) })
+}
+
+/// Writes all dirty data of the guest back.
+///
+/// # Errors
+/// Never so far.
+pub fn sync() -> io::Result<()> {
+    rustix::fs::sync();
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sysctl_names_become_paths() {
+        for (name, path) in [
+            ("net.ipv4.ip_forward", "/proc/sys/net/ipv4/ip_forward"),
+            ("net/ipv4/conf/eth0.1/rp_filter", "/proc/sys/net/ipv4/conf/eth0.1/rp_filter"),
+            ("net.ipv4.conf.eth0/1.rp_filter", "/proc/sys/net/ipv4/conf/eth0.1/rp_filter"),
+        ] {
+            assert_eq!(sysctl_path(name).unwrap(), Path::new(path));
+        }
+        for bad in ["", "..", "net/../../etc/passwd", "/etc/passwd", "net..ipv4", "a b"] {
+            let error = sysctl_path(bad).unwrap_err().to_string();
+            assert!(error.ends_with("is not the name of a sysctl"), "{error}");
+        }
+    }
+
+    #[test]
+    fn clocks_are_split_into_seconds_and_nanoseconds() {
+        let time = clock_time(1_700_000_000_123_456_789).unwrap();
+        assert_eq!((time.tv_sec, time.tv_nsec), (1_700_000_000, 123_456_789));
+        assert!(clock_time(-1).is_err());
+        assert!(shift_clock(i64::MAX).unwrap_err().to_string().contains("overflows"));
+        assert!(shift_clock(i64::MIN + 1).unwrap_err().to_string().contains("before 1970"));
+    }
+}

@@ -1,0 +1,147 @@
+//! The pod's own service: everything about the VM that is not a container.
+
+use std::{sync::Arc, time::Duration};
+
+use async_trait::async_trait;
+use kuasar_common::{
+    api::{
+        sandbox::{
+            CheckRequest, SetupSandboxRequest, ShutdownRequest, SyncClockPacket, UpdateInterfacesRequest,
+            UpdateRoutesRequest,
+        },
+        sandbox_ttrpc::SandboxService,
+    },
+    constants::GUEST_STATE_DIR,
+};
+use protobuf::well_known_types::empty::Empty;
+use rustix::mount::{UnmountFlags, unmount};
+use tokio::time::timeout;
+use ttrpc::r#async::TtrpcContext;
+
+use crate::{
+    error::TaskError,
+    netlink::{Network, plan},
+    sandbox,
+    tasks::{Container, Tasks},
+};
+
+/// How long killed containers may take to be gone.
+const KILL_DEADLINE: Duration = Duration::from_secs(5);
+const SIGTERM: u32 = 15;
+const SIGKILL: u32 = 9;
+
+/// The service.
+#[derive(Clone)]
+pub struct Sandbox {
+    tasks: Arc<Tasks>,
+}
+
+impl Sandbox {
+    /// A service for the VM that runs these containers.
+    #[must_use]
+    pub fn new(tasks: Arc<Tasks>) -> Self {
+        Self { tasks }
+    }
+
+    async fn stop(&self, grace: Duration) {
+        let containers = self.tasks.all();
+        if !grace.is_zero() {
+            signal(&containers, SIGTERM, false);
+            let _ = timeout(grace, gone(&containers)).await;
+        }
+        signal(&containers, SIGKILL, true);
+        let _ = timeout(KILL_DEADLINE, gone(&containers)).await;
+    }
+}
+
+fn signal(containers: &[Arc<Container>], signal: u32, all: bool) {
+    for container in containers.iter().filter(|container| container.init.exit().is_none()) {
+        let sent = if all { container.kill_all(signal) } else { container.init.kill(signal) };
+        if let Err(error) = sent {
+            log::info!("stopping container {}: {error}", container.id);
+        }
+    }
+}
+
+async fn gone(containers: &[Arc<Container>]) {
+    for container in containers {
+        let _ = container.init.exited().wait_for(Option::is_some).await;
+    }
+}
+
+fn setup(req: &SetupSandboxRequest) -> Result<(), TaskError> {
+    if req.shared_pid_namespace {
+        return Err(TaskError::Unimplemented("one PID namespace for all containers of the pod"));
+    }
+    // Checked first: a wrong request changes nothing.
+    let links: Vec<plan::Link> = plan::all(&req.interfaces)?;
+    let routes: Vec<plan::Route> = plan::all(&req.routes)?;
+    let neighbours: Vec<plan::Neighbour> = plan::all(&req.neighbours)?;
+    sandbox::set_clock(req.clock_ns)?;
+    sandbox::set_hostname(&req.hostname)?;
+    sandbox::set_resolv_conf(&req.resolv_conf)?;
+    sandbox::set_shm_size(req.shm_size)?;
+    let mut network = Network::new()?;
+    network.loopback_up()?;
+    network.configure_links(&links)?;
+    // Neighbours first: a gateway may be reachable only through one.
+    network.add_neighbours(&neighbours)?;
+    network.add_routes(&routes)?;
+    // Last: names of links occur in them.
+    sandbox::set_sysctls(&req.sysctls)
+}
+
+#[async_trait]
+impl SandboxService for Sandbox {
+    async fn setup_sandbox(&self, _: &TtrpcContext, req: SetupSandboxRequest) -> ttrpc::Result<Empty> {
+        setup(&req)?;
+        log::info!("sandbox {} is set up", req.sandbox_id);
+        Ok(Empty::new())
+    }
+
+    async fn check(&self, _: &TtrpcContext, _: CheckRequest) -> ttrpc::Result<Empty> {
+        Ok(Empty::new())
+    }
+
+    async fn sync_clock(&self, _: &TtrpcContext, req: SyncClockPacket) -> ttrpc::Result<SyncClockPacket> {
+        let mut answer = req;
+        answer.ClientArriveTime = sandbox::now_ns();
+        if answer.Delta != 0 {
+            sandbox::shift_clock(answer.Delta)?;
+        }
+        answer.ServerSendTime = sandbox::now_ns();
+        Ok(answer)
+    }
+
+    async fn update_interfaces(
+        &self,
+        _: &TtrpcContext,
+        req: UpdateInterfacesRequest,
+    ) -> ttrpc::Result<Empty> {
+        let links: Vec<plan::Link> = plan::all(&req.interfaces)?;
+        Network::new()?.configure_links(&links)?;
+        Ok(Empty::new())
+    }
+
+    async fn update_routes(&self, _: &TtrpcContext, req: UpdateRoutesRequest) -> ttrpc::Result<Empty> {
+        let routes: Vec<plan::Route> = plan::all(&req.routes)?;
+        Network::new()?.replace_routes(&routes)?;
+        Ok(Empty::new())
+    }
+
+    async fn shutdown(&self, _: &TtrpcContext, req: ShutdownRequest) -> ttrpc::Result<Empty> {
+        let this = self.clone();
+        let grace = Duration::from_millis(u64::from(req.timeout_ms));
+        // In a task of its own: it goes on when the caller goes away.
+        let done = tokio::spawn(async move {
+            this.stop(grace).await;
+            rustix::fs::sync();
+            // Detached, because a container that could not be killed may hold it.
+            if let Err(error) = unmount(GUEST_STATE_DIR, UnmountFlags::DETACH) {
+                log::info!("unmounting {GUEST_STATE_DIR}: {error}");
+            }
+        });
+        done.await.map_err(|error| TaskError::Internal(error.to_string()))?;
+        Ok(Empty::new())
+    }
+}

@@ -1,0 +1,142 @@
+//! The agent as a whole: its ports, its services, its life.
+
+use std::{
+    collections::HashMap,
+    io,
+    sync::{Arc, atomic::AtomicU64},
+    time::Duration,
+};
+
+use containerd_shim_protos::shim_async::create_task;
+use kuasar_common::{
+    api::sandbox_ttrpc::create_sandbox_service,
+    constants::{CID_HOST, GUEST_RUNC, PORT_READY, PORT_STDIO, PORT_TTRPC},
+};
+use tokio::time::{Instant, sleep};
+use tokio_vsock::{VMADDR_CID_ANY, VsockAddr, VsockListener, VsockStream};
+use ttrpc::r#async::{Server, Service, transport::Listener};
+
+use crate::{
+    auth::{Token, guarded},
+    boot::{self, BootError},
+    config::TaskConfig,
+    handshake::{HandshakeError, HostLink},
+    reaper::Reaper,
+    runc::Runc,
+    sandbox_service::Sandbox,
+    stdio::{listener::StdioListener, registry::Registry},
+    task_service::TaskService,
+    tasks::{Context, Tasks},
+};
+
+/// The host listens before it starts the VM, so this is only for a device that is late.
+const CONNECT_DEADLINE: Duration = Duration::from_secs(5);
+const CONNECT_PAUSE: Duration = Duration::from_millis(20);
+
+/// Why the agent cannot go on.
+#[derive(Debug, thiserror::Error)]
+pub enum AgentError {
+    /// Bringing the guest up failed.
+    #[error(transparent)]
+    Boot(#[from] BootError),
+    /// A port of ours, or the host's.
+    #[error("{0}: {1}")]
+    Port(String, io::Error),
+    /// The host and we did not get together.
+    #[error(transparent)]
+    Handshake(#[from] HandshakeError),
+    /// The services could not be started.
+    #[error("serving port {PORT_TTRPC}: {0}")]
+    Serve(#[from] ttrpc::Error),
+}
+
+/// The agent's services, each method behind the token.
+#[must_use]
+pub fn services(tasks: &Arc<Tasks>, token: &Arc<Token>) -> HashMap<String, Service> {
+    let mut services = create_task(Arc::new(TaskService::new(Arc::clone(tasks))));
+    services.extend(create_sandbox_service(Arc::new(Sandbox::new(Arc::clone(tasks)))));
+    guarded(services, token)
+}
+
+/// Boots the rest of the guest and serves it until the VM ends.
+///
+/// # Errors
+/// When the agent cannot do its work. The host has been told why, if it could be reached.
+pub async fn run(config: &TaskConfig) -> Result<(), AgentError> {
+    // Listening first: the host calls as soon as it has read READY.
+    let ttrpc = listen(PORT_TTRPC)?;
+    let stdio = listen(PORT_STDIO)?;
+    let mut host = HostLink::ready(connect().await?).await?;
+    match serve(config, ttrpc, stdio, &mut host).await {
+        Ok(()) => Ok(()),
+        Err(error) => {
+            host.fatal(&error.to_string()).await;
+            Err(error)
+        }
+    }
+}
+
+async fn serve(
+    config: &TaskConfig,
+    ttrpc: VsockListener,
+    stdio: VsockListener,
+    host: &mut HostLink<VsockStream>,
+) -> Result<(), AgentError> {
+    let reaper = Reaper::new();
+    reaper.start().map_err(|error| AgentError::Port("receiving SIGCHLD".to_owned(), error))?;
+    boot::late(config.share)?;
+    let token = Token::new();
+    token.set(host.token().await?);
+    let streams = Arc::new(Registry::default());
+    let context = Arc::new(Context {
+        runc: Runc {
+            program: GUEST_RUNC.into(),
+            root: boot::RUNC_ROOT.into(),
+            logs: boot::WORK.into(),
+            no_pivot: boot::root_is_initramfs(),
+            reaper: Arc::clone(&reaper),
+            calls: AtomicU64::new(0),
+        },
+        reaper,
+        streams: Arc::clone(&streams),
+        work: boot::WORK.into(),
+        cgroups: boot::CGROUPS.into(),
+    });
+    let tasks = Arc::new(Tasks::new(context));
+    let services = services(&tasks, &token);
+    let mut server = Server::new().add_listener(Listener::from(ttrpc)).register_service(services);
+    server.start().await?;
+    // Also what keeps the agent going: it ends only if the port does.
+    accept_stdio(stdio, &StdioListener::new(streams, token)).await
+}
+
+async fn accept_stdio(port: VsockListener, listener: &StdioListener) -> Result<(), AgentError> {
+    loop {
+        match port.accept().await {
+            Ok((stream, _)) => listener.accept(Box::new(stream)).await,
+            Err(error) => {
+                log::warn!("accepting on port {PORT_STDIO}: {error}");
+                sleep(CONNECT_PAUSE).await;
+            }
+        }
+    }
+}
+
+fn listen(port: u32) -> Result<VsockListener, AgentError> {
+    VsockListener::bind(VsockAddr::new(VMADDR_CID_ANY, port))
+        .map_err(|error| AgentError::Port(format!("listening on vsock port {port}"), error))
+}
+
+async fn connect() -> Result<VsockStream, AgentError> {
+    let started = Instant::now();
+    loop {
+        match VsockStream::connect(VsockAddr::new(CID_HOST, PORT_READY)).await {
+            Ok(stream) => return Ok(stream),
+            Err(error) if started.elapsed() > CONNECT_DEADLINE => {
+                return Err(AgentError::Port(format!("calling the host on vsock port {PORT_READY}"), error));
+            }
+            Err(error) => log::info!("calling the host: {error}"),
+        }
+        sleep(CONNECT_PAUSE).await;
+    }
+}

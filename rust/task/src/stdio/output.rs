@@ -1,0 +1,142 @@
+//! From a process's standard output or error to whichever connection the stream has.
+
+use std::time::Duration;
+
+use kuasar_common::stdio::{HEADER, MAX_FRAME, header};
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    sync::watch,
+    time::timeout,
+};
+
+use super::{
+    fd::Fd,
+    registry::{Connection, Slot},
+};
+use crate::reaper::Exit;
+
+/// How long the receiver may take to close after the end of the stream.
+const CLOSE_DEADLINE: Duration = Duration::from_secs(10);
+/// How long what is left of a deleted process's output is still delivered to a connection that takes it.
+const DELETED_DEADLINE: Duration = Duration::from_secs(30);
+
+/// One output stream. Holds at most one frame; a slow or absent receiver leaves the rest in the pipe, where it holds up
+/// the process that writes, and nobody else.
+pub struct Output {
+    source: Option<Fd>,
+    slot: Slot,
+    exited: watch::Receiver<Option<Exit>>,
+    frame: Frame,
+    connection: Option<Connection>,
+}
+
+/// The frame that is not delivered yet.
+#[derive(Default)]
+struct Frame {
+    /// Room for header and payload, made when it is first needed.
+    buffer: Vec<u8>,
+    /// Bytes of the header and payload in it; 0: there is no frame.
+    len: usize,
+}
+
+impl Frame {
+    /// Reads the next frame, header first. Cancelling loses nothing: the frame is only there when the read is done.
+    async fn fill(&mut self, fd: &Fd, exited: &mut watch::Receiver<Option<Exit>>) -> usize {
+        self.buffer.resize(HEADER + MAX_FRAME, 0);
+        let Some((head, payload)) = self.buffer.split_first_chunk_mut::<HEADER>() else { return 0 };
+        let read = fd.read(payload, exited).await;
+        *head = header(read);
+        self.len = if read == 0 { 0 } else { HEADER + read };
+        read
+    }
+
+    fn bytes(&self) -> &[u8] {
+        self.buffer.get(..self.len).unwrap_or_default()
+    }
+}
+
+impl Output {
+    /// An output stream that reads `source`, or is at its end already if that is `None`.
+    #[must_use]
+    pub fn new(source: Option<Fd>, slot: Slot, exited: watch::Receiver<Option<Exit>>) -> Self {
+        Self { source, slot, exited, frame: Frame::default(), connection: None }
+    }
+
+    /// Runs until the stream's claim is released.
+    pub async fn run(mut self) {
+        while self.step().await {}
+        if self.connection.is_some() {
+            // Deleted while somebody still reads: they get the rest, if they take it.
+            let _ = timeout(DELETED_DEADLINE, self.deliver_rest()).await;
+        }
+    }
+
+    /// Moves one thing on; false once the claim was released.
+    async fn step(&mut self) -> bool {
+        let Some(mut connection) = self.connection.take() else {
+            self.connection = self.slot.next().await;
+            return self.connection.is_some();
+        };
+        tokio::select! {
+            biased;
+            newer = self.slot.next() => {
+                // A new connection takes over; what the old one may not have got is sent again.
+                let released = newer.is_none();
+                self.connection = Some(newer.unwrap_or(connection));
+                !released
+            }
+            keep = deliver(&mut self.source, &mut self.frame, &mut self.exited, &mut connection) => {
+                self.connection = keep.then_some(connection);
+                true
+            }
+        }
+    }
+
+    async fn deliver_rest(&mut self) {
+        while let Some(connection) = &mut self.connection {
+            if !deliver(&mut self.source, &mut self.frame, &mut self.exited, connection).await {
+                return;
+            }
+        }
+    }
+}
+
+/// Reads one frame and sends it, or sends the end. False when the connection is done with.
+async fn deliver(
+    source: &mut Option<Fd>,
+    frame: &mut Frame,
+    exited: &mut watch::Receiver<Option<Exit>>,
+    connection: &mut Connection,
+) -> bool {
+    if frame.len == 0 {
+        match source {
+            None => return finish(connection).await,
+            Some(fd) => {
+                tokio::select! {
+                    biased;
+                    read = frame.fill(fd, exited) => if read == 0 { *source = None; return true },
+                    () = closed(connection) => return false,
+                }
+            }
+        }
+    }
+    if connection.write_all(frame.bytes()).await.is_err() || connection.flush().await.is_err() {
+        return false;
+    }
+    frame.len = 0;
+    true
+}
+
+/// Ends when the receiver goes away; it has nothing to say.
+async fn closed(connection: &mut Connection) {
+    let mut byte = [0; 64];
+    while matches!(connection.read(&mut byte).await, Ok(1..)) {}
+}
+
+/// Sends the end of the stream and waits for the receiver to close.
+async fn finish(connection: &mut Connection) -> bool {
+    if connection.write_all(&header(0)).await.is_ok() && connection.flush().await.is_ok() {
+        let _ = timeout(CLOSE_DEADLINE, closed(connection)).await;
+    }
+    false
+}

@@ -1,0 +1,193 @@
+//! All standard streams of one process, from before it starts until it is deleted.
+
+use std::{
+    io,
+    os::fd::OwnedFd,
+    path::Path,
+    process::Stdio,
+    sync::{Arc, Mutex, PoisonError},
+};
+
+use kuasar_common::{constants::STDIO_WANTED, stdio::Stream};
+use rustix::{
+    pipe::{PipeFlags, pipe_with},
+    termios::{Winsize, tcsetwinsize},
+};
+use tokio::{io::Interest, sync::watch};
+
+use super::{
+    console::ConsoleSocket,
+    fd::Fd,
+    output::Output,
+    registry::{Key, Registry, Slot},
+    stdin::Input,
+};
+use crate::{reaper::Exit, runc::ChildStdio};
+
+/// What a Create or Exec request says about standard streams; echoed by State.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct StdioSpec {
+    /// [`STDIO_WANTED`] or empty.
+    pub stdin: String,
+    /// [`STDIO_WANTED`] or empty.
+    pub stdout: String,
+    /// [`STDIO_WANTED`] or empty.
+    pub stderr: String,
+    /// The process has a terminal.
+    pub terminal: bool,
+}
+
+/// The streams of one process that somebody wants, and the ends of them that the agent holds.
+pub struct ProcessIo {
+    registry: Arc<Registry>,
+    keys: Vec<Key>,
+    slots: Mutex<Slots>,
+    close_stdin: watch::Sender<bool>,
+    terminal: Mutex<Option<Fd>>,
+}
+
+#[derive(Default)]
+struct Slots {
+    stdin: Option<Slot>,
+    stdout: Option<Slot>,
+    stderr: Option<Slot>,
+}
+
+/// The agent's ends of the pipes of a process about to start.
+#[derive(Default)]
+pub struct Pipes {
+    stdin: Option<OwnedFd>,
+    stdout: Option<OwnedFd>,
+    stderr: Option<OwnedFd>,
+}
+
+impl ProcessIo {
+    /// Claims the wanted streams of a process.
+    #[must_use]
+    pub fn new(registry: &Arc<Registry>, container: &str, exec: &str, spec: &StdioSpec) -> Self {
+        let mut keys = Vec::new();
+        let mut claim = |mark: &str, stream| {
+            (mark == STDIO_WANTED).then(|| {
+                let key = Key { container: container.to_owned(), exec: exec.to_owned(), stream };
+                keys.push(key.clone());
+                registry.claim(key)
+            })
+        };
+        let slots = Slots {
+            stdin: claim(&spec.stdin, Stream::Stdin),
+            stdout: claim(&spec.stdout, Stream::Stdout),
+            stderr: claim(&spec.stderr, Stream::Stderr),
+        };
+        Self {
+            registry: Arc::clone(registry),
+            keys,
+            slots: Mutex::new(slots),
+            close_stdin: watch::Sender::new(false),
+            terminal: Mutex::new(None),
+        }
+    }
+
+    /// Makes the pipes of a process without a terminal: our ends, and what the runtime inherits.
+    ///
+    /// # Errors
+    /// When a pipe cannot be made.
+    pub fn pipes(&self) -> io::Result<(Pipes, ChildStdio)> {
+        let slots = self.slots.lock().unwrap_or_else(PoisonError::into_inner);
+        let (mut ours, mut theirs) = (Pipes::default(), ChildStdio::default());
+        if slots.stdin.is_some() {
+            let (read, write) = pipe_with(PipeFlags::CLOEXEC)?;
+            (theirs.stdin, ours.stdin) = (Stdio::from(read), Some(write));
+        }
+        if slots.stdout.is_some() {
+            let (read, write) = pipe_with(PipeFlags::CLOEXEC)?;
+            (theirs.stdout, ours.stdout) = (Stdio::from(write), Some(read));
+        }
+        if slots.stderr.is_some() {
+            let (read, write) = pipe_with(PipeFlags::CLOEXEC)?;
+            (theirs.stderr, ours.stderr) = (Stdio::from(write), Some(read));
+        }
+        Ok((ours, theirs))
+    }
+
+    /// Makes the socket on which the runtime delivers the terminal of a process.
+    ///
+    /// # Errors
+    /// When it cannot be made.
+    pub fn console(dir: &Path) -> io::Result<ConsoleSocket> {
+        ConsoleSocket::new(dir)
+    }
+
+    /// Starts moving the bytes of a process that runs with `pipes`.
+    ///
+    /// # Errors
+    /// When a pipe cannot be polled.
+    pub fn start_pipes(&self, pipes: Pipes, exited: &watch::Receiver<Option<Exit>>) -> io::Result<()> {
+        let readable = |fd: OwnedFd| Fd::new(fd, Interest::READABLE, false);
+        let stdin = pipes.stdin.map(|fd| Fd::new(fd, Interest::WRITABLE, false)).transpose()?;
+        let stdout = pipes.stdout.map(readable).transpose()?;
+        let stderr = pipes.stderr.map(readable).transpose()?;
+        self.run(stdin, stdout, stderr, exited);
+        Ok(())
+    }
+
+    /// Starts moving the bytes of a process on a terminal, whose master side is given.
+    ///
+    /// # Errors
+    /// When the terminal cannot be polled.
+    pub fn start_terminal(&self, master: OwnedFd, exited: &watch::Receiver<Option<Exit>>) -> io::Result<()> {
+        let master = Fd::new(master, Interest::READABLE | Interest::WRITABLE, true)?;
+        *self.terminal.lock().unwrap_or_else(PoisonError::into_inner) = Some(master.clone());
+        // A terminal has one output: whoever asked for standard error gets its end at once.
+        self.run(Some(master.clone()), Some(master), None, exited);
+        Ok(())
+    }
+
+    /// Ends the wanted streams of a process that will never run.
+    pub fn start_nothing(&self, exited: &watch::Receiver<Option<Exit>>) {
+        self.run(None, None, None, exited);
+    }
+
+    fn run(
+        &self,
+        stdin: Option<Fd>,
+        stdout: Option<Fd>,
+        stderr: Option<Fd>,
+        exited: &watch::Receiver<Option<Exit>>,
+    ) {
+        let slots = std::mem::take(&mut *self.slots.lock().unwrap_or_else(PoisonError::into_inner));
+        if let Some(slot) = slots.stdin {
+            tokio::spawn(Input::new(stdin, slot, self.close_stdin.subscribe()).run());
+        }
+        if let Some(slot) = slots.stdout {
+            tokio::spawn(Output::new(stdout, slot, exited.clone()).run());
+        }
+        if let Some(slot) = slots.stderr {
+            tokio::spawn(Output::new(stderr, slot, exited.clone()).run());
+        }
+    }
+
+    /// Ends the process's standard input, once what is on its way has arrived.
+    pub fn close_stdin(&self) {
+        self.close_stdin.send_replace(true);
+    }
+
+    /// Sets the terminal's size in characters. False if there is no terminal.
+    ///
+    /// # Errors
+    /// When the kernel refuses.
+    pub fn resize(&self, width: u16, height: u16) -> io::Result<bool> {
+        let terminal = self.terminal.lock().unwrap_or_else(PoisonError::into_inner);
+        let Some(terminal) = terminal.as_ref() else { return Ok(false) };
+        let size = Winsize { ws_row: height, ws_col: width, ws_xpixel: 0, ws_ypixel: 0 };
+        tcsetwinsize(terminal.get(), size)?;
+        Ok(true)
+    }
+}
+
+impl Drop for ProcessIo {
+    fn drop(&mut self) {
+        for key in &self.keys {
+            self.registry.release(key);
+        }
+    }
+}

@@ -1,0 +1,417 @@
+//! The pod's containers and what can be done with them.
+
+use std::{
+    collections::{BTreeMap, HashMap},
+    fs,
+    path::{Path, PathBuf},
+    sync::{
+        Arc, Mutex, MutexGuard, OnceLock, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::{Duration, SystemTime},
+};
+
+use containerd_shim_protos::cgroups_v2::metrics::Metrics;
+use rustix::process::Pid;
+use tokio::{sync::RwLock, time::timeout};
+
+use crate::{
+    cgroup,
+    error::TaskError,
+    launch,
+    process::{Phase, Process, signal_pid},
+    reaper::{Exit, Reaper},
+    runc::Runc,
+    stdio::{
+        process_io::{ProcessIo, StdioSpec},
+        registry::Registry,
+    },
+};
+
+/// How long a killed process may take to be gone.
+const KILL_DEADLINE: Duration = Duration::from_secs(10);
+/// Longest id of a container or exec; containerd allows 76.
+const MAX_ID: usize = 128;
+/// Exit status of a process that could not be started, as containerd's own shims report it.
+pub const NEVER_RAN: u32 = 255;
+
+/// What all containers of the VM share.
+pub struct Context {
+    /// The OCI runtime.
+    pub runc: Runc,
+    /// Sees processes end.
+    pub reaper: Arc<Reaper>,
+    /// Knows the connections of their streams.
+    pub streams: Arc<Registry>,
+    /// A folder for small files of ours, on a tmpfs.
+    pub work: PathBuf,
+    /// Where cgroup v2 is mounted.
+    pub cgroups: PathBuf,
+}
+
+/// A container.
+pub struct Container {
+    /// Its id.
+    pub id: String,
+    /// Its bundle's path in the guest.
+    pub bundle: String,
+    /// Its own process.
+    pub init: Process,
+    execs: Mutex<BTreeMap<String, Arc<Exec>>>,
+    /// Taken for writing by what changes the container, for reading by what starts a process in it.
+    pub(crate) gate: RwLock<()>,
+    pub(crate) cgroup: OnceLock<PathBuf>,
+    last_metrics: Mutex<Option<Metrics>>,
+    gone: AtomicBool,
+}
+
+/// A process that was added to a container.
+pub struct Exec {
+    /// The process.
+    pub process: Process,
+    /// Its OCI description, as JSON.
+    pub spec: Vec<u8>,
+}
+
+/// One of a container's processes.
+#[derive(Clone)]
+pub enum Target {
+    /// The container's own.
+    Init(Arc<Container>),
+    /// An added one.
+    Exec(Arc<Exec>),
+}
+
+impl Target {
+    /// The process itself.
+    #[must_use]
+    pub fn process(&self) -> &Process {
+        match self {
+            Self::Init(container) => &container.init,
+            Self::Exec(exec) => &exec.process,
+        }
+    }
+}
+
+impl Container {
+    fn new(context: &Context, id: &str, bundle: &str, stdio: StdioSpec) -> Self {
+        let io = ProcessIo::new(&context.streams, id, "", &stdio);
+        Self {
+            id: id.to_owned(),
+            bundle: bundle.to_owned(),
+            init: Process::new(stdio, io),
+            execs: Mutex::default(),
+            gate: RwLock::default(),
+            cgroup: OnceLock::new(),
+            last_metrics: Mutex::default(),
+            gone: AtomicBool::new(false),
+        }
+    }
+
+    fn execs(&self) -> MutexGuard<'_, BTreeMap<String, Arc<Exec>>> {
+        self.execs.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn check_exists(&self) -> Result<(), TaskError> {
+        if self.gone.load(Ordering::Relaxed) { Err(no_container(&self.id)) } else { Ok(()) }
+    }
+
+    /// All its processes; its own is there even when it has ended.
+    #[must_use]
+    pub fn pids(&self) -> Vec<i32> {
+        let mut pids = self.cgroup.get().map(|cgroup| cgroup::processes(cgroup)).unwrap_or_default();
+        if pids.is_empty() {
+            pids.push(self.init.pid());
+        }
+        pids
+    }
+
+    /// What the kernel counts for it; the last known values when it does not any more.
+    #[must_use]
+    pub fn metrics(&self) -> Metrics {
+        let mut last = self.last_metrics.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(metrics) = self.cgroup.get().and_then(|cgroup| cgroup::metrics(cgroup)) {
+            *last = Some(metrics);
+        }
+        last.clone().unwrap_or_default()
+    }
+
+    /// Sends a signal to every process of it.
+    ///
+    /// # Errors
+    /// When the number is no signal's.
+    pub fn kill_all(&self, signal: u32) -> Result<(), TaskError> {
+        let cgroup = self.cgroup.get();
+        if signal == 9 && cgroup.is_some_and(|cgroup| cgroup::kill(cgroup)) {
+            return Ok(());
+        }
+        for pid in cgroup.map(|cgroup| cgroup::processes(cgroup)).unwrap_or_default() {
+            if let Some(pid) = Pid::from_raw(pid) {
+                signal_pid(pid, signal)?;
+            }
+        }
+        self.init.kill(signal)
+    }
+}
+
+/// All containers.
+pub struct Tasks {
+    /// What they share.
+    pub context: Arc<Context>,
+    containers: Mutex<HashMap<String, Arc<Container>>>,
+}
+
+impl Tasks {
+    /// No containers yet.
+    #[must_use]
+    pub fn new(context: Arc<Context>) -> Self {
+        Self { context, containers: Mutex::default() }
+    }
+
+    fn table(&self) -> MutexGuard<'_, HashMap<String, Arc<Container>>> {
+        self.containers.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// All containers, in no order.
+    #[must_use]
+    pub fn all(&self) -> Vec<Arc<Container>> {
+        self.table().values().cloned().collect()
+    }
+
+    /// A container by its id.
+    ///
+    /// # Errors
+    /// When there is none.
+    pub fn container(&self, id: &str) -> Result<Arc<Container>, TaskError> {
+        self.table().get(id).cloned().ok_or_else(|| no_container(id))
+    }
+
+    /// A process by its container's id and its exec id, empty for the container's own.
+    ///
+    /// # Errors
+    /// When there is none.
+    pub fn target(&self, id: &str, exec_id: &str) -> Result<Target, TaskError> {
+        let container = self.container(id)?;
+        if exec_id.is_empty() {
+            return Ok(Target::Init(container));
+        }
+        let exec = container.execs().get(exec_id).cloned();
+        exec.map(Target::Exec)
+            .ok_or_else(|| TaskError::NotFound(format!("process {exec_id} of container {id}")))
+    }
+
+    /// Makes a container, up to its first process waiting for [`Self::start`]; returns that process's pid.
+    ///
+    /// # Errors
+    /// When the id is taken or the runtime fails; nothing is left then.
+    pub async fn create(&self, id: &str, bundle: &str, stdio: StdioSpec) -> Result<u32, TaskError> {
+        check_id(id)?;
+        let container = {
+            let mut table = self.table();
+            if table.contains_key(id) {
+                return Err(TaskError::AlreadyExists(format!("container {id}")));
+            }
+            let container = Arc::new(Container::new(&self.context, id, bundle, stdio));
+            table.insert(id.to_owned(), Arc::clone(&container));
+            container
+        };
+        let _gate = container.gate.write().await;
+        match launch::create(&self.context, &container).await {
+            Ok(()) => Ok(container.init.pid_u32()),
+            Err(error) => {
+                container.init.io.start_nothing(&container.init.exited());
+                self.forget(&container);
+                if let Err(error) = self.context.runc.delete(id, true).await {
+                    log::warn!("cleaning up after container {id} was not created: {error}");
+                }
+                Err(error)
+            }
+        }
+    }
+
+    /// Starts a created process; returns its pid.
+    ///
+    /// # Errors
+    /// When it was started before, or the runtime fails.
+    pub async fn start(&self, id: &str, exec_id: &str) -> Result<u32, TaskError> {
+        let container = self.container(id)?;
+        match self.target(id, exec_id)? {
+            Target::Init(_) => {
+                let _gate = container.gate.write().await;
+                container.check_exists()?;
+                begin(&container.init, id)?;
+                let started = self.context.runc.start(id).await;
+                let next = if started.is_ok() { Phase::Running } else { Phase::Created };
+                // It may have ended already, which is as good.
+                let _ = container.init.advance(Phase::Starting, next);
+                started?;
+                Ok(container.init.pid_u32())
+            }
+            Target::Exec(exec) => {
+                let _gate = container.gate.read().await;
+                container.check_exists()?;
+                begin(&exec.process, exec_id)?;
+                if let Err(error) = launch::exec(&self.context, &container, exec_id, &exec).await {
+                    exec.process.io.start_nothing(&exec.process.exited());
+                    let exit = Exit { code: NEVER_RAN, at: SystemTime::now() };
+                    exec.process.exit_sender().send_replace(Some(exit));
+                    return Err(error);
+                }
+                let _ = exec.process.advance(Phase::Starting, Phase::Running);
+                Ok(exec.process.pid_u32())
+            }
+        }
+    }
+
+    /// Notes a process to be started in a container.
+    ///
+    /// # Errors
+    /// When the id is taken, the description is no OCI process, or the container has ended.
+    pub fn add_exec(&self, id: &str, exec_id: &str, stdio: StdioSpec, spec: &[u8]) -> Result<(), TaskError> {
+        check_id(exec_id)?;
+        let container = self.container(id)?;
+        if container.init.phase() == Phase::Stopped {
+            return Err(TaskError::FailedPrecondition(format!("container {id} is not running")));
+        }
+        let spec = launch::process_spec(spec, stdio.terminal)?;
+        let mut execs = container.execs();
+        if execs.contains_key(exec_id) {
+            return Err(TaskError::AlreadyExists(format!("process {exec_id} of container {id}")));
+        }
+        let io = ProcessIo::new(&self.context.streams, id, exec_id, &stdio);
+        execs.insert(exec_id.to_owned(), Arc::new(Exec { process: Process::new(stdio, io), spec }));
+        Ok(())
+    }
+
+    /// Forgets a process that has ended or never started, and with a container's own process the container. Returns its
+    /// pid and how it ended.
+    ///
+    /// # Errors
+    /// When it runs, or the runtime fails.
+    pub async fn delete(&self, id: &str, exec_id: &str) -> Result<(u32, Exit), TaskError> {
+        let container = self.container(id)?;
+        if let Target::Exec(exec) = self.target(id, exec_id)? {
+            if matches!(exec.process.phase(), Phase::Starting | Phase::Running) {
+                return Err(TaskError::FailedPrecondition(format!("process {exec_id} is running")));
+            }
+            container.execs().remove(exec_id);
+            return Ok((exec.process.pid_u32(), ended(&exec.process)));
+        }
+        let _gate = container.gate.write().await;
+        container.check_exists()?;
+        match container.init.phase() {
+            Phase::Stopped => {}
+            Phase::Created => self.kill_created(&container).await?,
+            _ => return Err(TaskError::FailedPrecondition(format!("container {id} is running"))),
+        }
+        // For the last time: its cgroup goes with it.
+        let _ = container.metrics();
+        self.context.runc.delete(id, true).await?;
+        self.forget(&container);
+        Ok((container.init.pid_u32(), ended(&container.init)))
+    }
+
+    async fn kill_created(&self, container: &Container) -> Result<(), TaskError> {
+        container.init.kill(9)?;
+        let mut exited = container.init.exited();
+        let gone = timeout(KILL_DEADLINE, exited.wait_for(Option::is_some)).await;
+        match gone {
+            Ok(_) => Ok(()),
+            Err(_) => Err(TaskError::Deadline(format!("killing container {}", container.id))),
+        }
+    }
+
+    /// Freezes or thaws a container.
+    ///
+    /// # Errors
+    /// When it does not run, or the runtime fails.
+    pub async fn freeze(&self, id: &str, freeze: bool) -> Result<(), TaskError> {
+        let container = self.container(id)?;
+        let _gate = container.gate.write().await;
+        container.check_exists()?;
+        let (from, to) =
+            if freeze { (Phase::Running, Phase::Paused) } else { (Phase::Paused, Phase::Running) };
+        if container.init.phase() != from {
+            let state = if freeze { "running" } else { "paused" };
+            return Err(TaskError::FailedPrecondition(format!("container {id} is not {state}")));
+        }
+        self.context.runc.freeze(id, freeze).await?;
+        let _ = container.init.advance(from, to);
+        Ok(())
+    }
+
+    /// Changes a container's limits to OCI `LinuxResources`, as JSON.
+    ///
+    /// # Errors
+    /// When it has ended, or the runtime fails.
+    pub async fn update(&self, id: &str, resources: &[u8]) -> Result<(), TaskError> {
+        let container = self.container(id)?;
+        let _gate = container.gate.write().await;
+        container.check_exists()?;
+        if container.init.phase() == Phase::Stopped {
+            return Err(TaskError::FailedPrecondition(format!("container {id} is not running")));
+        }
+        let file = self.context.work.join(format!("{id}.resources.json"));
+        write(&file, resources)?;
+        let updated = self.context.runc.update(id, &file).await;
+        let _ = fs::remove_file(&file);
+        Ok(updated?)
+    }
+
+    fn forget(&self, container: &Container) {
+        container.gone.store(true, Ordering::Relaxed);
+        self.table().remove(&container.id);
+    }
+}
+
+fn begin(process: &Process, name: &str) -> Result<(), TaskError> {
+    if process.advance(Phase::Created, Phase::Starting) {
+        return Ok(());
+    }
+    let why = match process.phase() {
+        Phase::Stopped => "has ended",
+        _ => "was started before",
+    };
+    Err(TaskError::FailedPrecondition(format!("{name} {why}")))
+}
+
+/// How it ended, or that it never ran.
+fn ended(process: &Process) -> Exit {
+    process.exit().unwrap_or(Exit { code: NEVER_RAN, at: SystemTime::now() })
+}
+
+fn no_container(id: &str) -> TaskError {
+    TaskError::NotFound(format!("container {id}"))
+}
+
+/// Ids become names of files and cgroups.
+fn check_id(id: &str) -> Result<(), TaskError> {
+    let allowed = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.' | '+');
+    if id.is_empty() || id.len() > MAX_ID || id.starts_with('.') || !id.chars().all(allowed) {
+        return Err(TaskError::InvalidArgument(format!(
+            "id {id:?}: 1 to {MAX_ID} letters, digits, - _ . + are allowed, no dot first"
+        )));
+    }
+    Ok(())
+}
+
+/// Writes a small file of ours.
+pub(crate) fn write(path: &Path, bytes: &[u8]) -> Result<(), TaskError> {
+    fs::write(path, bytes).map_err(TaskError::io(format!("writing {}", path.display())))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ids_that_could_escape_are_refused() {
+        for good in ["a", "0f3e-x_y.z+1", &"a".repeat(MAX_ID)] {
+            assert!(check_id(good).is_ok(), "{good}");
+        }
+        for bad in ["", ".", "..", "a/b", "a b", "ü", &"a".repeat(MAX_ID + 1)] {
+            let error = check_id(bad).unwrap_err().to_string();
+            assert!(error.contains("are allowed"), "{error}");
+        }
+    }
+}
