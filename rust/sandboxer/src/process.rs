@@ -170,7 +170,8 @@ pub struct Process {
 }
 
 impl Process {
-    fn open(pid: u32) -> io::Result<Self> {
+    /// Holds whatever process has this pid now.
+    pub(crate) fn open(pid: u32) -> io::Result<Self> {
         let number = i32::try_from(pid).ok().and_then(Pid::from_raw).ok_or(Errno::INVAL)?;
         let pidfd = rustix::process::pidfd_open(number, PidfdFlags::empty())?;
         // Read after the pidfd is held: the pid cannot change hands in between.

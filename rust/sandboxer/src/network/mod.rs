@@ -164,9 +164,8 @@ async fn add_nic(
     let fds = tap::create(&tap, queues).map_err(NetworkError::io(format!("creating the tap {tap}")))?;
     network.record.taps.push(tap.clone());
     let tap_index = tap::configure(handle, &tap, mtu).await?;
-    // On record before it is done: undoing what was not done is no error.
-    network.record.redirected.push(link.interface.name.clone());
     redirect::both_ways(handle, (&link.interface.name, link.index), (&tap, tap_index)).await?;
+    network.record.redirected.push(link.interface.name.clone());
     network.nics.push(Nic {
         id: format!("net{}", link.index),
         tap,

@@ -7,24 +7,36 @@ use super::NetworkError;
 /// `ETH_P_ALL` of `linux/if_ether.h`, in network byte order as `tc` wants it.
 const EVERY_PROTOCOL: u16 = 0x0003_u16.to_be();
 
-/// Redirects every frame between two links, given by name and index.
+/// Redirects every frame between two links, given by name and index. On error the first is as it was; an ingress qdisc
+/// of someone else there is an error.
 pub(super) async fn both_ways(
     handle: &rtnetlink::Handle,
     link: (&str, u32),
     tap: (&str, u32),
 ) -> Result<(), NetworkError> {
-    for (from, to) in [(link, tap), (tap, link)] {
-        let doing = format!("redirecting the traffic of {} to {}", from.0, to.0);
-        one_way(handle, from.1, to.1).await.map_err(NetworkError::netlink(doing))?;
+    one_way(handle, link, tap).await?;
+    if let Err(error) = one_way(handle, tap, link).await {
+        undo(handle, link.0, link.1).await?;
+        return Err(error);
     }
     Ok(())
 }
 
-async fn one_way(handle: &rtnetlink::Handle, from: u32, to: u32) -> Result<(), rtnetlink::Error> {
-    let index = link_index(from)?;
-    handle.qdisc().add(index).ingress().execute().await?;
-    let filter = handle.traffic_filter(index).add().parent(INGRESS).protocol(EVERY_PROTOCOL).redirect(to)?;
-    filter.execute().await
+async fn one_way(
+    handle: &rtnetlink::Handle,
+    (from_name, from): (&str, u32),
+    (to_name, to): (&str, u32),
+) -> Result<(), NetworkError> {
+    let fail = || NetworkError::netlink(format!("redirecting the traffic of {from_name} to {to_name}"));
+    let index = link_index(from).map_err(fail())?;
+    handle.qdisc().add(index).ingress().execute().await.map_err(fail())?;
+    let filter = handle.traffic_filter(index).add().parent(INGRESS).protocol(EVERY_PROTOCOL);
+    let added = async { filter.redirect(to)?.execute().await };
+    if let Err(error) = added.await {
+        undo(handle, from_name, from).await?;
+        return Err(fail()(error));
+    }
+    Ok(())
 }
 
 /// `ffff:`, the ingress qdisc's handle.

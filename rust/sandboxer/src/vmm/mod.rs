@@ -6,7 +6,12 @@
 mod config;
 mod device;
 mod error;
+mod logs;
+mod preflight;
+pub mod qemu;
 mod ready;
+mod supervisor;
+mod vsock;
 
 use std::{
     collections::BTreeMap,

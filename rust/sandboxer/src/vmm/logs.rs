@@ -1,0 +1,125 @@
+//! Logs of a pod: bounded when a guest writes them, quoted when they explain a failure.
+
+use std::{
+    fmt::Write as _,
+    fs::{self, File, OpenOptions},
+    io::{self, Read, Seek, SeekFrom, Write},
+    os::unix::fs::OpenOptionsExt,
+    path::{Path, PathBuf},
+};
+
+use tokio::{io::AsyncReadExt, net::UnixStream};
+
+/// Size at which a guest's log is renamed to `<name>.old` and begun anew, in bytes.
+const LIMIT: u64 = 1 << 20;
+/// What of a log's end is quoted.
+const QUOTED_BYTES: u64 = 2048;
+const QUOTED_LINES: usize = 8;
+
+/// `; <name>: "<last lines>"` for each log that says anything; for the end of an error message. Control characters are
+/// escaped: guests write some of these logs, and people read them on terminals.
+#[must_use]
+pub(super) fn quote(folder: &Path, names: &[&str]) -> String {
+    let mut text = String::new();
+    for name in names {
+        let end = last_lines(&folder.join(name)).unwrap_or_default();
+        if !end.is_empty() {
+            // Writing to a string does not fail.
+            let _ = write!(text, "; {name}: {end}");
+        }
+    }
+    text
+}
+
+fn last_lines(path: &Path) -> io::Result<String> {
+    let mut file = File::open(path)?;
+    let length = file.metadata()?.len();
+    file.seek(SeekFrom::Start(length.saturating_sub(QUOTED_BYTES)))?;
+    let mut bytes = Vec::new();
+    file.take(QUOTED_BYTES).read_to_end(&mut bytes)?;
+    let text = String::from_utf8_lossy(&bytes);
+    let lines: Vec<&str> = text.lines().filter(|line| !line.trim().is_empty()).collect();
+    let from = lines.len().saturating_sub(QUOTED_LINES);
+    let lines = lines.get(from..).unwrap_or_default();
+    Ok(lines.iter().map(|line| line.trim_end().escape_debug().to_string()).collect::<Vec<_>>().join(" | "))
+}
+
+/// A file that a guest fills and that never grows beyond [`LIMIT`].
+#[derive(Debug)]
+struct BoundedLog {
+    path: PathBuf,
+    file: File,
+    size: u64,
+    limit: u64,
+}
+
+impl BoundedLog {
+    fn open(path: &Path, limit: u64) -> io::Result<Self> {
+        let file = OpenOptions::new().append(true).create(true).mode(0o600).open(path)?;
+        let size = file.metadata()?.len();
+        Ok(Self { path: path.to_owned(), file, size, limit })
+    }
+
+    fn write(&mut self, bytes: &[u8]) -> io::Result<()> {
+        if self.size >= self.limit {
+            let mut old = self.path.clone().into_os_string();
+            old.push(".old");
+            fs::rename(&self.path, old)?;
+            *self = Self::open(&self.path, self.limit)?;
+        }
+        self.file.write_all(bytes)?;
+        self.size = self.size.saturating_add(u64::try_from(bytes.len()).unwrap_or(u64::MAX));
+        Ok(())
+    }
+}
+
+/// Copies what a guest prints to a log until the guest ends.
+pub(super) async fn copy_console(mut console: UnixStream, path: PathBuf) {
+    let mut buffer = vec![0; 4096];
+    let mut log = match BoundedLog::open(&path, LIMIT) {
+        Ok(log) => log,
+        Err(error) => return tracing::warn!(path = %path.display(), %error, "opening a guest's console log"),
+    };
+    loop {
+        let length = match console.read(&mut buffer).await {
+            Ok(0) | Err(_) => return,
+            Ok(length) => length,
+        };
+        if let Err(error) = log.write(buffer.get(..length).unwrap_or_default()) {
+            // Reading goes on: a guest must not hang because the host's disk is full.
+            tracing::debug!(path = %path.display(), %error, "writing a guest's console log");
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_last_lines_are_quoted_and_escaped() {
+        let dir = tempfile::tempdir().unwrap();
+        assert_eq!(quote(dir.path(), &["vmm.log"]), "");
+        fs::write(dir.path().join("vmm.log"), "").unwrap();
+        let lines: String = (0..600).map(|n| format!("line {n}\n\n")).collect();
+        fs::write(dir.path().join("console.log"), lines + "\x1b[31mred\r\n").unwrap();
+        let text = quote(dir.path(), &["vmm.log", "console.log"]);
+        assert!(text.starts_with("; console.log: line 593 | line 594 |"), "{text}");
+        assert!(text.ends_with("| line 599 | \\u{1b}[31mred"), "{text}");
+    }
+
+    #[test]
+    fn a_log_does_not_grow_for_ever() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("console.log");
+        let mut log = BoundedLog::open(&path, 1000).unwrap();
+        for _ in 0..1000 {
+            log.write(&[b'x'; 100]).unwrap();
+        }
+        assert_eq!(fs::metadata(&path).unwrap().len(), 1000);
+        assert_eq!(fs::metadata(dir.path().join("console.log.old")).unwrap().len(), 1000);
+        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 2);
+        let log = BoundedLog::open(&path, 1000).unwrap();
+        assert_eq!(log.size, 1000, "an adopted log counts on");
+    }
+}

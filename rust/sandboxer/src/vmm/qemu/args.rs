@@ -1,0 +1,489 @@
+//! QEMU's command line.
+
+use std::{
+    os::fd::RawFd,
+    path::{Path, PathBuf},
+};
+
+use kuasar_common::{
+    constants::SHARE_TAG,
+    param::{bool_to_on_off, escape_commas, vec_to_string},
+};
+use kuasar_derive::{CmdLineParamSet, CmdLineParams};
+
+use crate::vmm::{Accel, Bus, BusKind, Machine, Root, ShareFs, VmConfig, VmError, VmSpec};
+
+/// Granularity of the address space that is set aside for persistent memory, in MiB.
+const MAXMEM_ALIGN_MIB: u64 = 1024;
+
+/// Descriptors that QEMU inherits, by their numbers there.
+#[derive(Debug)]
+pub(super) struct Inherited {
+    /// Listening: QMP.
+    pub(super) qmp: RawFd,
+    /// Listening: the guest's console.
+    pub(super) console: RawFd,
+    /// Connected to virtiofsd; without it the folder is shared by 9p.
+    pub(super) virtiofs: Option<RawFd>,
+    /// The vsock.
+    pub(super) vsock: VsockFd,
+}
+
+/// The two kinds of vsock.
+#[derive(Debug)]
+pub(super) enum VsockFd {
+    /// `/dev/vhost-vsock`, with the guest's context id set.
+    Vhost { fd: RawFd, cid: u32 },
+    /// Connected to `vhost-device-vsock`.
+    VhostUser { fd: RawFd },
+}
+
+/// A device that a pod brings, with descriptors by their numbers in QEMU.
+#[derive(Debug)]
+pub(super) enum Extra {
+    Nic { id: String, mac: String, fds: Vec<RawFd> },
+    Disk { id: String, path: PathBuf, read_only: bool },
+}
+
+/// All of it, in this order.
+#[derive(Debug, CmdLineParamSet)]
+pub(super) struct CommandLine {
+    name: Name,
+    no_user_config: bool,
+    nodefaults: bool,
+    no_reboot: bool,
+    display: &'static str,
+    sandbox: Sandbox,
+    machine: MachineType,
+    cpu: String,
+    smp: Smp,
+    #[param(key = "m")]
+    memory: String,
+    kernel: String,
+    initrd: Option<String>,
+    append: String,
+    objects: Vec<Object>,
+    chardevs: Vec<Chardev>,
+    mon: Mon,
+    drives: Vec<Drive>,
+    fsdev: Option<Fsdev>,
+    netdevs: Vec<Netdev>,
+    devices: Vec<Device>,
+}
+
+#[derive(Debug, CmdLineParams)]
+struct Name {
+    #[property(generator = "escape_commas")]
+    guest: String,
+    #[property(generator = "bool_to_on_off")]
+    debug_threads: bool,
+}
+
+/// What a QEMU that a guest has taken over may not do any more.
+#[derive(Debug, CmdLineParams)]
+struct Sandbox {
+    #[property(ignore_key, generator = "bool_to_on_off")]
+    on: bool,
+    obsolete: &'static str,
+    elevateprivileges: &'static str,
+    spawn: &'static str,
+    resourcecontrol: &'static str,
+}
+
+#[derive(Debug, CmdLineParams)]
+#[params("machine")]
+struct MachineType {
+    #[property(ignore_key)]
+    kind: &'static str,
+    accel: &'static str,
+    memory_backend: &'static str,
+    /// What a microVM has no use for, and the firmware would spend time on.
+    #[property(ignore_key)]
+    without: &'static str,
+}
+
+#[derive(Debug, CmdLineParams)]
+struct Smp {
+    cpus: u32,
+    /// One CPU each: the firmware's table, which the guest reads without ACPI, lists sockets only.
+    sockets: u32,
+    cores: u32,
+    threads: u32,
+}
+
+#[derive(Debug, CmdLineParams)]
+struct Object {
+    #[property(ignore_key)]
+    kind: &'static str,
+    id: &'static str,
+    #[property(generator = "path")]
+    mem_path: Option<PathBuf>,
+    size: String,
+    #[property(generator = "bool_to_on_off")]
+    share: bool,
+    #[property(generator = "bool_to_on_off")]
+    readonly: Option<bool>,
+}
+
+#[derive(Debug, CmdLineParams)]
+struct Chardev {
+    #[property(ignore_key)]
+    kind: &'static str,
+    id: &'static str,
+    fd: RawFd,
+    #[property(generator = "bool_to_on_off")]
+    server: Option<bool>,
+    #[property(generator = "bool_to_on_off")]
+    wait: Option<bool>,
+}
+
+#[derive(Debug, CmdLineParams)]
+struct Mon {
+    chardev: &'static str,
+    mode: &'static str,
+}
+
+#[derive(Debug, CmdLineParams)]
+struct Drive {
+    #[property(key = "if")]
+    interface: &'static str,
+    #[property(generator = "escape_commas")]
+    id: String,
+    #[property(generator = "path")]
+    file: PathBuf,
+    format: &'static str,
+    #[property(generator = "bool_to_on_off")]
+    readonly: bool,
+}
+
+#[derive(Debug, CmdLineParams)]
+struct Fsdev {
+    #[property(ignore_key)]
+    driver: &'static str,
+    id: &'static str,
+    #[property(generator = "path")]
+    path: PathBuf,
+    #[property(key = "security_model")]
+    security_model: &'static str,
+    multidevs: &'static str,
+}
+
+#[derive(Debug, CmdLineParams)]
+struct Netdev {
+    #[property(ignore_key)]
+    kind: &'static str,
+    #[property(generator = "escape_commas")]
+    id: String,
+    #[property(generator = "vec_to_string")]
+    fds: Vec<RawFd>,
+}
+
+#[derive(Debug, Default, CmdLineParams)]
+struct Device {
+    #[property(ignore_key)]
+    driver: String,
+    #[property(generator = "escape_commas")]
+    id: String,
+    bus: Option<String>,
+    addr: Option<String>,
+    memdev: Option<&'static str>,
+    chardev: Option<&'static str>,
+    tag: Option<&'static str>,
+    fsdev: Option<&'static str>,
+    #[property(key = "mount_tag")]
+    mount_tag: Option<&'static str>,
+    guest_cid: Option<u32>,
+    vhostfd: Option<RawFd>,
+    #[property(generator = "escape_commas")]
+    drive: Option<String>,
+    #[property(generator = "escape_commas")]
+    netdev: Option<String>,
+    mac: Option<String>,
+    #[property(generator = "bool_to_on_off")]
+    mq: Option<bool>,
+    vectors: Option<usize>,
+    /// Empty: no boot ROM.
+    romfile: Option<&'static str>,
+}
+
+fn path(path: &Path) -> String {
+    escape_commas(&path.display())
+}
+
+impl CommandLine {
+    /// Command line of a pod's VM, and its bus with all devices plugged in.
+    ///
+    /// # Errors
+    /// When the bus has too few slots, or the image cannot be measured.
+    pub(super) fn new(
+        config: &VmConfig,
+        spec: &VmSpec,
+        inherited: &Inherited,
+        extras: &[Extra],
+    ) -> Result<(Self, Bus), VmError> {
+        let mut line = Self::machine(config, spec, inherited);
+        let mut plug = Plug::new(config.machine);
+        line.root(config, spec, &mut plug)?;
+        line.vsock(&inherited.vsock, &mut plug)?;
+        line.share(spec, inherited.virtiofs, &mut plug)?;
+        line.console(inherited.console, &mut plug)?;
+        line.devices.push(plug.device("virtio-rng", "rng")?);
+        for extra in extras {
+            line.extra(extra, &mut plug)?;
+        }
+        Ok((line, plug.bus))
+    }
+
+    fn machine(config: &VmConfig, spec: &VmSpec, inherited: &Inherited) -> Self {
+        let cpu = match config.accel {
+            Accel::Kvm => "host",
+            Accel::Tcg => "max",
+        };
+        Self {
+            name: Name { guest: format!("sandbox-{}", spec.pod), debug_threads: true },
+            no_user_config: true,
+            nodefaults: true,
+            no_reboot: true,
+            display: "none",
+            sandbox: Sandbox {
+                on: true,
+                obsolete: "deny",
+                elevateprivileges: "deny",
+                spawn: "deny",
+                resourcecontrol: "deny",
+            },
+            machine: machine_type(config),
+            cpu: config.cpu.clone().unwrap_or_else(|| cpu.to_owned()),
+            smp: Smp { cpus: spec.vcpus, sockets: spec.vcpus, cores: 1, threads: 1 },
+            memory: format!("{}M", spec.memory_mib),
+            kernel: config.kernel.display().to_string(),
+            initrd: None,
+            append: append(config, spec),
+            // Shared, because the user-space ends of virtiofs and vsock work in the guest's memory.
+            objects: vec![Object {
+                kind: "memory-backend-memfd",
+                id: "ram",
+                mem_path: None,
+                size: format!("{}M", spec.memory_mib),
+                share: true,
+                readonly: None,
+            }],
+            chardevs: vec![listener("qmp", inherited.qmp)],
+            mon: Mon { chardev: "qmp", mode: "control" },
+            drives: Vec::new(),
+            fsdev: None,
+            netdevs: Vec::new(),
+            devices: Vec::new(),
+        }
+    }
+
+    fn root(&mut self, config: &VmConfig, spec: &VmSpec, plug: &mut Plug) -> Result<(), VmError> {
+        let image = config.image.clone().unwrap_or_default();
+        match config.root {
+            Root::Initrd => self.initrd = config.initrd.as_ref().map(|initrd| initrd.display().to_string()),
+            Root::Blk => self.disk("root", image, true, plug)?,
+            Root::Pmem => {
+                let size = std::fs::metadata(&image)
+                    .map_err(VmError::io(format!("reading the size of the guest image {}", image.display())))?
+                    .len();
+                let reserved = size.div_ceil(1 << 20).next_multiple_of(MAXMEM_ALIGN_MIB);
+                self.memory = format!(
+                    "{}M,slots=1,maxmem={}M",
+                    spec.memory_mib,
+                    spec.memory_mib.saturating_add(reserved)
+                );
+                self.objects.push(Object {
+                    kind: "memory-backend-file",
+                    id: "image",
+                    mem_path: Some(image),
+                    size: size.to_string(),
+                    share: true,
+                    readonly: Some(true),
+                });
+                let device = plug.device("virtio-pmem", "root")?;
+                self.devices.push(Device { memdev: Some("image"), ..device });
+            }
+        }
+        Ok(())
+    }
+
+    fn vsock(&mut self, vsock: &VsockFd, plug: &mut Plug) -> Result<(), VmError> {
+        let device = match *vsock {
+            VsockFd::Vhost { fd, cid } => {
+                let device = plug.device("vhost-vsock", "vsock")?;
+                Device { guest_cid: Some(cid), vhostfd: Some(fd), ..device }
+            }
+            VsockFd::VhostUser { fd } => {
+                self.chardevs.push(connected("vsock", fd));
+                Device { chardev: Some("vsock"), ..plug.device("vhost-user-vsock", "vsock")? }
+            }
+        };
+        self.devices.push(device);
+        Ok(())
+    }
+
+    fn share(&mut self, spec: &VmSpec, virtiofs: Option<RawFd>, plug: &mut Plug) -> Result<(), VmError> {
+        let device = if let Some(fd) = virtiofs {
+            self.chardevs.push(connected("share", fd));
+            Device {
+                chardev: Some("share"),
+                tag: Some(SHARE_TAG),
+                ..plug.device("vhost-user-fs", "share-device")?
+            }
+        } else {
+            self.fsdev = Some(Fsdev {
+                driver: "local",
+                id: "share",
+                path: spec.dir.join(kuasar_common::constants::pod_files::SHARED),
+                security_model: "none",
+                multidevs: "remap",
+            });
+            Device {
+                fsdev: Some("share"),
+                mount_tag: Some(SHARE_TAG),
+                ..plug.device("virtio-9p", "share-device")?
+            }
+        };
+        self.devices.push(device);
+        Ok(())
+    }
+
+    fn console(&mut self, fd: RawFd, plug: &mut Plug) -> Result<(), VmError> {
+        self.chardevs.push(listener("console", fd));
+        self.devices.push(plug.device("virtio-serial", "serial")?);
+        self.devices.push(Device {
+            driver: "virtconsole".into(),
+            id: "hvc0".into(),
+            chardev: Some("console"),
+            ..Device::default()
+        });
+        Ok(())
+    }
+
+    fn extra(&mut self, extra: &Extra, plug: &mut Plug) -> Result<(), VmError> {
+        match extra {
+            Extra::Disk { id, path, read_only } => self.disk(id, path.clone(), *read_only, plug),
+            Extra::Nic { id, mac, fds } => {
+                self.netdevs.push(Netdev { kind: "tap", id: id.clone(), fds: fds.clone() });
+                let many = fds.len() > 1;
+                self.devices.push(Device {
+                    netdev: Some(id.clone()),
+                    mac: Some(mac.clone()),
+                    mq: many.then_some(true),
+                    // Two for each queue, one for the configuration, one for control.
+                    vectors: many.then(|| fds.len().saturating_mul(2).saturating_add(2)),
+                    romfile: Some("").filter(|_| plug.is_pci()),
+                    ..plug.device("virtio-net", &format!("{id}-device"))?
+                });
+                Ok(())
+            }
+        }
+    }
+
+    fn disk(&mut self, id: &str, file: PathBuf, readonly: bool, plug: &mut Plug) -> Result<(), VmError> {
+        let drive = Drive { interface: "none", id: id.to_owned(), file, format: "raw", readonly };
+        self.drives.push(drive);
+        let device = plug.device("virtio-blk", &format!("{id}-device"))?;
+        self.devices.push(Device { drive: Some(id.to_owned()), ..device });
+        Ok(())
+    }
+}
+
+fn machine_type(config: &VmConfig) -> MachineType {
+    let (kind, without) = match config.machine {
+        Machine::Q35 => {
+            ("q35", "acpi=off,hpet=off,usb=off,graphics=off,vmport=off,sata=off,smbus=off,i8042=off")
+        }
+        Machine::Pc => ("pc", "acpi=off,hpet=off,usb=off,graphics=off,vmport=off,smbus=off,i8042=off"),
+        // Emulated CPUs have no kvmclock to calibrate by, so the timer stays.
+        Machine::Microvm => ("microvm", "acpi=off,usb=off,graphics=off,isa-serial=off,rtc=on,pit=on,pic=on"),
+    };
+    let accel = match config.accel {
+        Accel::Kvm => "kvm",
+        Accel::Tcg => "tcg",
+    };
+    MachineType { kind, accel, memory_backend: "ram", without }
+}
+
+/// The kernel's command line. A guest that panics or reboots ends its VMM: there is nothing to boot into again.
+fn append(config: &VmConfig, spec: &VmSpec) -> String {
+    let root = match config.root {
+        Root::Pmem => "root=/dev/pmem0p1 rootflags=dax ro rootfstype=ext4",
+        Root::Blk => "root=/dev/vda1 ro rootfstype=ext4",
+        Root::Initrd => "",
+    };
+    let share = match config.share_fs {
+        ShareFs::Virtiofs => "task.sharefs_type=virtiofs",
+        ShareFs::NineP => "task.sharefs_type=9p",
+    };
+    let level = format!("task.log_level={}", config.task_log_level);
+    let (verbose, debug) = if config.debug { ("", "task.debug") } else { ("quiet", "") };
+    let words = [
+        root,
+        "console=hvc0 reboot=t panic=-1",
+        verbose,
+        share,
+        &level,
+        debug,
+        &config.kernel_params,
+        &spec.kernel_params,
+    ];
+    words.map(str::trim).into_iter().filter(|word| !word.is_empty()).collect::<Vec<_>>().join(" ")
+}
+
+const fn listener(id: &'static str, fd: RawFd) -> Chardev {
+    Chardev { kind: "socket", id, fd, server: Some(true), wait: Some(false) }
+}
+
+const fn connected(id: &'static str, fd: RawFd) -> Chardev {
+    Chardev { kind: "socket", id, fd, server: None, wait: None }
+}
+
+/// Where devices are plugged in.
+struct Plug {
+    bus: Bus,
+}
+
+impl Plug {
+    fn new(machine: Machine) -> Self {
+        let bus = match machine {
+            // Slot 0 is the host bridge, slot 31 the chipset's other half.
+            Machine::Q35 => Bus::new(BusKind::Pci, "pcie.0", 30),
+            Machine::Pc => {
+                let mut bus = Bus::new(BusKind::Pci, "pci.0", 31);
+                // The chipset's other half.
+                bus.take("piix3");
+                bus
+            }
+            // As many transports as the machine has.
+            Machine::Microvm => Bus::new(BusKind::Mmio, "virtio-mmio", 24),
+        };
+        Self { bus }
+    }
+
+    fn is_pci(&self) -> bool {
+        self.bus.kind == BusKind::Pci
+    }
+
+    /// A virtio device in the next free slot.
+    fn device(&mut self, driver: &str, id: &str) -> Result<Device, VmError> {
+        let slot = self.bus.take(id).ok_or_else(|| {
+            VmError::Unsupported(format!(
+                "plugging {id} in: all {} slots of the bus {} are taken",
+                self.bus.slots, self.bus.id
+            ))
+        })?;
+        let mut device = Device { id: id.to_owned(), ..Device::default() };
+        if self.is_pci() {
+            device.driver = format!("{driver}-pci");
+            device.bus = Some(self.bus.id.clone());
+            device.addr = Some(format!("{slot:#x}"));
+        } else {
+            device.driver = format!("{driver}-device");
+        }
+        Ok(device)
+    }
+}
+
+#[cfg(test)]
+mod tests;

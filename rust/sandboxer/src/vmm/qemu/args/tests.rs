@@ -1,0 +1,156 @@
+//! Whole command lines.
+
+use kuasar_common::param::ToCmdLineParams;
+
+use super::*;
+
+fn config() -> VmConfig {
+    VmConfig {
+        path: "qemu-system-x86_64".into(),
+        accel: Accel::Tcg,
+        machine: Machine::Q35,
+        cpu: None,
+        kernel: "/k/vmlinux".into(),
+        image: None,
+        initrd: Some("/k/kuasar.initrd".into()),
+        root: Root::Initrd,
+        kernel_params: String::new(),
+        share_fs: ShareFs::NineP,
+        virtiofsd: "virtiofsd".into(),
+        vsock: crate::vmm::VsockKind::Vhost,
+        vhost_device_vsock: "vhost-device-vsock".into(),
+        task_log_level: "info".into(),
+        debug: false,
+    }
+}
+
+fn spec() -> VmSpec {
+    VmSpec {
+        pod: "p1".into(),
+        dir: "/run/p1".into(),
+        netns: None,
+        cgroup_procs: Vec::new(),
+        vcpus: 2,
+        memory_mib: 256,
+        devices: Vec::new(),
+        kernel_params: String::new(),
+    }
+}
+
+fn argv(config: &VmConfig, spec: &VmSpec, inherited: &Inherited, extras: &[Extra]) -> (String, Bus) {
+    let (line, bus) = CommandLine::new(config, spec, inherited, extras).unwrap();
+    (line.to_cmdline_params("-").join(" "), bus)
+}
+
+#[test]
+fn pmem_virtiofs_vhost_user_and_a_card() {
+    let dir = tempfile::tempdir().unwrap();
+    let image = dir.path().join("kuasar,1.img");
+    std::fs::File::create(&image).unwrap().set_len(6 << 20).unwrap();
+    let config = VmConfig {
+        image: Some(image.clone()),
+        root: Root::Pmem,
+        share_fs: ShareFs::Virtiofs,
+        kernel_params: " loglevel=1 ".into(),
+        ..config()
+    };
+    let spec = VmSpec { kernel_params: "task.x=1".into(), ..spec() };
+    let inherited = Inherited { qmp: 3, console: 4, virtiofs: Some(5), vsock: VsockFd::VhostUser { fd: 6 } };
+    let extras = [Extra::Nic { id: "net2".into(), mac: "02:00:00:00:00:05".into(), fds: vec![7, 8] }];
+    let (argv, bus) = argv(&config, &spec, &inherited, &extras);
+    let escaped = image.display().to_string().replace(',', ",,");
+    assert_eq!(
+        argv,
+        format!(
+            "-name guest=sandbox-p1,debug-threads=on -no-user-config -nodefaults -no-reboot -display none \
+             -sandbox on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny \
+             -machine q35,accel=tcg,memory-backend=ram,acpi=off,hpet=off,usb=off,graphics=off,vmport=off,sata=off,\
+             smbus=off,i8042=off -cpu max -smp cpus=2,sockets=2,cores=1,threads=1 \
+             -m 256M,slots=1,maxmem=1280M -kernel /k/vmlinux \
+             -append root=/dev/pmem0p1 rootflags=dax ro rootfstype=ext4 console=hvc0 reboot=t panic=-1 quiet \
+             task.sharefs_type=virtiofs task.log_level=info loglevel=1 task.x=1 \
+             -object memory-backend-memfd,id=ram,size=256M,share=on \
+             -object memory-backend-file,id=image,mem-path={escaped},size=6291456,share=on,readonly=on \
+             -chardev socket,id=qmp,fd=3,server=on,wait=off -chardev socket,id=vsock,fd=6 \
+             -chardev socket,id=share,fd=5 -chardev socket,id=console,fd=4,server=on,wait=off \
+             -mon chardev=qmp,mode=control \
+             -netdev tap,id=net2,fds=7:8 \
+             -device virtio-pmem-pci,id=root,bus=pcie.0,addr=0x1,memdev=image \
+             -device vhost-user-vsock-pci,id=vsock,bus=pcie.0,addr=0x2,chardev=vsock \
+             -device vhost-user-fs-pci,id=share-device,bus=pcie.0,addr=0x3,chardev=share,tag=kuasar \
+             -device virtio-serial-pci,id=serial,bus=pcie.0,addr=0x4 -device virtconsole,id=hvc0,chardev=console \
+             -device virtio-rng-pci,id=rng,bus=pcie.0,addr=0x5 \
+             -device virtio-net-pci,id=net2-device,bus=pcie.0,addr=0x6,netdev=net2,mac=02:00:00:00:00:05,mq=on,\
+             vectors=6,romfile="
+        )
+    );
+    assert_eq!(bus.used.get(&6).map(String::as_str), Some("net2-device"));
+}
+
+#[test]
+fn initrd_9p_and_the_kernels_vsock() {
+    let config = VmConfig { accel: Accel::Kvm, debug: true, ..config() };
+    let inherited =
+        Inherited { qmp: 3, console: 4, virtiofs: None, vsock: VsockFd::Vhost { fd: 5, cid: 77 } };
+    let (argv, _) = argv(&config, &VmSpec { vcpus: 1, ..spec() }, &inherited, &[]);
+    assert_eq!(
+        argv,
+        "-name guest=sandbox-p1,debug-threads=on -no-user-config -nodefaults -no-reboot -display none \
+         -sandbox on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny \
+         -machine q35,accel=kvm,memory-backend=ram,acpi=off,hpet=off,usb=off,graphics=off,vmport=off,sata=off,\
+         smbus=off,i8042=off -cpu host -smp cpus=1,sockets=1,cores=1,threads=1 -m 256M -kernel /k/vmlinux \
+         -initrd /k/kuasar.initrd -append console=hvc0 reboot=t panic=-1 task.sharefs_type=9p task.log_level=info \
+         task.debug -object memory-backend-memfd,id=ram,size=256M,share=on \
+         -chardev socket,id=qmp,fd=3,server=on,wait=off -chardev socket,id=console,fd=4,server=on,wait=off \
+         -mon chardev=qmp,mode=control -fsdev local,id=share,path=/run/p1/shared,security_model=none,multidevs=remap \
+         -device vhost-vsock-pci,id=vsock,bus=pcie.0,addr=0x1,guest-cid=77,vhostfd=5 \
+         -device virtio-9p-pci,id=share-device,bus=pcie.0,addr=0x2,fsdev=share,mount_tag=kuasar \
+         -device virtio-serial-pci,id=serial,bus=pcie.0,addr=0x3 -device virtconsole,id=hvc0,chardev=console \
+         -device virtio-rng-pci,id=rng,bus=pcie.0,addr=0x4"
+    );
+}
+
+#[test]
+fn other_machines_and_a_disk() {
+    let config = |machine| VmConfig {
+        machine,
+        image: Some("/k/kuasar.img".into()),
+        root: Root::Blk,
+        cpu: Some("Haswell".into()),
+        ..config()
+    };
+    let inherited =
+        Inherited { qmp: 3, console: 4, virtiofs: None, vsock: VsockFd::Vhost { fd: 5, cid: 77 } };
+    let extras = [
+        Extra::Disk { id: "d0".into(), path: "/dev/sdx".into(), read_only: false },
+        Extra::Nic { id: "net2".into(), mac: "02:00:00:00:00:05".into(), fds: vec![6] },
+    ];
+    let (pc, _) = argv(&config(Machine::Pc), &spec(), &inherited, &extras);
+    for part in [
+        "-machine pc,accel=tcg,memory-backend=ram,acpi=off",
+        "-cpu Haswell ",
+        "-append root=/dev/vda1 ro rootfstype=ext4 console=hvc0",
+        "-drive if=none,id=root,file=/k/kuasar.img,format=raw,readonly=on",
+        "-drive if=none,id=d0,file=/dev/sdx,format=raw,readonly=off",
+        "-device virtio-blk-pci,id=root-device,bus=pci.0,addr=0x2,drive=root",
+        "-device virtio-blk-pci,id=d0-device,bus=pci.0,addr=0x7,drive=d0",
+        "-netdev tap,id=net2,fds=6",
+        "-device virtio-net-pci,id=net2-device,bus=pci.0,addr=0x8,netdev=net2,mac=02:00:00:00:00:05,romfile=",
+    ] {
+        assert!(pc.contains(part), "{part} in {pc}");
+    }
+    let (microvm, _) = argv(&config(Machine::Microvm), &spec(), &inherited, &extras);
+    assert!(microvm.contains("-machine microvm,accel=tcg,"), "{microvm}");
+    assert!(microvm.contains("-device virtio-blk-device,id=root-device,drive=root"), "{microvm}");
+    assert!(!microvm.contains("pci") && !microvm.contains("romfile"), "{microvm}");
+}
+
+#[test]
+fn a_full_bus_is_an_error() {
+    let inherited =
+        Inherited { qmp: 3, console: 4, virtiofs: None, vsock: VsockFd::Vhost { fd: 5, cid: 77 } };
+    let disk = |n: i32| Extra::Disk { id: format!("d{n}"), path: "/dev/sdx".into(), read_only: false };
+    let disks: Vec<_> = (0..27).map(disk).collect();
+    let error = CommandLine::new(&config(), &spec(), &inherited, &disks).unwrap_err().to_string();
+    assert_eq!(error, "plugging d26-device in: all 30 slots of the bus pcie.0 are taken");
+}

@@ -1,0 +1,220 @@
+//! QEMU, version 8 or later.
+
+mod args;
+mod qmp;
+mod start;
+
+use std::{
+    os::fd::BorrowedFd,
+    path::PathBuf,
+    sync::{Arc, Mutex, PoisonError},
+    time::Duration,
+};
+
+use async_trait::async_trait;
+use kuasar_common::{
+    address::GuestAddress,
+    constants::pod_files::{LOG, VSOCK_SOCKET},
+};
+use tokio::{net::UnixStream, sync::OnceCell, time::timeout};
+
+use super::{
+    Bus, DeviceAddress, DeviceInfo, Hypervisor, PreflightError, ReadyGuest, ReadyListener, Vm, VmConfig,
+    VmError, VmExit, VmRecord, VmSpec, VsockHub, logs, preflight,
+    supervisor::{Outcome, Supervisor},
+};
+use crate::process::Process;
+
+/// Files of a pod's folder that only QEMU has.
+const QMP_SOCKET: &str = "qmp.sock";
+const CONSOLE_SOCKET: &str = "console.sock";
+/// Logs that explain a failed start, the likeliest first.
+const LOGS: [&str; 4] = ["vmm.log", "virtiofsd.log", "vsock.log", "console.log"];
+/// How long QEMU may take to answer a command.
+const QMP_DEADLINE: Duration = Duration::from_secs(5);
+
+/// Starts QEMU's VMs.
+#[derive(Debug)]
+pub struct Qemu {
+    config: VmConfig,
+    hub: OnceCell<VsockHub>,
+}
+
+impl Qemu {
+    /// QEMU with a configuration that [`Hypervisor::preflight`] checks.
+    #[must_use]
+    pub const fn new(config: VmConfig) -> Self {
+        Self { config, hub: OnceCell::const_new() }
+    }
+
+    /// The listener for the calls of guests on the kernel's vsock, made for the first of them.
+    async fn hub(&self) -> std::io::Result<&VsockHub> {
+        self.hub.get_or_try_init(|| async { VsockHub::listen() }).await
+    }
+}
+
+#[async_trait]
+impl Hypervisor for Qemu {
+    fn name(&self) -> &'static str {
+        "qemu"
+    }
+
+    async fn preflight(&self) -> Result<(), PreflightError> {
+        let config = self.config.clone();
+        let checked = tokio::task::spawn_blocking(move || preflight::check(&config)).await;
+        checked.unwrap_or_else(|e| Err(PreflightError::Refused(e.to_string())))
+    }
+
+    async fn start(&self, spec: VmSpec) -> Result<Arc<dyn Vm>, VmError> {
+        Ok(Arc::new(start::start(self, spec).await?))
+    }
+
+    async fn adopt(&self, record: VmRecord) -> Result<Option<Arc<dyn Vm>>, VmError> {
+        let mut companions = std::collections::BTreeMap::new();
+        for (name, companion) in &record.companions {
+            if let Some(process) = Process::adopt(*companion)? {
+                companions.insert(name.clone(), process);
+            }
+        }
+        let Some(vmm) = Process::adopt(record.vmm)? else {
+            for process in companions.values() {
+                process.end(Duration::ZERO).await?;
+            }
+            return Ok(None);
+        };
+        // A VM without one of its companions is broken; the supervisor ends it, as it would have done then.
+        let lost = companions.len() < record.companions.len();
+        let supervisor = Supervisor::new(vmm, companions);
+        if lost {
+            supervisor.end(Duration::ZERO).await?;
+            return Ok(None);
+        }
+        if let Ok(console) = UnixStream::connect(record.dir.join(CONSOLE_SOCKET)).await {
+            tokio::spawn(logs::copy_console(console, record.dir.join(LOG).join("console.log")));
+        }
+        Ok(Some(Arc::new(QemuVm {
+            dir: record.dir,
+            cid: record.cid,
+            bus: Mutex::new(record.buses),
+            supervisor,
+            listener: Mutex::new(None),
+        })))
+    }
+}
+
+/// A VM that runs in a QEMU.
+#[derive(Debug)]
+struct QemuVm {
+    dir: PathBuf,
+    cid: Option<u32>,
+    bus: Mutex<Vec<Bus>>,
+    supervisor: Supervisor,
+    /// Until the agent has called.
+    listener: Mutex<Option<ReadyListener>>,
+}
+
+impl QemuVm {
+    fn logs(&self) -> String {
+        logs::quote(&self.dir.join(LOG), &LOGS)
+    }
+
+    fn ended(&self, outcome: &Outcome) -> VmError {
+        let why = match (&outcome.because, outcome.exit.code) {
+            (Some(companion), _) => format!(" because {companion}"),
+            (None, Some(code)) => format!(" with status {code}"),
+            (None, None) => String::new(),
+        };
+        VmError::Ended(format!("{why}{}", self.logs()))
+    }
+}
+
+#[async_trait]
+impl Vm for QemuVm {
+    fn pid(&self) -> u32 {
+        self.supervisor.vmm().pid()
+    }
+
+    fn pidfd(&self) -> BorrowedFd<'_> {
+        self.supervisor.vmm().pidfd()
+    }
+
+    fn address(&self) -> GuestAddress {
+        match self.cid {
+            Some(cid) => GuestAddress::Vsock(cid),
+            None => GuestAddress::Hybrid(self.dir.join(VSOCK_SOCKET)),
+        }
+    }
+
+    fn record(&self) -> VmRecord {
+        VmRecord {
+            dir: self.dir.clone(),
+            vmm: self.supervisor.vmm().record(),
+            companions: self.supervisor.companions(),
+            cid: self.cid,
+            buses: self.bus.lock().unwrap_or_else(PoisonError::into_inner).clone(),
+        }
+    }
+
+    async fn ready(&self, deadline: Duration) -> Result<ReadyGuest, VmError> {
+        let listener = self.listener.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let Some(listener) = listener else {
+            return Err(VmError::Unsupported("waiting for a guest's agent that has called already".into()));
+        };
+        let step = "waiting for the guest's agent";
+        tokio::select! {
+            biased;
+            ready = timeout(deadline, listener.accept()) => match ready {
+                Ok(Ok(guest)) => Ok(guest),
+                Ok(Err(error)) => Err(VmError::Start { step, why: error.to_string(), log: self.logs() }),
+                Err(_) => Err(VmError::Deadline { doing: step, deadline, log: self.logs() }),
+            },
+            outcome = self.supervisor.ended() => {
+                let why = self.ended(&outcome).to_string();
+                Err(VmError::Start { step, why, log: String::new() })
+            }
+        }
+    }
+
+    async fn hot_attach(&self, device: DeviceInfo) -> Result<DeviceAddress, VmError> {
+        Err(VmError::Unsupported(format!(
+            "plugging {} into a running VM: this version of the QEMU driver attaches devices at start only",
+            device.id()
+        )))
+    }
+
+    async fn hot_detach(&self, id: &str) -> Result<(), VmError> {
+        let buses = self.bus.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        if buses.iter().any(|bus| bus.used.values().any(|used| used == id)) {
+            return Err(VmError::Unsupported(format!(
+                "unplugging {id} from a running VM: this version of the QEMU driver detaches devices at stop only"
+            )));
+        }
+        Ok(())
+    }
+
+    async fn ping(&self) -> Result<(), VmError> {
+        match self.supervisor.outcome() {
+            Some(outcome) => Err(self.ended(&outcome)),
+            None => qmp::ping(&self.dir.join(QMP_SOCKET), QMP_DEADLINE).await,
+        }
+    }
+
+    async fn stop(&self, force: bool, deadline: Duration) -> Result<(), VmError> {
+        if force {
+            return self.supervisor.end(Duration::ZERO).await;
+        }
+        if self.supervisor.outcome().is_none() {
+            // QEMU may end before it answers, and SIGTERM follows anyway.
+            let quit = qapi::qmp::quit {};
+            drop(qmp::execute(&self.dir.join(QMP_SOCKET), quit, deadline.min(QMP_DEADLINE) / 2).await);
+        }
+        self.supervisor.end(deadline).await
+    }
+
+    async fn wait(&self) -> VmExit {
+        self.supervisor.ended().await.exit
+    }
+}
+
+#[cfg(test)]
+mod tests;

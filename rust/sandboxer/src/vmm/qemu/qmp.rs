@@ -1,0 +1,170 @@
+//! QEMU's control protocol. One connection per conversation: QEMU serves one client at a time, commands are rare, and a
+//! daemon that was restarted needs nothing but the socket's path.
+
+use std::{
+    io,
+    path::Path,
+    pin::Pin,
+    task::{Context, Poll},
+    time::Duration,
+};
+
+use qapi::{
+    ExecuteError,
+    futures::{QapiStream, QmpStreamTokio},
+    qmp::{self, QmpCommand},
+};
+use tokio::{
+    io::{AsyncRead, ReadBuf, ReadHalf, WriteHalf},
+    net::UnixStream,
+    time::timeout,
+};
+
+use crate::vmm::VmError;
+
+/// Most bytes QEMU may say in one conversation. Some of them, such as device names, a guest can influence.
+const MAX_CONVERSATION: usize = 1 << 20;
+
+type Stream = QapiStream<QmpStreamTokio<ReadHalf<Bounded>>, QmpStreamTokio<WriteHalf<Bounded>>>;
+
+/// Has QEMU execute one command.
+///
+/// # Errors
+/// When QEMU does not answer within the deadline, or refuses.
+pub(super) async fn execute<C: QmpCommand>(
+    socket: &Path,
+    command: C,
+    deadline: Duration,
+) -> Result<C::Ok, VmError> {
+    let conversation = async {
+        let mut stream = connect(socket).await.map_err(ExecuteError::from)?;
+        stream.execute(command).await
+    };
+    let why = match timeout(deadline, conversation).await {
+        Ok(Ok(answer)) => return Ok(answer),
+        Ok(Err(error)) => error.to_string(),
+        Err(_) => format!("no answer within {deadline:?}"),
+    };
+    Err(VmError::Command { command: C::NAME, why })
+}
+
+/// Whether the VM runs.
+///
+/// # Errors
+/// When QEMU does not answer, or the VM is in another state.
+pub(super) async fn ping(socket: &Path, deadline: Duration) -> Result<(), VmError> {
+    let status = execute(socket, qmp::query_status {}, deadline).await?;
+    if status.running {
+        return Ok(());
+    }
+    Err(VmError::Command { command: "query-status", why: format!("the VM is {:?}", status.status) })
+}
+
+async fn connect(socket: &Path) -> io::Result<Stream> {
+    let stream = Bounded { stream: UnixStream::connect(socket).await?, left: MAX_CONVERSATION };
+    let (read, write) = tokio::io::split(stream);
+    QmpStreamTokio::open_split(read, write).await?.negotiate().await
+}
+
+/// A stream that ends with an error when too much came.
+struct Bounded {
+    stream: UnixStream,
+    left: usize,
+}
+
+impl AsyncRead for Bounded {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        buffer: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        let before = buffer.filled().len();
+        let done = Pin::new(&mut self.stream).poll_read(context, buffer);
+        match self.left.checked_sub(buffer.filled().len().saturating_sub(before)) {
+            Some(left) => self.left = left,
+            None => return Poll::Ready(Err(io::Error::other("QEMU said too much"))),
+        }
+        done
+    }
+}
+
+impl tokio::io::AsyncWrite for Bounded {
+    fn poll_write(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        bytes: &[u8],
+    ) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.stream).poll_write(context, bytes)
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_flush(context)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_shutdown(context)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::{
+        io::{AsyncBufReadExt, AsyncWriteExt, BufReader},
+        net::UnixListener,
+    };
+
+    use super::*;
+
+    const GREETING: &str = r#"{"QMP":{"version":{"qemu":{"micro":0,"minor":0,"major":10},"package":""},"capabilities":["oob"]}}"#;
+
+    /// A QEMU that greets, answers each command with the next line, and then says nothing more.
+    async fn talk(answers: Vec<String>) -> Result<(), VmError> {
+        let dir = tempfile::tempdir().unwrap();
+        let socket = dir.path().join("qmp.sock");
+        let listener = UnixListener::bind(&socket).unwrap();
+        let qemu = tokio::spawn(async move {
+            let mut stream = BufReader::new(listener.accept().await.unwrap().0);
+            for answer in answers {
+                stream.write_all(answer.as_bytes()).await.unwrap();
+                stream.write_all(b"\r\n").await.unwrap();
+                let mut line = String::new();
+                if stream.read_line(&mut line).await.unwrap_or(0) == 0 {
+                    return;
+                }
+            }
+            std::future::pending::<()>().await;
+        });
+        let done = ping(&socket, Duration::from_millis(300)).await;
+        qemu.abort();
+        done
+    }
+
+    fn answers(status: &str) -> Vec<String> {
+        vec![GREETING.into(), r#"{"return":{}}"#.into(), status.into()]
+    }
+
+    #[tokio::test]
+    async fn a_running_vm_answers() {
+        let running = r#"{"return":{"status":"running","singlestep":false,"running":true}}"#;
+        talk(answers(running)).await.unwrap();
+    }
+
+    #[tokio::test]
+    async fn everything_else_is_an_error_with_the_command() {
+        let panicked = r#"{"return":{"status":"guest-panicked","singlestep":false,"running":false}}"#;
+        let refused = r#"{"error":{"class":"GenericError","desc":"no"}}"#;
+        let endless = format!("{{\"return\":\"{}", "x".repeat(2 << 20));
+        for (answers, expected) in [
+            (answers(panicked), "asking the VMM to query-status: the VM is guest_panicked"),
+            (answers(refused), "asking the VMM to query-status: "),
+            (vec![GREETING.into()], "asking the VMM to query-status: no answer within 300ms"),
+            (vec!["SSH-2.0".into()], "asking the VMM to query-status: "),
+            (vec![endless], "asking the VMM to query-status: "),
+        ] {
+            let error = talk(answers).await.unwrap_err().to_string();
+            assert!(error.starts_with(expected), "{error}");
+        }
+        let error = ping(Path::new("/nonexistent"), Duration::from_secs(1)).await.unwrap_err().to_string();
+        assert!(error.starts_with("asking the VMM to query-status: "), "{error}");
+    }
+}

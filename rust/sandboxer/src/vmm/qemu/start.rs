@@ -1,0 +1,229 @@
+//! Starting a VM: every process as soon as what it needs is there, none of them polled for.
+//!
+//! QEMU gets connections and listening sockets as descriptors, so it never waits for anybody: virtiofsd is given a socket
+//! that listens already, and we listen for QMP and console on QEMU's behalf. Only `vhost-device-vsock` insists on making
+//! its own socket; inotify tells when.
+
+use std::{
+    collections::BTreeMap,
+    fs, io,
+    os::{
+        fd::OwnedFd,
+        unix::net::{UnixListener, UnixStream},
+    },
+    path::{Path, PathBuf},
+    sync::Mutex,
+    time::Duration,
+};
+
+use kuasar_common::{
+    constants::pod_files::{LOG, SHARED, VSOCK_SOCKET},
+    param::ToCmdLineParams,
+};
+
+use super::{
+    CONSOLE_SOCKET, LOGS, QMP_SOCKET, Qemu, QemuVm,
+    args::{CommandLine, Extra, Inherited, VsockFd},
+};
+use crate::{
+    process::{Process, Spawn},
+    vmm::{
+        Bus, DeviceInfo, ReadyListener, ShareFs, VmConfig, VmError, VmSpec, VsockKind, logs,
+        supervisor::Supervisor,
+        vsock::{self, SocketWatch, VHOST_VSOCK},
+    },
+};
+
+const VIRTIOFSD: &str = "virtiofsd";
+const VSOCK_DEVICE: &str = "vhost-device-vsock";
+
+/// What has been started so far; ended again when the start fails.
+#[derive(Default)]
+struct Started(BTreeMap<String, Process>);
+
+impl Started {
+    async fn end(self) {
+        for process in self.0.values() {
+            if let Err(error) = process.end(Duration::ZERO).await {
+                tracing::error!(%error, "ending a process of a VM that did not start");
+            }
+        }
+    }
+}
+
+pub(super) async fn start(qemu: &Qemu, spec: VmSpec) -> Result<QemuVm, VmError> {
+    let mut started = Started::default();
+    let dir = spec.dir.clone();
+    match start_all(qemu, spec, &mut started).await {
+        Ok(vm) => Ok(vm),
+        Err(error) => {
+            started.end().await;
+            Err(explain(error, &dir))
+        }
+    }
+}
+
+/// Adds what the logs say to an error that has none of it yet.
+fn explain(error: VmError, dir: &Path) -> VmError {
+    match error {
+        VmError::Start { step, why, .. } => {
+            VmError::Start { step, why, log: logs::quote(&dir.join(LOG), &LOGS) }
+        }
+        error => error,
+    }
+}
+
+fn failed(step: &'static str) -> impl Fn(io::Error) -> VmError {
+    move |error| VmError::Start { step, why: error.to_string(), log: String::new() }
+}
+
+async fn start_all(qemu: &Qemu, mut spec: VmSpec, started: &mut Started) -> Result<QemuVm, VmError> {
+    let config = &qemu.config;
+    // Both companions start now and find their way while QEMU is being prepared.
+    let watch = match config.vsock {
+        VsockKind::VhostUser => Some(start_vsock_device(config, &spec, started)?),
+        VsockKind::Vhost => None,
+    };
+    let virtiofs = match config.share_fs {
+        ShareFs::Virtiofs => Some(start_virtiofsd(config, &spec, started)?),
+        ShareFs::NineP => None,
+    };
+    let mut spawn = companion(&config.path, &spec, "vmm.log");
+    let listen = |name| listener(&spec.dir.join(name)).map_err(failed("listening on behalf of QEMU"));
+    let (qmp, console) = (spawn.fd(listen(QMP_SOCKET)?), spawn.fd(listen(CONSOLE_SOCKET)?));
+    let virtiofs = virtiofs.map(|fd| spawn.fd(fd));
+    let (vsock, ready, cid) = match watch {
+        Some(watch) => vsock_device(&spec, watch, &mut spawn).await?,
+        None => kernel_vsock(qemu, &mut spawn).await?,
+    };
+    let extras: Vec<Extra> = spec.devices.drain(..).map(|device| extra(device, &mut spawn)).collect();
+    let inherited = Inherited { qmp, console, virtiofs, vsock };
+    let (line, bus) = CommandLine::new(config, &spec, &inherited, &extras)?;
+    spawn.args(line.to_cmdline_params("-"));
+    let vmm = run(spawn).await?;
+    Ok(QemuVm {
+        cid,
+        bus: Mutex::new(vec![bus] as Vec<Bus>),
+        supervisor: Supervisor::new(vmm, std::mem::take(&mut started.0)),
+        listener: Mutex::new(Some(ready)),
+        dir: copy_console(spec.dir).await,
+    })
+}
+
+/// QEMU or a companion: in the pod's network namespace and cgroups, with a log of its own.
+fn companion(program: &Path, spec: &VmSpec, log: &str) -> Spawn {
+    let mut spawn = Spawn::new(program);
+    spawn.netns(spec.netns.as_deref()).cgroup_procs(&spec.cgroup_procs).log(spec.dir.join(LOG).join(log));
+    spawn
+}
+
+/// Spawning blocks until the program executes.
+async fn run(spawn: Spawn) -> Result<Process, VmError> {
+    let spawned = tokio::task::spawn_blocking(move || spawn.spawn()).await;
+    Ok(spawned.map_err(|e| failed("starting QEMU")(e.into()))??)
+}
+
+fn start_virtiofsd(config: &VmConfig, spec: &VmSpec, started: &mut Started) -> Result<OwnedFd, VmError> {
+    let step = "starting virtiofsd";
+    let path = spec.dir.join("virtiofs.sock");
+    let listening = listener(&path).map_err(failed(step))?;
+    let connected = UnixStream::connect(&path).map_err(failed(step))?;
+    // Both ends are held: nobody else is to connect.
+    fs::remove_file(&path).map_err(failed(step))?;
+    let mut spawn = companion(&config.virtiofsd, spec, "virtiofsd.log");
+    let fd = spawn.fd(listening);
+    spawn.args([
+        format!("--fd={fd}"),
+        format!("--shared-dir={}", spec.dir.join(SHARED).display()),
+        // Mounts made in the folder later must be seen, so no mount namespace of its own.
+        "--sandbox=chroot".into(),
+        "--cache=auto".into(),
+        "--thread-pool-size=0".into(),
+        "--inode-file-handles=never".into(),
+        format!("--log-level={}", if config.debug { "info" } else { "error" }),
+    ]);
+    started.0.insert(VIRTIOFSD.into(), spawn.spawn()?);
+    Ok(connected.into())
+}
+
+fn start_vsock_device(
+    config: &VmConfig,
+    spec: &VmSpec,
+    started: &mut Started,
+) -> Result<SocketWatch, VmError> {
+    for name in [VHOST_USER_SOCKET, VSOCK_SOCKET] {
+        remove_stale(&spec.dir.join(name)).map_err(failed("starting vhost-device-vsock"))?;
+    }
+    let watch = SocketWatch::new(&spec.dir).map_err(failed("starting vhost-device-vsock"))?;
+    let mut spawn = companion(&config.vhost_device_vsock, spec, "vsock.log");
+    spawn.args([
+        "--vm".into(),
+        format!(
+            "guest-cid={GUEST_CID},uds-path={},socket={}",
+            spec.dir.join(VSOCK_SOCKET).display(),
+            spec.dir.join(VHOST_USER_SOCKET).display()
+        ),
+    ]);
+    started.0.insert(VSOCK_DEVICE.into(), spawn.spawn()?);
+    Ok(watch)
+}
+
+/// Where `vhost-device-vsock` listens for QEMU.
+const VHOST_USER_SOCKET: &str = "vhost-vsock.sock";
+/// Behind a unix socket every guest may have the same.
+const GUEST_CID: u32 = 3;
+
+async fn vsock_device(
+    spec: &VmSpec,
+    watch: SocketWatch,
+    spawn: &mut Spawn,
+) -> Result<(VsockFd, ReadyListener, Option<u32>), VmError> {
+    let step = "waiting for vhost-device-vsock to listen";
+    let hybrid = spec.dir.join(VSOCK_SOCKET);
+    let ready = ReadyListener::hybrid(&hybrid).map_err(failed("listening for the guest's agent"))?;
+    let connected = watch.connect(&spec.dir.join(VHOST_USER_SOCKET)).await.map_err(failed(step))?;
+    Ok((VsockFd::VhostUser { fd: spawn.fd(connected.into()) }, ready, None))
+}
+
+async fn kernel_vsock(
+    qemu: &Qemu,
+    spawn: &mut Spawn,
+) -> Result<(VsockFd, ReadyListener, Option<u32>), VmError> {
+    let hub = qemu.hub().await.map_err(failed("listening for guests on the host's vsock port"))?;
+    let (fd, cid) = vsock::open_vhost().map_err(VmError::io(format!("opening {VHOST_VSOCK}")))?;
+    let ready = ReadyListener::vhost(hub, cid);
+    Ok((VsockFd::Vhost { fd: spawn.fd(fd), cid }, ready, Some(cid)))
+}
+
+fn extra(device: DeviceInfo, spawn: &mut Spawn) -> Extra {
+    match device {
+        DeviceInfo::Tap(nic) => Extra::Nic {
+            id: nic.id,
+            mac: nic.mac,
+            fds: nic.queues.into_iter().map(|queue| spawn.fd(queue)).collect(),
+        },
+        DeviceInfo::Block { id, path, read_only } => Extra::Disk { id, path, read_only },
+    }
+}
+
+/// A socket that listens before the process that serves it exists. What an earlier attempt left is replaced.
+fn listener(path: &Path) -> io::Result<OwnedFd> {
+    remove_stale(path)?;
+    Ok(UnixListener::bind(path)?.into())
+}
+
+fn remove_stale(path: &Path) -> io::Result<()> {
+    match fs::remove_file(path) {
+        Err(e) if e.kind() != io::ErrorKind::NotFound => Err(e),
+        _ => Ok(()),
+    }
+}
+
+/// Begins to copy the console to its log. QEMU need not have begun: the socket listens.
+async fn copy_console(dir: PathBuf) -> PathBuf {
+    match tokio::net::UnixStream::connect(dir.join(CONSOLE_SOCKET)).await {
+        Ok(console) => drop(tokio::spawn(logs::copy_console(console, dir.join(LOG).join("console.log")))),
+        Err(error) => tracing::warn!(dir = %dir.display(), %error, "connecting to a guest's console"),
+    }
+    dir
+}

@@ -1,0 +1,179 @@
+//! With programs that play QEMU and its companions.
+
+use std::{fs, os::unix::fs::PermissionsExt, path::Path, time::Instant};
+
+use super::*;
+use crate::{
+    process::ProcessRecord,
+    vmm::{Accel, Machine, Root, ShareFs, VsockKind},
+};
+
+/// A pod's folder, and a QEMU and a virtiofsd that are shell scripts.
+struct Lab(tempfile::TempDir);
+
+impl Lab {
+    fn new(qemu: &str, virtiofsd: &str) -> Self {
+        let this = Self(tempfile::tempdir().unwrap());
+        for folder in ["pod/shared", "pod/log"] {
+            fs::create_dir_all(this.0.path().join(folder)).unwrap();
+        }
+        this.script("qemu", qemu);
+        this.script("virtiofsd", virtiofsd);
+        // Listens for nobody in particular, as the real one does for QEMU.
+        this.script(
+            "vsock",
+            "exec python3 -c 'import socket,sys,time;s=socket.socket(socket.AF_UNIX);\
+             s.bind(sys.argv[2].split(\"socket=\")[1]);s.listen();time.sleep(60)' \"$@\"",
+        );
+        this
+    }
+
+    fn script(&self, name: &str, body: &str) {
+        let path = self.0.path().join(name);
+        fs::write(&path, format!("#!/bin/sh\n{body}\n")).unwrap();
+        fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).unwrap();
+    }
+
+    fn pod(&self) -> PathBuf {
+        self.0.path().join("pod")
+    }
+
+    fn qemu(&self) -> Qemu {
+        Qemu::new(VmConfig {
+            path: self.0.path().join("qemu"),
+            accel: Accel::Tcg,
+            machine: Machine::Q35,
+            cpu: None,
+            kernel: "/k/vmlinux".into(),
+            image: None,
+            initrd: Some("/k/initrd".into()),
+            root: Root::Initrd,
+            kernel_params: String::new(),
+            share_fs: ShareFs::Virtiofs,
+            virtiofsd: self.0.path().join("virtiofsd"),
+            vsock: VsockKind::VhostUser,
+            vhost_device_vsock: self.0.path().join("vsock"),
+            task_log_level: "info".into(),
+            debug: false,
+        })
+    }
+
+    fn spec(&self) -> VmSpec {
+        VmSpec {
+            pod: "p1".into(),
+            dir: self.pod(),
+            netns: None,
+            cgroup_procs: Vec::new(),
+            vcpus: 1,
+            memory_mib: 64,
+            devices: Vec::new(),
+            kernel_params: String::new(),
+        }
+    }
+}
+
+fn gone(record: ProcessRecord) -> bool {
+    Process::adopt(record).unwrap().is_none()
+}
+
+fn all(record: &VmRecord) -> Vec<ProcessRecord> {
+    std::iter::once(record.vmm).chain(record.companions.values().copied()).collect()
+}
+
+#[tokio::test]
+async fn a_vm_that_dies_is_explained_by_its_log() {
+    let lab = Lab::new("echo 'qemu: no such machine' >&2; exit 1", "exec sleep 60");
+    let vm = lab.qemu().start(lab.spec()).await.unwrap();
+    let record = vm.record();
+    let error = vm.ready(Duration::from_secs(10)).await.unwrap_err().to_string();
+    assert_eq!(
+        error,
+        "starting the VM: waiting for the guest's agent: the VM has ended with status 1; vmm.log: qemu: no such machine"
+    );
+    assert_eq!(vm.wait().await.code, Some(1));
+    assert!(all(&record).into_iter().all(gone));
+    let error = vm.ping().await.unwrap_err().to_string();
+    assert!(error.starts_with("the VM has ended with status 1"), "{error}");
+    vm.stop(true, Duration::from_secs(1)).await.unwrap();
+}
+
+#[tokio::test]
+async fn a_silent_guest_is_a_deadline_and_a_lost_companion_an_end() {
+    let lab = Lab::new("exec sleep 60", "sleep 1; echo 'no space' >&2; exit 9");
+    let vm = lab.qemu().start(lab.spec()).await.unwrap();
+    let error = vm.ready(Duration::from_millis(100)).await.unwrap_err().to_string();
+    assert_eq!(error, "waiting for the guest's agent: nothing within 100ms");
+    let record = vm.record();
+    let exit = vm.wait().await;
+    assert_eq!(exit.code, Some(137));
+    assert!(all(&record).into_iter().all(gone));
+    let error = vm.ping().await.unwrap_err().to_string();
+    assert_eq!(error, "the VM has ended because virtiofsd ended with status 9; virtiofsd.log: no space");
+}
+
+#[tokio::test]
+async fn a_failed_start_leaves_nothing_running() {
+    let lab = Lab::new("exec sleep 60", "echo $$ > $0.pid; exec sleep 60");
+    fs::remove_file(lab.0.path().join("qemu")).unwrap();
+    let error = lab.qemu().start(lab.spec()).await.unwrap_err().to_string();
+    assert!(error.starts_with("starting ") && error.contains("No such file or directory"), "{error}");
+    let pid = fs::read_to_string(lab.0.path().join("virtiofsd.pid")).unwrap_or_default();
+    assert!(pid.is_empty() || !Path::new("/proc").join(pid.trim()).exists());
+}
+
+#[tokio::test]
+async fn the_agents_call_arrives_and_the_vm_is_found_again_after_a_restart() {
+    let lab = Lab::new("exec sleep 60", "exec sleep 60");
+    let qemu = lab.qemu();
+    let vm = qemu.start(lab.spec()).await.unwrap();
+    assert_eq!(vm.address(), GuestAddress::Hybrid(lab.pod().join("vsock.sock")));
+    let socket = lab.pod().join("vsock.sock_1024");
+    let agent = tokio::spawn(async move {
+        let mut agent = UnixStream::connect(socket).await.unwrap();
+        let line = b"{\"ready\":{\"agent\":\"1\",\"uptime_ns\":1}}\n";
+        tokio::io::AsyncWriteExt::write_all(&mut agent, line).await.unwrap();
+        agent
+    });
+    assert_eq!(vm.ready(Duration::from_secs(5)).await.unwrap().ready.agent, "1");
+    drop(agent.await.unwrap());
+
+    let record = vm.record();
+    let text = serde_json::to_string(&record).unwrap();
+    drop(vm);
+    let record: VmRecord = serde_json::from_str(&text).unwrap();
+    assert!(!all(&record).into_iter().any(gone), "dropping changes nothing");
+    let vm = qemu.adopt(record.clone()).await.unwrap().unwrap();
+    assert_eq!(vm.record(), record);
+    let start = Instant::now();
+    vm.stop(false, Duration::from_secs(5)).await.unwrap();
+    assert!(start.elapsed() < Duration::from_secs(8), "{:?}", start.elapsed());
+    assert!(all(&record).into_iter().all(gone));
+    assert!(qemu.adopt(record).await.unwrap().is_none());
+}
+
+#[tokio::test]
+async fn companions_of_a_vm_that_ended_while_nobody_looked_are_ended() {
+    let lab = Lab::new("exec sleep 60", "exec sleep 60");
+    let qemu = lab.qemu();
+    let record = {
+        let vm = qemu.start(lab.spec()).await.unwrap();
+        let mut record = vm.record();
+        // As if QEMU's pid had been given to another process since.
+        record.vmm.start_time += 1;
+        record
+    };
+    assert!(qemu.adopt(record.clone()).await.unwrap().is_none());
+    assert!(record.companions.values().copied().all(gone));
+}
+
+#[tokio::test]
+async fn what_this_driver_cannot_do_says_so() {
+    let lab = Lab::new("exec sleep 60", "exec sleep 60");
+    let vm = lab.qemu().start(lab.spec()).await.unwrap();
+    let disk = DeviceInfo::Block { id: "d0".into(), path: "/dev/null".into(), read_only: true };
+    let error = vm.hot_attach(disk).await.unwrap_err().to_string();
+    assert!(error.starts_with("plugging d0 into a running VM: this version"), "{error}");
+    vm.hot_detach("d0").await.unwrap();
+    assert!(vm.hot_detach("rng").await.is_err());
+    vm.stop(true, Duration::ZERO).await.unwrap();
+}
