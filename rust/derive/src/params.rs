@@ -1,7 +1,7 @@
 //! `#[derive(CmdLineParams)]`.
 
 use proc_macro2::TokenStream;
-use quote::{format_ident, quote};
+use quote::{format_ident, quote, quote_spanned};
 use syn::punctuated::Punctuated;
 use syn::spanned::Spanned;
 use syn::{Attribute, DeriveInput, Error, Expr, Field, Ident, LitStr, Path, Result, Token, Type};
@@ -206,25 +206,28 @@ fn param_index(property: &Property, names: &[LitStr], at: &dyn quote::ToTokens) 
 fn statement(property: &Property, ident: &Ident, ty: &Type, krate: &Path, list: &Ident) -> TokenStream {
     let key = property.key.clone().unwrap_or_else(|| kebab(ident));
     let ignore_key = property.ignore_key;
+    // The function has the type's place, so that a type that does not print is an error there. `self` keeps its own: a
+    // type that comes out of a declarative macro has another hygiene.
+    let to_string = quote_spanned!(ty.span()=> ::std::string::ToString::to_string);
     let value = |reference: TokenStream| match &property.generator {
         Some(generator) => quote!(#generator(#reference)),
-        None => quote!(::std::string::ToString::to_string(#reference)),
+        None => quote!(#to_string(#reference)),
     };
     let push =
         |value: TokenStream| quote!(#list.push(#krate::param::Property::new(#key, #value, #ignore_key)););
+    let inner = Ident::new("__value", ty.span());
+    let push = push(value(quote!(#inner)));
     let push = if inside(ty, "Option").is_some() {
         // Within the predicate, not instead of it: a predicate that is true of None must not panic.
-        let inner = Ident::new("__value", ident.span());
-        let push = push(value(quote!(#inner)));
         quote!(if let ::std::option::Option::Some(#inner) = &self.#ident { #push })
     } else {
-        push(value(quote!(&self.#ident)))
+        quote!(let #inner = &self.#ident; #push)
     };
     match &property.predicate {
         Some(predicate) => {
-            let condition = quote::quote_spanned!(predicate.span()=> #predicate);
-            quote!(if #condition { #push })
+            // A variable, since an expression with a struct literal cannot stand after `if`.
+            quote!({ let __wanted: bool = #predicate; if __wanted { #push } })
         }
-        None => push,
+        None => quote!({ #push }),
     }
 }

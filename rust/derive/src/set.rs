@@ -1,7 +1,8 @@
 //! `#[derive(CmdLineParamSet)]`.
 
 use proc_macro2::TokenStream;
-use quote::quote;
+use quote::{quote, quote_spanned};
+use syn::spanned::Spanned;
 use syn::{DeriveInput, Error, Field, Ident, LitStr, Path, Result, Type};
 
 use crate::common::{bare, bound, default_crate, inside, kebab, name, named_fields, set};
@@ -41,7 +42,7 @@ pub(crate) fn derive(input: &DeriveInput) -> Result<TokenStream> {
             }
             delegates.push(ty);
         }
-        statements.push(statement(ident, &key.into_literal(ident), &form, &krate));
+        statements.push(statement(ident, &field.ty, &key.into_literal(ident), &form, &krate));
     }
     let generics = bound(&input.generics, &delegates, &quote!(#krate::param::ToCmdLineParams));
     let (impl_generics, ty_generics, where_clause) = generics.split_for_impl();
@@ -140,17 +141,20 @@ fn is_named(ty: &Type, names: &[&str]) -> bool {
 }
 
 /// The statement that adds a field's arguments to the list.
-fn statement(ident: &Ident, key: &LitStr, form: &Form<'_>, krate: &Path) -> TokenStream {
+fn statement(ident: &Ident, ty: &Type, key: &LitStr, form: &Form<'_>, krate: &Path) -> TokenStream {
     let option = quote!(__arguments.push(::std::format!("{}{}", hyphen, #key)););
     let text = quote!(::std::string::ToString::to_string);
-    let delegate = quote!(#krate::param::ToCmdLineParams::to_cmdline_params);
+    // At the type's place, so that a type that prints nothing is an error there.
+    let value = Ident::new("__value", ty.span());
+    let method = quote_spanned!(ty.span()=> to_cmdline_params);
+    let delegate = quote!(#krate::param::ToCmdLineParams::#method);
     match form {
         Form::Flag => quote!(if self.#ident { #option }),
         Form::Value => quote!(#option __arguments.push(#text(&self.#ident));),
         Form::OptionalValue => quote! {
-            if let ::std::option::Option::Some(__value) = &self.#ident {
+            if let ::std::option::Option::Some(#value) = &self.#ident {
                 #option
-                __arguments.push(#text(__value));
+                __arguments.push(#text(#value));
             }
         },
         Form::Values => quote! {
@@ -160,15 +164,18 @@ fn statement(ident: &Ident, key: &LitStr, form: &Form<'_>, krate: &Path) -> Toke
                 __arguments.push(__values.join(","));
             }
         },
-        Form::Delegate(_) => quote!(__arguments.extend(#delegate(&self.#ident, hyphen));),
+        Form::Delegate(_) => quote! {
+            let #value = &self.#ident;
+            __arguments.extend(#delegate(#value, hyphen));
+        },
         Form::OptionalDelegate(_) => quote! {
-            if let ::std::option::Option::Some(__value) = &self.#ident {
-                __arguments.extend(#delegate(__value, hyphen));
+            if let ::std::option::Option::Some(#value) = &self.#ident {
+                __arguments.extend(#delegate(#value, hyphen));
             }
         },
         Form::Delegates(_) => quote! {
-            for __value in &self.#ident {
-                __arguments.extend(#delegate(__value, hyphen));
+            for #value in &self.#ident {
+                __arguments.extend(#delegate(#value, hyphen));
             }
         },
     }

@@ -321,3 +321,21 @@ mod hostile {
 fn generated_code_names_the_standard_library_by_its_full_path() {
     assert_eq!(hostile::Plain { id: Some(1) }.to_cmdline_params("-"), ["-plain", "id=1"]);
 }
+
+#[test]
+fn a_predicate_may_be_any_expression() {
+    #[derive(PartialEq, Clone, Copy)]
+    struct Level {
+        of: u8,
+    }
+    #[derive(CmdLineParams)]
+    struct Log {
+        #[property(predicate = "self.level != Level { of: 0 } && { let limit = 9; self.level.of < limit }")]
+        file: &'static str,
+        #[property(ignore)]
+        level: Level,
+    }
+    let print = |of| Log { file: "f", level: Level { of } }.to_cmdline_params("-");
+    assert_eq!(print(1), ["-log", "file=f"]);
+    assert!(print(0).is_empty() && print(9).is_empty());
+}

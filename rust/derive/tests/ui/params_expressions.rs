@@ -12,29 +12,4 @@ struct NoPath {
     id: u32,
 }
 
-#[derive(CmdLineParams)]
-struct NoField {
-    #[property(predicate = "self.other > 0")]
-    id: u32,
-}
-
-#[derive(CmdLineParams)]
-struct NoBool {
-    #[property(predicate = "self.id")]
-    id: u32,
-}
-
-#[derive(CmdLineParams)]
-struct NoFunction {
-    #[property(generator = "no_such_function")]
-    id: u32,
-}
-
-struct Silent;
-
-#[derive(CmdLineParams)]
-struct NoDisplay {
-    id: Silent,
-}
-
 fn main() {}

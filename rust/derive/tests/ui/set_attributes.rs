@@ -36,9 +36,4 @@ struct Misplaced {
     id: String,
 }
 
-#[derive(CmdLineParamSet)]
-struct NoArguments {
-    flags: Option<bool>,
-}
-
 fn main() {}

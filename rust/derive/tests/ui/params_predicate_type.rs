@@ -1,0 +1,9 @@
+use kuasar_derive::CmdLineParams;
+
+#[derive(CmdLineParams)]
+struct NoBool {
+    #[property(predicate = "self.id")]
+    id: u32,
+}
+
+fn main() {}
