@@ -1,11 +1,16 @@
 //! containerd sandbox controller that runs every pod in a microVM.
 //!
-//! `controller` speaks gRPC with containerd, `pod` owns a pod's life, `container` what a container needs on the host,
-//! `vmm` and `network` the VM. Imports go down in that order.
+//! [`controller`] speaks gRPC with containerd, [`pod`] owns a pod's life, [`container`] what a container needs on the host,
+//! [`guest`] talks to the agent; [`vmm`], [`network`] and [`process`] are below all of them.
 
+pub mod args;
 pub mod config;
 pub mod container;
+pub mod controller;
+pub mod daemon;
+pub mod guest;
 pub mod network;
+pub mod pod;
 pub mod process;
 pub mod protos;
 pub mod vmm;

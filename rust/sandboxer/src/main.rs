@@ -1,3 +1,59 @@
 //! containerd sandbox controller that runs every pod in a microVM.
 
-fn main() {}
+use std::{
+    io::{IsTerminal, Write},
+    process::ExitCode,
+    time::Duration,
+};
+
+use anyhow::Context;
+use clap::Parser;
+use tracing_subscriber::EnvFilter;
+use vmm_sandboxer::{args::Args, config::Config, daemon, pod::Environment, vmm};
+
+fn main() -> ExitCode {
+    let args = Args::parse();
+    if args.version {
+        let written = writeln!(std::io::stdout(), "vmm-sandboxer {}", env!("CARGO_PKG_VERSION"));
+        return if written.is_ok() { ExitCode::SUCCESS } else { ExitCode::FAILURE };
+    }
+    match run(args) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            // Nowhere to complain if standard error is gone.
+            let _ = writeln!(std::io::stderr(), "vmm-sandboxer: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(args: Args) -> anyhow::Result<()> {
+    let config = Config::load(&args.config)?;
+    let level = args.log_level.as_ref().unwrap_or(&config.sandbox.log_level);
+    let filter =
+        EnvFilter::try_new(level).with_context(|| format!("understanding the log level {level:?}"))?;
+    tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr)
+        .with_ansi(std::io::stderr().is_terminal())
+        .init();
+    let environment = Environment {
+        // A path of a pod reaches other processes, whose working folder is another.
+        dir: std::path::absolute(&args.dir).context("resolving --dir")?,
+        hypervisor: vmm::new(&config),
+        sizes: config.hypervisor.clone(),
+        relay: config.sandbox.relay_path.clone(),
+        start_timeout: Duration::from_secs(config.sandbox.start_timeout_s),
+        stop_timeout: Duration::from_secs(config.sandbox.stop_timeout_s),
+    };
+    let listen = std::path::absolute(&args.listen).context("resolving --listen")?;
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .enable_all()
+        .worker_threads(4)
+        .build()
+        .context("starting the runtime")?;
+    let served = runtime.block_on(daemon::run(environment, &listen));
+    // Tasks that wait for the end of a VM must not keep the daemon.
+    runtime.shutdown_background();
+    Ok(served?)
+}

@@ -8,4 +8,4 @@ pub mod spec;
 mod storage;
 mod volumes;
 
-pub use self::storage::{Storage, StorageError};
+pub use self::storage::{Storage, StorageError, is_safe_id};

@@ -43,6 +43,9 @@ pub enum StorageError {
     /// The spec cannot be run in a VM.
     #[error(transparent)]
     Spec(#[from] SpecError),
+    /// The daemon itself failed.
+    #[error("making a container's files ready: {0}")]
+    Broken(String),
 }
 
 impl StorageError {

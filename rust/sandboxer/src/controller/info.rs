@@ -1,0 +1,22 @@
+//! What `crictl inspectp` shows.
+
+use std::collections::HashMap;
+
+use kuasar_common::constants::RUNTIME_TYPE;
+use serde_json::json;
+
+use crate::pod::{Phase, Pod, View};
+
+/// Verbose information. containerd 2.3 and later parse the value of `info` and fail on fields of a type they do not
+/// expect, so only those that mean the same in all versions are in there; ours have a key of their own.
+pub(super) fn of(pod: &Pod, view: &View) -> HashMap<String, String> {
+    let status = match view.phase {
+        Phase::Created => "created",
+        Phase::Starting => "starting",
+        Phase::Running => "running",
+        Phase::Stopped => "stopped",
+    };
+    let info = json!({"pid": view.pid, "processStatus": status, "runtimeType": RUNTIME_TYPE});
+    let ours = json!({"folder": pod.dir(), "exitCode": view.exit.map(|exit| exit.code)});
+    HashMap::from([("info".to_owned(), info.to_string()), ("kuasar".to_owned(), ours.to_string())])
+}

@@ -1,0 +1,151 @@
+//! The daemon's life: one instance per socket, recovery first, then service.
+
+use std::{
+    fs::{self, File, OpenOptions, TryLockError},
+    io,
+    path::{Path, PathBuf},
+    sync::Arc,
+};
+
+use tokio::{
+    net::UnixListener,
+    signal::unix::{SignalKind, signal},
+};
+use tokio_stream::wrappers::UnixListenerStream;
+use tonic::transport::Server;
+
+use crate::{
+    controller::Controller,
+    pod::{Environment, Pods},
+    vmm::PreflightError,
+};
+
+/// Why the daemon cannot serve.
+#[derive(Debug, thiserror::Error)]
+pub enum DaemonError {
+    /// There is another one.
+    #[error(
+        "another vmm-sandboxer is running with {} (it holds the lock {}); stop it first, or give this one \
+         other --listen and --dir", what.display(), lock.display()
+    )]
+    Taken {
+        /// What both want.
+        what: PathBuf,
+        /// The file that says so.
+        lock: PathBuf,
+    },
+    /// A file or socket.
+    #[error("{doing} {}: {source}", path.display())]
+    Io {
+        /// What was being done.
+        doing: &'static str,
+        /// To what.
+        path: PathBuf,
+        /// Why it failed.
+        source: io::Error,
+    },
+    /// No VM could be started.
+    #[error("checking whether VMs can be started: {0}")]
+    Preflight(#[from] PreflightError),
+    /// The gRPC server ended.
+    #[error("serving containerd: {0}")]
+    Serve(#[from] tonic::transport::Error),
+}
+
+fn failed(doing: &'static str, path: &Path) -> impl FnOnce(io::Error) -> DaemonError {
+    let path = path.to_owned();
+    move |source| DaemonError::Io { doing, path, source }
+}
+
+/// The daemon's claim on its socket and its folder; given up by the kernel when the process ends, however it does.
+#[derive(Debug)]
+pub struct Claim {
+    _files: [File; 2],
+}
+
+impl Claim {
+    /// Claims both.
+    ///
+    /// # Errors
+    /// When another daemon has one of them; nothing of it is touched.
+    pub fn take(listen: &Path, dir: &Path) -> Result<Self, DaemonError> {
+        let mut name = listen.as_os_str().to_owned();
+        name.push(".lock");
+        Ok(Self { _files: [lock(listen, PathBuf::from(name))?, lock(dir, dir.join(".lock"))?] })
+    }
+}
+
+fn lock(what: &Path, path: PathBuf) -> Result<File, DaemonError> {
+    if let Some(folder) = path.parent() {
+        fs::create_dir_all(folder).map_err(failed("creating", folder))?;
+    }
+    let file = OpenOptions::new().write(true).create(true).truncate(false).open(&path);
+    let file = file.map_err(failed("opening", &path))?;
+    match file.try_lock() {
+        Ok(()) => Ok(file),
+        Err(TryLockError::WouldBlock) => Err(DaemonError::Taken { what: what.to_owned(), lock: path }),
+        Err(TryLockError::Error(source)) => Err(failed("locking", &path)(source)),
+    }
+}
+
+/// Recovers, serves, and returns when SIGTERM or SIGINT asks for it. Pods go on without the daemon.
+///
+/// # Errors
+/// When VMs cannot be started at all, another daemon is there, or the socket cannot be served.
+pub async fn run(environment: Environment, listen: &Path) -> Result<(), DaemonError> {
+    let _claim = Claim::take(listen, &environment.dir)?;
+    let mut term = signal(SignalKind::terminate()).map_err(failed("handling signals for", listen))?;
+    let mut int = signal(SignalKind::interrupt()).map_err(failed("handling signals for", listen))?;
+    environment.hypervisor.preflight().await?;
+    let dir = environment.dir.clone();
+    let pods = Arc::new(Pods::new(environment));
+    let recovered = pods.recover().await.map_err(failed("recovering the sandboxes of", &dir))?;
+    let incoming = UnixListenerStream::new(bind(listen)?);
+    tracing::info!(listen = %listen.display(), recovered, "ready");
+    // Only now: containerd, started after us, asks once for each of its sandboxes.
+    if let Err(error) = sd_notify::notify(false, &[sd_notify::NotifyState::Ready]) {
+        tracing::warn!(%error, "telling systemd that the daemon is ready");
+    }
+    let server = Server::builder().add_service(Controller::new(pods).into_server());
+    tokio::select! {
+        // Not a graceful shutdown: calls of Wait would keep the daemon for the life of their pods.
+        served = server.serve_with_incoming(incoming) => served?,
+        _ = term.recv() => tracing::info!("SIGTERM: leaving, sandboxes go on"),
+        _ = int.recv() => tracing::info!("SIGINT: leaving, sandboxes go on"),
+    }
+    // containerd gets "unavailable" instead of a refused connection to a socket that nobody serves.
+    let _ = fs::remove_file(listen);
+    Ok(())
+}
+
+/// Binds the socket in place of one that a dead daemon left; the claim says that it is dead.
+fn bind(listen: &Path) -> Result<UnixListener, DaemonError> {
+    match fs::remove_file(listen) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => {
+            return Err(failed("replacing the socket", listen)(error));
+        }
+        _ => {}
+    }
+    UnixListener::bind(listen).map_err(failed("listening on", listen))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_second_daemon_on_the_same_socket_or_folder_is_told_so() {
+        let root = tempfile::tempdir().unwrap();
+        let path = |name: &str| root.path().join(name);
+        let first = Claim::take(&path("a.sock"), &path("a")).unwrap();
+        let error = Claim::take(&path("a.sock"), &path("b")).unwrap_err().to_string();
+        assert!(
+            error.starts_with("another vmm-sandboxer is running with ") && error.contains("a.sock"),
+            "{error}"
+        );
+        let error = Claim::take(&path("b.sock"), &path("a")).unwrap_err().to_string();
+        assert!(error.contains("other --listen and --dir"), "{error}");
+        drop(first);
+        Claim::take(&path("a.sock"), &path("a")).unwrap();
+    }
+}

@@ -1,0 +1,180 @@
+//! The daemon's calls to the agent in a guest.
+
+use std::{io, time::Duration};
+
+use kuasar_common::{
+    address::GuestAddress,
+    api::{
+        sandbox::{SetupSandboxRequest, ShutdownRequest},
+        sandbox_ttrpc::SandboxServiceClient,
+    },
+    constants::{PORT_TTRPC, TOKEN_METADATA},
+};
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::UnixStream,
+    time::timeout,
+};
+use ttrpc::{
+    asynchronous::{Client, transport::Socket},
+    context::{self, Context},
+};
+
+/// Longest answer of a hybrid socket to `CONNECT`.
+const MAX_ANSWER: u64 = 64;
+
+/// Why a call to the agent failed.
+#[derive(Debug, thiserror::Error)]
+pub enum GuestError {
+    /// No connection.
+    #[error("connecting to the guest's agent at {address}: {source}")]
+    Connect {
+        /// The guest.
+        address: GuestAddress,
+        /// Why.
+        source: io::Error,
+    },
+    /// The agent said no, or nothing.
+    #[error("calling {method} of the guest's agent: {why}")]
+    Call {
+        /// What was called.
+        method: &'static str,
+        /// The agent's answer.
+        why: String,
+    },
+    /// It took too long.
+    #[error("calling {method} of the guest's agent: no answer within {deadline:?}")]
+    Deadline {
+        /// What was called.
+        method: &'static str,
+        /// How long it had.
+        deadline: Duration,
+    },
+}
+
+/// One guest's agent. Every call opens a connection of its own; there are two in a pod's life.
+#[derive(Clone, Debug)]
+pub struct Guest {
+    address: GuestAddress,
+    token: String,
+}
+
+impl Guest {
+    /// The agent at this address, which knows this token.
+    #[must_use]
+    pub const fn new(address: GuestAddress, token: String) -> Self {
+        Self { address, token }
+    }
+
+    /// Tells the agent what the pod is like.
+    ///
+    /// # Errors
+    /// When the agent cannot be reached, refuses, or takes longer than `deadline`.
+    pub async fn setup(&self, request: &SetupSandboxRequest, deadline: Duration) -> Result<(), GuestError> {
+        let call = async {
+            self.client()
+                .await?
+                .setup_sandbox(self.context(deadline), request)
+                .await
+                .map_err(failed("SetupSandbox"))
+        };
+        within("SetupSandbox", deadline, call).await.map(drop)
+    }
+
+    /// Ends all containers; they have `grace` between SIGTERM and SIGKILL.
+    ///
+    /// # Errors
+    /// When the agent cannot be reached, refuses, or takes longer than `deadline`.
+    pub async fn shutdown(&self, grace: Duration, deadline: Duration) -> Result<(), GuestError> {
+        let mut request = ShutdownRequest::new();
+        request.timeout_ms = u32::try_from(grace.as_millis()).unwrap_or(u32::MAX);
+        let call = async {
+            self.client().await?.shutdown(self.context(deadline), &request).await.map_err(failed("Shutdown"))
+        };
+        within("Shutdown", deadline, call).await.map(drop)
+    }
+
+    fn context(&self, deadline: Duration) -> Context {
+        let mut context = context::with_duration(deadline);
+        context.add(TOKEN_METADATA.to_owned(), self.token.clone());
+        context
+    }
+
+    async fn client(&self) -> Result<SandboxServiceClient, GuestError> {
+        let socket = match &self.address {
+            GuestAddress::Hybrid(path) => hybrid(path).await,
+            GuestAddress::Vsock(_) => Socket::connect(self.address.with_port(PORT_TTRPC)).await,
+        };
+        let socket =
+            socket.map_err(|source| GuestError::Connect { address: self.address.clone(), source })?;
+        Ok(SandboxServiceClient::new(Client::new(socket)))
+    }
+}
+
+/// Connects through a hybrid socket: it wants the port in a line, and confirms with one.
+async fn hybrid(path: &std::path::Path) -> io::Result<Socket> {
+    let mut stream = UnixStream::connect(path).await?;
+    stream.write_all(format!("CONNECT {PORT_TTRPC}\n").as_bytes()).await?;
+    let mut answer = Vec::new();
+    // Byte by byte: what follows the line belongs to the guest's protocol.
+    while !answer.ends_with(b"\n") {
+        let byte = stream.read_u8().await?;
+        answer.push(byte);
+        if answer.len() as u64 > MAX_ANSWER {
+            return Err(io::Error::other("the hybrid socket answers with an endless line"));
+        }
+    }
+    if !answer.starts_with(b"OK") {
+        let answer = String::from_utf8_lossy(&answer).trim_end().to_owned();
+        return Err(io::Error::other(format!("the hybrid socket answers {answer:?}")));
+    }
+    Ok(Socket::new(stream))
+}
+
+fn failed(method: &'static str) -> impl Fn(ttrpc::Error) -> GuestError {
+    move |error| {
+        let why = match error {
+            ttrpc::Error::RpcStatus(status) => status.message,
+            other => other.to_string(),
+        };
+        GuestError::Call { method, why }
+    }
+}
+
+async fn within<T>(
+    method: &'static str,
+    deadline: Duration,
+    call: impl Future<Output = Result<T, GuestError>>,
+) -> Result<T, GuestError> {
+    timeout(deadline, call).await.unwrap_or(Err(GuestError::Deadline { method, deadline }))
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::net::UnixListener;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn a_socket_that_refuses_or_hangs_is_named() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("vsock.sock");
+        let guest = Guest::new(GuestAddress::Hybrid(path.clone()), "t".into());
+        let call = || guest.shutdown(Duration::ZERO, Duration::from_millis(200));
+        let absent = call().await.unwrap_err().to_string();
+        assert!(absent.starts_with("connecting to the guest's agent at hvsock:///"), "{absent}");
+        let listener = UnixListener::bind(&path).unwrap();
+        let hanging = call().await.unwrap_err().to_string();
+        assert_eq!(hanging, "calling Shutdown of the guest's agent: no answer within 200ms");
+        drop(listener.accept().await.unwrap());
+        let (refused, ()) = tokio::join!(call(), async {
+            let (mut stream, _) = listener.accept().await.unwrap();
+            let mut asked = [0; 13];
+            stream.read_exact(&mut asked).await.unwrap();
+            assert_eq!(&asked, b"CONNECT 1024\n");
+            stream.write_all(b"NO such port\n").await.unwrap();
+        });
+        let refused = refused.unwrap_err().to_string();
+        assert!(refused.ends_with("the hybrid socket answers \"NO such port\""), "{refused}");
+    }
+}

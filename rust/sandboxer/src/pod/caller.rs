@@ -1,0 +1,44 @@
+//! Whether the one who asked is still there.
+
+use std::convert::Infallible;
+
+use tokio::sync::oneshot;
+
+use super::PodError;
+
+/// Held by the one who asks; dropping it says that nobody waits for the answer any more.
+#[derive(Debug)]
+pub struct CallerGuard(#[allow(dead_code, reason = "its drop is the message")] oneshot::Sender<Infallible>);
+
+/// Tells the one who works whether to go on.
+#[derive(Debug)]
+pub struct Caller(oneshot::Receiver<Infallible>);
+
+impl Caller {
+    /// Both ends.
+    #[must_use]
+    pub fn new() -> (CallerGuard, Self) {
+        let (sender, receiver) = oneshot::channel();
+        (CallerGuard(sender), Self(receiver))
+    }
+
+    /// Between two steps that must not be interrupted.
+    pub(super) fn check(&mut self, doing: &'static str) -> Result<(), PodError> {
+        match self.0.try_recv() {
+            Err(oneshot::error::TryRecvError::Empty) => Ok(()),
+            _ => Err(PodError::Cancelled(doing)),
+        }
+    }
+
+    /// Waits for something that may be given up at any point.
+    pub(super) async fn unless_gone<T>(
+        &mut self,
+        doing: &'static str,
+        waiting: impl Future<Output = T>,
+    ) -> Result<T, PodError> {
+        tokio::select! {
+            done = waiting => Ok(done),
+            _ = &mut self.0 => Err(PodError::Cancelled(doing)),
+        }
+    }
+}

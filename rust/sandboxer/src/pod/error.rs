@@ -1,0 +1,94 @@
+//! What goes wrong in a pod's life.
+
+use std::{io, path::PathBuf};
+
+use crate::{
+    container::{StorageError, mount::MountError},
+    guest::GuestError,
+    network::NetworkError,
+    process::ProcessError,
+    vmm::{ReadyError, VmError},
+};
+
+/// Why a request about a pod failed.
+#[derive(Debug, thiserror::Error)]
+pub enum PodError {
+    /// There is no such pod.
+    #[error("there is no sandbox {0}")]
+    NotFound(String),
+    /// There is one already, and it is further than Create.
+    #[error("the sandbox {0} exists already")]
+    Exists(String),
+    /// The request makes no sense.
+    #[error("{0}")]
+    Invalid(String),
+    /// The request is understood and will not be served. One sentence: field, reason, way out.
+    #[error("{0}")]
+    Refused(String),
+    /// Whoever asked went away.
+    #[error("starting the sandbox: cancelled while {0}")]
+    Cancelled(&'static str),
+    /// A step of the pod's start failed.
+    #[error("starting the sandbox: {step}: {source}{log}")]
+    Start {
+        /// What was being done.
+        step: &'static str,
+        /// Why it failed.
+        source: StepError,
+        /// Empty, or the last lines of the log that may explain it.
+        log: String,
+    },
+    /// Something of a pod could not be ended or removed; it is kept, and the request can be repeated.
+    #[error("{doing}: {source}")]
+    End {
+        /// What was being done.
+        doing: &'static str,
+        /// Why it failed.
+        source: StepError,
+    },
+}
+
+/// Why a step failed.
+#[derive(Debug, thiserror::Error)]
+pub enum StepError {
+    /// Reading or writing a file of the pod.
+    #[error("{}: {source}", path.display())]
+    File {
+        /// Which.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// The pod's network.
+    #[error(transparent)]
+    Network(#[from] NetworkError),
+    /// The VM.
+    #[error(transparent)]
+    Vm(#[from] VmError),
+    /// A process.
+    #[error(transparent)]
+    Process(#[from] ProcessError),
+    /// Files for containers.
+    #[error(transparent)]
+    Storage(#[from] StorageError),
+    /// Unmounting or removing.
+    #[error(transparent)]
+    Mount(#[from] MountError),
+    /// The agent's first call.
+    #[error(transparent)]
+    Ready(#[from] ReadyError),
+    /// A call to the agent.
+    #[error(transparent)]
+    Guest(#[from] GuestError),
+    /// A task of the daemon broke.
+    #[error("{0}")]
+    Internal(String),
+}
+
+impl StepError {
+    /// An I/O error at a path.
+    pub(super) fn file(path: impl Into<PathBuf>) -> impl FnOnce(io::Error) -> Self {
+        let path = path.into();
+        move |source| Self::File { path, source }
+    }
+}

@@ -1,0 +1,238 @@
+//! Pods: one VM, its network, its share of the host's file system, its relay.
+//!
+//! What a pod looks like from outside ([`View`]) is published in a `watch` channel, so that Status and Wait never wait for
+//! anybody. What changes the pod holds its own lock, which nobody else needs.
+
+mod caller;
+mod error;
+mod host;
+mod log;
+mod record;
+mod recover;
+mod relay;
+mod setup;
+mod size;
+mod spec;
+mod start;
+mod stop;
+mod store;
+#[cfg(test)]
+mod tests;
+
+use std::{
+    collections::BTreeMap,
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::{Duration, SystemTime, UNIX_EPOCH},
+};
+
+use kuasar_common::constants::pod_files;
+use tokio::sync::{Mutex, watch};
+
+pub use self::{
+    caller::{Caller, CallerGuard},
+    error::{PodError, StepError},
+    record::Phase,
+    spec::{PodResources, PodSpec},
+    store::Pods,
+};
+use self::{
+    host::HostServer,
+    record::{ExitRecord, PodRecord, VERSION},
+};
+use crate::{
+    config::HypervisorConfig,
+    container::{Storage, StorageError, mount::RootfsMount, spec::Target},
+    network::NetworkRecord,
+    process::Process,
+    vmm::{Hypervisor, Vm},
+};
+
+/// What all pods of a daemon share.
+#[derive(Clone, Debug)]
+pub struct Environment {
+    /// Where pods have their folders.
+    pub dir: PathBuf,
+    /// Starts VMs.
+    pub hypervisor: Arc<dyn Hypervisor>,
+    /// Default sizes.
+    pub sizes: HypervisorConfig,
+    /// The relay's program.
+    pub relay: PathBuf,
+    /// A pod has this long from Start to ready.
+    pub start_timeout: Duration,
+    /// Containers have this long to end when a pod is stopped.
+    pub stop_timeout: Duration,
+}
+
+/// A pod from outside.
+#[derive(Clone, Debug)]
+pub struct View {
+    /// How far it is.
+    pub phase: Phase,
+    /// Process id of its VMM; stays after the VMM ended, 0 before it started.
+    pub pid: u32,
+    /// When it was created.
+    pub created: SystemTime,
+    /// How it ended.
+    pub exit: Option<Exit>,
+}
+
+/// How a pod ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Exit {
+    /// As a shell shows it.
+    pub code: u32,
+    /// When it was noticed.
+    pub at: SystemTime,
+}
+
+/// A pod.
+#[derive(Debug)]
+pub struct Pod {
+    id: String,
+    dir: PathBuf,
+    labels: BTreeMap<String, String>,
+    environment: Environment,
+    view: watch::Sender<View>,
+    work: Mutex<Work>,
+    storage: Mutex<Storage>,
+}
+
+/// What a pod holds of the host; behind its lock.
+#[derive(Debug, Default)]
+struct Work {
+    spec: PodSpec,
+    network: Option<NetworkRecord>,
+    vm: Option<Arc<dyn Vm>>,
+    relay: Option<Arc<Process>>,
+    host: Option<HostServer>,
+    cgroups: Vec<PathBuf>,
+}
+
+impl Pod {
+    fn new(environment: &Environment, id: &str, spec: PodSpec, view: View) -> Arc<Self> {
+        let dir = environment.dir.join(id);
+        Arc::new(Self {
+            id: id.to_owned(),
+            labels: spec.labels.clone(),
+            environment: environment.clone(),
+            view: watch::Sender::new(view),
+            work: Mutex::new(Work { spec, ..Work::default() }),
+            storage: Mutex::new(Storage::new(&dir)),
+            dir,
+        })
+    }
+
+    /// The pod's id.
+    #[must_use]
+    pub fn id(&self) -> &str {
+        &self.id
+    }
+
+    /// The pod's folder.
+    #[must_use]
+    pub fn dir(&self) -> &Path {
+        &self.dir
+    }
+
+    /// Labels that containerd gave it.
+    #[must_use]
+    pub const fn labels(&self) -> &BTreeMap<String, String> {
+        &self.labels
+    }
+
+    /// How it looks now; never waits.
+    #[must_use]
+    pub fn view(&self) -> View {
+        self.view.borrow().clone()
+    }
+
+    /// Where containerd reaches the pod's containers. The scheme is the only one that containerd 2.1 can use for both
+    /// Task calls and streams.
+    #[must_use]
+    pub fn address(&self) -> String {
+        format!("ttrpc+unix://{}", self.dir.join(pod_files::TASK_SOCKET).display())
+    }
+
+    /// Waits until the VM is gone; at once when it is.
+    pub async fn wait(&self) -> Exit {
+        let mut view = self.view.subscribe();
+        loop {
+            if let Some(exit) = view.borrow_and_update().exit {
+                return exit;
+            }
+            if view.changed().await.is_err() {
+                // Cannot be: the sender lives in `self`.
+                return Exit { code: 255, at: SystemTime::now() };
+            }
+        }
+    }
+
+    /// Makes what a container needs; returns its bundle's path in the guest.
+    async fn prepare(
+        &self,
+        container: String,
+        bundle: PathBuf,
+        rootfs: Vec<RootfsMount>,
+    ) -> Result<String, StorageError> {
+        let pod_pid = self.view().pid;
+        self.with_storage(move |storage| {
+            storage.prepare(&Target { container: &container, pod_pid }, &bundle, &rootfs)
+        })
+        .await
+    }
+
+    /// Removes what a container needed.
+    async fn release(&self, container: String) -> Result<(), StorageError> {
+        self.with_storage(move |storage| storage.release(&container)).await
+    }
+
+    /// Mounting may block on another machine's server, so it happens on a thread that may block.
+    async fn with_storage<T: Send + 'static>(
+        &self,
+        work: impl FnOnce(&Storage) -> Result<T, StorageError> + Send + 'static,
+    ) -> Result<T, StorageError> {
+        let storage = self.storage.lock().await;
+        let own = storage.clone();
+        let span = tracing::Span::current();
+        let done = tokio::task::spawn_blocking(move || span.in_scope(|| work(&own))).await;
+        done.unwrap_or_else(|error| Err(StorageError::Broken(error.to_string())))
+    }
+
+    fn record(&self, work: &Work) -> PodRecord {
+        let view = self.view();
+        PodRecord {
+            version: VERSION,
+            id: self.id.clone(),
+            phase: view.phase,
+            created_ns: setup::epoch_ns(view.created),
+            spec: work.spec.clone(),
+            network: work.network.clone(),
+            vm: work.vm.as_ref().map(|vm| vm.record()),
+            relay: work.relay.as_ref().map(|relay| relay.record()),
+            cgroups: work.cgroups.clone(),
+            exit: view.exit.map(|exit| ExitRecord { code: exit.code, at_ns: setup::epoch_ns(exit.at) }),
+        }
+    }
+
+    fn persist(&self, work: &Work) -> Result<(), StepError> {
+        self.record(work).write(&self.dir).map_err(StepError::file(self.dir.join(pod_files::RECORD)))
+    }
+
+    fn set_phase(&self, phase: Phase) {
+        self.view.send_modify(|view| view.phase = phase);
+    }
+
+    /// The first who notices the end says how it was.
+    fn set_ended(&self, exit: Exit) {
+        self.view.send_modify(|view| {
+            view.phase = Phase::Stopped;
+            view.exit.get_or_insert(exit);
+        });
+    }
+}
+
+fn from_epoch_ns(ns: i64) -> SystemTime {
+    UNIX_EPOCH + Duration::from_nanos(u64::try_from(ns).unwrap_or(0))
+}

@@ -1,0 +1,148 @@
+//! A pod's record on disk, `pod.json`: all that a restarted daemon needs.
+
+use std::{
+    fs::{self, File, OpenOptions},
+    io::{self, Write},
+    os::unix::fs::OpenOptionsExt,
+    path::{Path, PathBuf},
+};
+
+use kuasar_common::constants::pod_files;
+use serde::{Deserialize, Serialize};
+
+use super::spec::PodSpec;
+use crate::{network::NetworkRecord, process::ProcessRecord, vmm::VmRecord};
+
+/// Raised when an older daemon could not make sense of the record any more.
+pub(super) const VERSION: u32 = 1;
+
+/// How far a pod is in its life.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Phase {
+    /// Its folder is there.
+    Created,
+    /// Processes come up.
+    Starting,
+    /// Containers can run.
+    Running,
+    /// The VM is gone.
+    Stopped,
+}
+
+/// How a pod ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct ExitRecord {
+    /// Status as containerd gets it.
+    pub code: u32,
+    /// Nanoseconds since the Unix epoch.
+    pub at_ns: i64,
+}
+
+/// The file.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct PodRecord {
+    /// See [`VERSION`].
+    pub version: u32,
+    /// The pod's id, and its folder's name.
+    pub id: String,
+    /// How far it is.
+    pub phase: Phase,
+    /// When it was created, in nanoseconds since the Unix epoch.
+    pub created_ns: i64,
+    /// What was asked for.
+    pub spec: PodSpec,
+    /// What was made in its network namespace.
+    pub network: Option<NetworkRecord>,
+    /// Its VM.
+    pub vm: Option<VmRecord>,
+    /// Its relay.
+    pub relay: Option<ProcessRecord>,
+    /// cgroups that were created for it, outermost first.
+    #[serde(default)]
+    pub cgroups: Vec<PathBuf>,
+    /// How it ended.
+    pub exit: Option<ExitRecord>,
+}
+
+/// Why a record could not be read.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum RecordError {
+    /// There is none.
+    #[error("there is no record")]
+    Missing,
+    /// It cannot be read.
+    #[error("reading the record: {0}")]
+    Io(#[from] io::Error),
+    /// It is torn, or not ours.
+    #[error("understanding the record: {0}")]
+    Alien(String),
+}
+
+impl PodRecord {
+    /// Replaces the record as a whole: a crash at any instruction leaves the old one or the new one.
+    ///
+    /// # Errors
+    /// When the folder cannot be written.
+    pub(super) fn write(&self, dir: &Path) -> io::Result<()> {
+        let temporary = dir.join(format!("{}.new", pod_files::RECORD));
+        let mut file =
+            OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&temporary)?;
+        file.write_all(&serde_json::to_vec_pretty(self)?)?;
+        file.sync_all()?;
+        fs::rename(&temporary, dir.join(pod_files::RECORD))?;
+        File::open(dir)?.sync_all()
+    }
+
+    /// Reads the record of the pod with this folder.
+    ///
+    /// # Errors
+    /// When there is none, or it is not one of ours.
+    pub(super) fn read(dir: &Path) -> Result<Self, RecordError> {
+        let text = match fs::read(dir.join(pod_files::RECORD)) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Err(RecordError::Missing),
+            read => read?,
+        };
+        let record: Self = serde_json::from_slice(&text).map_err(|e| RecordError::Alien(e.to_string()))?;
+        if record.version != VERSION {
+            return Err(RecordError::Alien(format!("version {}, expected {VERSION}", record.version)));
+        }
+        if dir.file_name().and_then(|name| name.to_str()) != Some(record.id.as_str()) {
+            return Err(RecordError::Alien(format!("it is of pod {:?}", record.id)));
+        }
+        Ok(record)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn records_round_trip_and_others_are_told_apart() {
+        let root = tempfile::tempdir().unwrap();
+        let dir = root.path().join("p1");
+        fs::create_dir(&dir).unwrap();
+        assert!(matches!(PodRecord::read(&dir), Err(RecordError::Missing)));
+        let record = PodRecord {
+            version: VERSION,
+            id: "p1".into(),
+            phase: Phase::Running,
+            created_ns: 5,
+            spec: PodSpec::default(),
+            network: Some(NetworkRecord::default()),
+            vm: None,
+            relay: Some(ProcessRecord { pid: 4, start_time: 5 }),
+            cgroups: Vec::new(),
+            exit: None,
+        };
+        record.write(&dir).unwrap();
+        assert_eq!(PodRecord::read(&dir).unwrap(), record);
+        assert_eq!(fs::read_dir(&dir).unwrap().count(), 1, "no temporary file stays");
+        let other = root.path().join("p2");
+        fs::rename(&dir, &other).unwrap();
+        assert!(PodRecord::read(&other).unwrap_err().to_string().contains("it is of pod \"p1\""));
+        fs::write(other.join(pod_files::RECORD), "{\"version\":1").unwrap();
+        assert!(matches!(PodRecord::read(&other), Err(RecordError::Alien(_))));
+    }
+}

@@ -1,0 +1,43 @@
+//! The relay: the process that serves a pod's Task endpoint and outlives the daemon.
+
+use std::{
+    io,
+    os::fd::{AsFd, OwnedFd},
+    path::Path,
+};
+
+use kuasar_common::{address::GuestAddress, constants::pod_files};
+
+use super::host::bind;
+use crate::process::{Process, ProcessError, Spawn};
+
+/// Binds the Task endpoint. Connections queue until the relay serves them, so nobody has to wait for the relay.
+pub(super) fn endpoint(dir: &Path) -> io::Result<OwnedFd> {
+    let listener = bind(&dir.join(pod_files::TASK_SOCKET))?.into_std()?;
+    // The daemon's runtime made it non-blocking, the relay's own runtime wants it so, too.
+    Ok(listener.into())
+}
+
+/// Starts the relay of a pod whose VM is running.
+pub(super) fn spawn(
+    program: &Path,
+    dir: &Path,
+    endpoint: OwnedFd,
+    guest: &GuestAddress,
+    vmm: impl AsFd,
+) -> Result<Process, ProcessError> {
+    let mut spawn = Spawn::new(program);
+    let listen = spawn.fd(endpoint);
+    let vmm = vmm.as_fd().try_clone_to_owned();
+    let vmm = vmm.map_err(|source| ProcessError {
+        doing: "passing the VMM to",
+        program: program.display().to_string(),
+        source,
+    })?;
+    let vmm = spawn.fd(vmm);
+    spawn.args(["serve".as_ref(), "--pod-dir".as_ref(), dir.as_os_str()]);
+    spawn.args(["--guest", &guest.to_string()]);
+    spawn.args(["--listen-fd", &listen.to_string(), "--vmm-pidfd", &vmm.to_string()]);
+    spawn.log(dir.join(pod_files::LOG).join("relay.log"));
+    spawn.spawn()
+}

@@ -1,0 +1,254 @@
+//! What containerd asks for when it creates a pod, reduced to what we need, or refused.
+
+use std::{collections::BTreeMap, fs, path::PathBuf};
+
+use prost::Message;
+use serde::{Deserialize, Serialize};
+
+use super::PodError;
+use crate::protos::{
+    controller::ControllerCreateRequest,
+    cri::{DnsConfig, LinuxPodSandboxConfig, NamespaceMode, PodSandboxConfig},
+};
+
+/// Type of the CRI's pod configuration in a Create request.
+const CONFIG_TYPE: &str = "runtime.v1.PodSandboxConfig";
+
+/// sysctls that the CRI plugin promises for every pod and leaves to the sandbox.
+const DEFAULT_SYSCTLS: [(&str, &str); 2] =
+    [("net.ipv4.ip_unprivileged_port_start", "0"), ("net.ipv4.ping_group_range", "0 2147483647")];
+
+/// A pod as asked for.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct PodSpec {
+    /// `<namespace>/<name>` in Kubernetes; for logs.
+    pub name: String,
+    /// The network namespace that CNI has filled.
+    pub netns: PathBuf,
+    /// Host name in the guest.
+    pub hostname: String,
+    /// Text of the guest's `/etc/resolv.conf`.
+    pub resolv_conf: String,
+    /// Set in the guest.
+    pub sysctls: BTreeMap<String, String>,
+    /// The pod's cgroup on the host, as kubelet names it; empty: none.
+    pub cgroup_parent: String,
+    /// What the pod may use.
+    pub resources: PodResources,
+    /// Handed back to containerd, which replaces its own by them.
+    pub labels: BTreeMap<String, String>,
+}
+
+/// Limits of all containers of a pod together, as kubelet adds them up; 0 or less: unlimited or not told.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct PodResources {
+    /// Microseconds of CPU time per period.
+    pub cpu_quota: i64,
+    /// Microseconds.
+    pub cpu_period: i64,
+    /// Bytes.
+    pub memory_limit: i64,
+    /// Bytes, of the runtime class's overhead.
+    pub memory_overhead: i64,
+}
+
+impl PodSpec {
+    /// Reads a Create request.
+    ///
+    /// # Errors
+    /// When it cannot be read, or asks for what a VM cannot give.
+    pub fn from_request(request: &ControllerCreateRequest) -> Result<Self, PodError> {
+        let config = match &request.options {
+            None => PodSandboxConfig::default(),
+            Some(any) if any.type_url.rsplit('/').next() == Some(CONFIG_TYPE) => {
+                PodSandboxConfig::decode(any.value.as_slice())
+                    .map_err(|e| PodError::Invalid(format!("reading options ({CONFIG_TYPE}): {e}")))?
+            }
+            Some(any) => {
+                let why = format!("options are of type {:?}, expected {CONFIG_TYPE}", any.type_url);
+                return Err(PodError::Invalid(why));
+            }
+        };
+        let linux = config.linux.clone().unwrap_or_default();
+        refuse_host_namespaces(&linux, &request.netns_path)?;
+        let mut sysctls: BTreeMap<String, String> =
+            DEFAULT_SYSCTLS.map(|(key, value)| (key.to_owned(), value.to_owned())).into();
+        sysctls.extend(linux.sysctls.clone());
+        let metadata = config.metadata.unwrap_or_default();
+        let labels = request.sandbox.as_ref().map(|sandbox| sandbox.labels.clone()).unwrap_or_default();
+        Ok(Self {
+            name: format!("{}/{}", metadata.namespace, metadata.name),
+            netns: PathBuf::from(&request.netns_path),
+            hostname: if config.hostname.is_empty() { host_name() } else { config.hostname },
+            resolv_conf: resolv_conf(config.dns_config.as_ref()),
+            sysctls,
+            cgroup_parent: linux.cgroup_parent.clone(),
+            resources: resources(&linux),
+            labels: labels.into_iter().collect(),
+        })
+    }
+}
+
+fn refuse_host_namespaces(linux: &LinuxPodSandboxConfig, netns: &str) -> Result<(), PodError> {
+    const FIELD: &str = "linux.security_context.namespace_options";
+    let options = linux.security_context.as_ref().and_then(|context| context.namespace_options.as_ref());
+    let is = |mode: i32, wanted: NamespaceMode| mode == i32::from(wanted);
+    let way_out = "or give the pod a runtime class that does not use VMs";
+    if let Some(options) = options {
+        for (mode, name, kubernetes) in [
+            (options.network, "network", "hostNetwork"),
+            (options.pid, "pid", "hostPID"),
+            (options.ipc, "ipc", "hostIPC"),
+        ] {
+            if is(mode, NamespaceMode::Node) {
+                return Err(PodError::Refused(format!(
+                    "{FIELD}.{name} is NODE ({kubernetes}: true), and a VM cannot join a namespace of the host; \
+                     set {kubernetes}: false, {way_out}"
+                )));
+            }
+        }
+        // Absent options mean POD, too, but only to clients that do not care; kubelet always sends them.
+        if is(options.pid, NamespaceMode::Pod) {
+            return Err(PodError::Refused(format!(
+                "{FIELD}.pid is POD (shareProcessNamespace: true), and containers of a VM have PID namespaces of \
+                 their own; set shareProcessNamespace: false, {way_out}"
+            )));
+        }
+    }
+    if netns.is_empty() {
+        return Err(PodError::Refused(format!(
+            "netns_path is empty (hostNetwork: true), and a VM cannot use the host's network; \
+             set hostNetwork: false, {way_out}"
+        )));
+    }
+    Ok(())
+}
+
+fn resources(linux: &LinuxPodSandboxConfig) -> PodResources {
+    let limits = linux.resources.clone().unwrap_or_default();
+    let overhead = linux.overhead.clone().unwrap_or_default();
+    PodResources {
+        cpu_quota: limits.cpu_quota,
+        cpu_period: limits.cpu_period,
+        memory_limit: limits.memory_limit_in_bytes,
+        memory_overhead: overhead.memory_limit_in_bytes,
+    }
+}
+
+fn host_name() -> String {
+    fs::read_to_string("/proc/sys/kernel/hostname").map(|name| name.trim().to_owned()).unwrap_or_default()
+}
+
+/// As the CRI plugin's own sandboxes do it: no DNS configuration means the host's.
+fn resolv_conf(dns: Option<&DnsConfig>) -> String {
+    let Some(dns) = dns else { return fs::read_to_string("/etc/resolv.conf").unwrap_or_default() };
+    let mut text = String::new();
+    if !dns.searches.is_empty() {
+        text += &format!("search {}\n", dns.searches.join(" "));
+    }
+    for server in &dns.servers {
+        text += &format!("nameserver {server}\n");
+    }
+    if !dns.options.is_empty() {
+        text += &format!("options {}\n", dns.options.join(" "));
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::protos::cri::{
+        LinuxContainerResources, LinuxSandboxSecurityContext, NamespaceOption, PodSandboxMetadata,
+    };
+
+    fn request(config: &PodSandboxConfig) -> ControllerCreateRequest {
+        ControllerCreateRequest {
+            sandbox_id: "p".into(),
+            netns_path: "/var/run/netns/cni-1".into(),
+            options: Some(prost_types::Any { type_url: CONFIG_TYPE.into(), value: config.encode_to_vec() }),
+            ..ControllerCreateRequest::default()
+        }
+    }
+
+    fn with_namespaces(options: NamespaceOption) -> PodSandboxConfig {
+        let security_context =
+            Some(LinuxSandboxSecurityContext { namespace_options: Some(options), ..Default::default() });
+        PodSandboxConfig {
+            linux: Some(LinuxPodSandboxConfig { security_context, ..Default::default() }),
+            ..Default::default()
+        }
+    }
+
+    fn kubelets() -> NamespaceOption {
+        NamespaceOption { pid: NamespaceMode::Container.into(), ..Default::default() }
+    }
+
+    #[test]
+    fn a_pod_of_kubelet_is_understood() {
+        let mut config = with_namespaces(kubelets());
+        config.hostname = "web-0".into();
+        config.metadata =
+            Some(PodSandboxMetadata { name: "web".into(), namespace: "prod".into(), ..Default::default() });
+        config.dns_config = Some(DnsConfig {
+            servers: vec!["10.96.0.10".into()],
+            searches: vec!["a.svc".into(), "svc".into()],
+            options: vec!["ndots:5".into()],
+        });
+        let linux = config.linux.as_mut().unwrap();
+        linux.cgroup_parent = "/kubepods/podu".into();
+        linux.sysctls.insert("net.ipv4.ip_unprivileged_port_start".into(), "1024".into());
+        linux.resources =
+            Some(LinuxContainerResources { memory_limit_in_bytes: 1 << 30, ..Default::default() });
+        let spec = PodSpec::from_request(&request(&config)).unwrap();
+        assert_eq!(spec.name, "prod/web");
+        assert_eq!(spec.resolv_conf, "search a.svc svc\nnameserver 10.96.0.10\noptions ndots:5\n");
+        assert_eq!(spec.sysctls["net.ipv4.ip_unprivileged_port_start"], "1024");
+        assert_eq!(spec.sysctls["net.ipv4.ping_group_range"], "0 2147483647");
+        assert_eq!(spec.resources.memory_limit, 1 << 30);
+        assert_eq!(spec.cgroup_parent, "/kubepods/podu");
+    }
+
+    #[test]
+    fn no_dns_configuration_is_the_hosts_and_no_hostname_too() {
+        let spec = PodSpec::from_request(&request(&PodSandboxConfig::default())).unwrap();
+        assert_eq!(spec.resolv_conf, fs::read_to_string("/etc/resolv.conf").unwrap_or_default());
+        assert!(!spec.hostname.is_empty());
+    }
+
+    #[test]
+    fn namespaces_of_the_host_are_refused_by_field_with_a_way_out() {
+        let node = i32::from(NamespaceMode::Node);
+        for (options, field, way_out) in [
+            (
+                NamespaceOption { network: node, ..kubelets() },
+                "namespace_options.network is NODE",
+                "hostNetwork: false",
+            ),
+            (NamespaceOption { pid: node, ..kubelets() }, "namespace_options.pid is NODE", "hostPID: false"),
+            (NamespaceOption { ipc: node, ..kubelets() }, "namespace_options.ipc is NODE", "hostIPC: false"),
+            (NamespaceOption::default(), "namespace_options.pid is POD", "shareProcessNamespace: false"),
+        ] {
+            let error = PodSpec::from_request(&request(&with_namespaces(options))).unwrap_err();
+            let text = error.to_string();
+            assert!(matches!(error, PodError::Refused(_)), "{text}");
+            assert!(text.contains(field) && text.contains(way_out), "{text}");
+        }
+        let mut request = request(&with_namespaces(kubelets()));
+        request.netns_path.clear();
+        let text = PodSpec::from_request(&request).unwrap_err().to_string();
+        assert!(text.starts_with("netns_path is empty (hostNetwork: true)"), "{text}");
+    }
+
+    #[test]
+    fn options_of_another_kind_are_refused() {
+        let mut other = request(&PodSandboxConfig::default());
+        other.options.as_mut().unwrap().type_url = "x.Y".into();
+        assert!(PodSpec::from_request(&other).unwrap_err().to_string().contains("\"x.Y\""));
+        other.options.as_mut().unwrap().type_url = CONFIG_TYPE.into();
+        other.options.as_mut().unwrap().value = vec![0xff];
+        assert!(matches!(PodSpec::from_request(&other), Err(PodError::Invalid(_))));
+    }
+}

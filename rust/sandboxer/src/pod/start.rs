@@ -1,0 +1,227 @@
+//! From a created pod to one whose guest is ready.
+
+use std::{
+    fs::OpenOptions,
+    io::{Read, Write},
+    os::{fd::OwnedFd, unix::fs::OpenOptionsExt},
+    sync::Arc,
+    time::{Duration, Instant, SystemTime},
+};
+
+use kuasar_common::constants::pod_files;
+use tracing::Instrument;
+
+use super::{
+    Caller, Exit, Phase, Pod, PodError, StepError, View, Work, host::HostServer, log, relay, setup,
+    size::VmSize,
+};
+use crate::{
+    guest::Guest,
+    network::{self, PodNetwork},
+    process::Process,
+    vmm::{DeviceInfo, ReadyGuest, Vm, VmError, VmSpec},
+};
+
+/// Logs that may explain why a guest does not come up.
+const GUEST_LOGS: [&str; 3] = ["console.log", "agent.log", "vmm.log"];
+
+impl Pod {
+    /// Starts the pod; a running one is left as it is. If it fails, or `caller` goes away, everything is undone.
+    ///
+    /// # Errors
+    /// When a step fails or the caller went away. The pod is of no use then and has no folder any more.
+    pub async fn start(self: &Arc<Self>, mut caller: Caller) -> Result<View, PodError> {
+        let mut work = self.work.lock().await;
+        match self.view().phase {
+            Phase::Running => return Ok(self.view()),
+            Phase::Created => {}
+            Phase::Starting | Phase::Stopped => {
+                return Err(PodError::Refused(format!(
+                    "the sandbox {} has been stopped and cannot be started again; create a new one",
+                    self.id
+                )));
+            }
+        }
+        let began = Instant::now();
+        match self.bring_up(&mut work, &mut caller).await {
+            Ok(()) => {
+                tracing::info!(elapsed = ?began.elapsed(), pid = self.view().pid, "the sandbox is ready");
+                Ok(self.view())
+            }
+            Err(error) => {
+                tracing::error!(%error, "the sandbox does not start");
+                self.set_ended(Exit { code: 255, at: SystemTime::now() });
+                // containerd does not call again for a sandbox that failed to start.
+                if let Err(error) = self.remove_all(&mut work).await {
+                    tracing::error!(%error, "undoing a failed start");
+                }
+                Err(error)
+            }
+        }
+    }
+
+    async fn bring_up(self: &Arc<Self>, work: &mut Work, caller: &mut Caller) -> Result<(), PodError> {
+        let deadline = Deadline::new(self.environment.start_timeout);
+        self.set_phase(Phase::Starting);
+        let size = VmSize::of(&work.spec.resources, &self.environment.sizes);
+        let (network, files) = tokio::join!(network::prepare(&work.spec.netns, size.vcpus), self.files());
+        let network = step("giving the VM the pod's network", network)?;
+        work.network = Some(network.record.clone());
+        let (token, endpoint, host) = step("preparing the sandbox's folder", files)?;
+        work.host = Some(host);
+        step("writing the sandbox's files", self.pod_files(work, &network).await)?;
+        step("recording the sandbox", self.persist(work))?;
+        caller.check("preparing the VM's network and files")?;
+
+        let (vm, network) = self.boot(work, size, network).await?;
+        caller.check("starting the VM")?;
+        let relay = step(
+            "starting the relay",
+            relay::spawn(&self.environment.relay, &self.dir, endpoint, &vm.address(), vm.pidfd()),
+        )?;
+        let relay = Arc::new(relay);
+        work.relay = Some(relay.clone());
+        // From here on a restarted daemon finds the processes.
+        step("recording the sandbox", self.persist(work))?;
+
+        let greeted = caller.unless_gone("waiting for the guest", greet(&*vm, &token, deadline)).await?;
+        let agent = step("waiting for the guest's agent", greeted)?;
+        tracing::debug!(agent = agent.ready.agent, uptime_ns = agent.ready.uptime_ns, "the agent is ready");
+        let guest = Guest::new(vm.address(), token);
+        let request = setup::request(&self.id, &work.spec, &network);
+        let told = guest.setup(&request, deadline.left());
+        let told = caller.unless_gone("setting the guest up", told).await?;
+        told.map_err(|source| PodError::Start {
+            step: "setting the guest up",
+            source: source.into(),
+            log: log::tails(&self.dir, &GUEST_LOGS),
+        })?;
+        self.set_phase(Phase::Running);
+        step("recording the sandbox", self.persist(work))?;
+        self.watch(vm, relay, Some(agent));
+        Ok(())
+    }
+
+    /// The parts that need nothing but the folder.
+    async fn files(self: &Arc<Self>) -> Result<(String, OwnedFd, HostServer), StepError> {
+        let path = self.dir.join(pod_files::TOKEN);
+        let token = new_token(&path).map_err(StepError::file(&path))?;
+        self.with_storage(|storage| storage.create()).await?;
+        let endpoint = relay::endpoint(&self.dir);
+        let endpoint = endpoint.map_err(StepError::file(self.dir.join(pod_files::TASK_SOCKET)))?;
+        let host = HostServer::start(self).await;
+        let host = host.map_err(StepError::file(self.dir.join(pod_files::HOST_SOCKET)))?;
+        Ok((token, endpoint, host))
+    }
+
+    async fn pod_files(&self, work: &Work, network: &PodNetwork) -> Result<(), StepError> {
+        let hosts = setup::hosts(&work.spec.hostname, &network.interfaces);
+        let (hostname, resolv_conf) = (format!("{}\n", work.spec.hostname), work.spec.resolv_conf.clone());
+        let write = self.with_storage(move |storage| {
+            storage.write_pod_file("hosts", &hosts)?;
+            storage.write_pod_file("hostname", &hostname)?;
+            storage.write_pod_file("resolv.conf", &resolv_conf)
+        });
+        Ok(write.await?)
+    }
+
+    async fn boot(
+        &self,
+        work: &mut Work,
+        size: VmSize,
+        mut network: PodNetwork,
+    ) -> Result<(Arc<dyn Vm>, PodNetwork), PodError> {
+        let spec = VmSpec {
+            pod: self.id.clone(),
+            dir: self.dir.clone(),
+            netns: Some(work.spec.netns.clone()),
+            cgroup_procs: work.cgroups.iter().map(|cgroup| cgroup.join("cgroup.procs")).collect(),
+            vcpus: size.vcpus,
+            memory_mib: size.memory_mib,
+            devices: network.nics.drain(..).map(DeviceInfo::Tap).collect(),
+            kernel_params: String::new(),
+        };
+        let vm = step("starting the VM", self.environment.hypervisor.start(spec).await)?;
+        self.view.send_modify(|view| view.pid = vm.pid());
+        work.vm = Some(vm.clone());
+        Ok((vm, network))
+    }
+
+    /// Notices the end of what a running pod is made of.
+    pub(super) fn watch(self: &Arc<Self>, vm: Arc<dyn Vm>, relay: Arc<Process>, agent: Option<ReadyGuest>) {
+        let (pod, watched) = (self.clone(), vm.clone());
+        let ended = async move {
+            let exit = watched.wait().await;
+            let by_us = pod.view().phase == Phase::Stopped;
+            tracing::info!(code = ?exit.code, by_us, "the VM has ended");
+            // Nobody's child any more after a restart, so nobody knows; containerd expects a number.
+            pod.set_ended(Exit { code: exit.code.unwrap_or(255), at: exit.at });
+            let work = pod.work.lock().await;
+            if pod.dir.exists()
+                && let Err(error) = pod.persist(&work)
+            {
+                tracing::warn!(%error, "recording the end of the VM");
+            }
+        };
+        tokio::spawn(ended.in_current_span());
+        let pod = self.clone();
+        let relay_ended = async move {
+            let code = relay.wait().await;
+            if pod.view().phase == Phase::Running {
+                // containerd takes all containers of the pod for dead now and would start them a second time.
+                tracing::error!(
+                    ?code,
+                    log = log::tails(&pod.dir, &["relay.log"]),
+                    "the relay has ended; stopping the VM"
+                );
+                if let Err(error) = vm.stop(true, Duration::from_secs(10)).await {
+                    tracing::error!(%error, "stopping the VM of a relay that ended");
+                }
+            }
+        };
+        tokio::spawn(relay_ended.in_current_span());
+        if let Some(mut agent) = agent {
+            let fatal = async move {
+                if let Some(reason) = agent.fatal().await {
+                    tracing::error!(?reason, "the guest's agent gives up");
+                }
+            };
+            tokio::spawn(fatal.in_current_span());
+        }
+    }
+}
+
+fn step<T, E: Into<StepError>>(step: &'static str, done: Result<T, E>) -> Result<T, PodError> {
+    done.map_err(|error| PodError::Start { step, source: error.into(), log: String::new() })
+}
+
+async fn greet(vm: &dyn Vm, token: &str, deadline: Deadline) -> Result<ReadyGuest, StepError> {
+    let mut agent = vm.ready(deadline.left()).await.map_err(|error: VmError| StepError::from(error))?;
+    agent.give_token(token).await?;
+    Ok(agent)
+}
+
+/// One deadline for all steps together.
+#[derive(Clone, Copy)]
+struct Deadline(Instant);
+
+impl Deadline {
+    fn new(length: Duration) -> Self {
+        let now = Instant::now();
+        Self(now.checked_add(length).unwrap_or(now))
+    }
+
+    fn left(self) -> Duration {
+        self.0.saturating_duration_since(Instant::now())
+    }
+}
+
+/// 32 random bytes as hex digits, in a file that only root may read.
+fn new_token(path: &std::path::Path) -> std::io::Result<String> {
+    let mut bytes = [0; 32];
+    std::fs::File::open("/dev/urandom")?.read_exact(&mut bytes)?;
+    let token: String = bytes.iter().map(|byte| format!("{byte:02x}")).collect();
+    let mut file = OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(path)?;
+    file.write_all(token.as_bytes())?;
+    Ok(token)
+}

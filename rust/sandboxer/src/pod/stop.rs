@@ -1,0 +1,117 @@
+//! The end of a pod: VM, network, mounts, folder.
+
+use std::{
+    fs, io,
+    sync::Arc,
+    time::{Duration, SystemTime},
+};
+
+use kuasar_common::constants::pod_files;
+
+use super::{Exit, Phase, Pod, PodError, StepError, Work};
+use crate::{container::remove, guest::Guest, network, vmm::Vm};
+
+/// A VMM that was asked to quit has this long.
+const QUIT: Duration = Duration::from_secs(5);
+/// A VMM that was killed has this long.
+const KILL: Duration = Duration::from_secs(20);
+/// The relay has this long after SIGTERM.
+const RELAY: Duration = Duration::from_secs(2);
+/// Beyond the time that containers get, the agent has this long to unmount and answer.
+const AGENT: Duration = Duration::from_secs(3);
+
+impl Pod {
+    /// Ends the VM and gives back network and mounts. The relay stays, for containerd's last questions. Idempotent.
+    ///
+    /// # Errors
+    /// When something cannot be ended; the rest has been, and the call can be repeated.
+    pub async fn stop(&self) -> Result<(), PodError> {
+        let mut work = self.work.lock().await;
+        self.stop_locked(&mut work).await
+    }
+
+    /// Ends and removes everything of the pod. Idempotent.
+    ///
+    /// # Errors
+    /// As [`Pod::stop`]; the folder is kept then.
+    pub async fn remove(&self) -> Result<(), PodError> {
+        let mut work = self.work.lock().await;
+        self.remove_all(&mut work).await
+    }
+
+    async fn stop_locked(&self, work: &mut Work) -> Result<(), PodError> {
+        let running = self.view().phase == Phase::Running;
+        if let Some(vm) = work.vm.clone() {
+            if running {
+                self.shut_guest_down(&*vm).await;
+            }
+            end("stopping the VM", stop_vm(&vm).await)?;
+            let exit = vm.wait().await;
+            self.set_ended(Exit { code: exit.code.unwrap_or(0), at: exit.at });
+        }
+        self.set_ended(Exit { code: 0, at: SystemTime::now() });
+        // Independent of each other: all are tried, the first failure is reported.
+        let network = match &work.network {
+            Some(record) => network::remove(record).await.map_err(StepError::from),
+            None => Ok(()),
+        };
+        if network.is_ok() {
+            work.network = None;
+        }
+        let mounts = self.with_storage(|storage| storage.unmount()).await;
+        let record = if self.dir.exists() { self.persist(work) } else { Ok(()) };
+        end("giving the network back", network)?;
+        end("unmounting what containers used", mounts)?;
+        end("recording the sandbox", record)
+    }
+
+    /// Lets containers end and file systems sync; a guest that does not answer is ended all the same.
+    async fn shut_guest_down(&self, vm: &dyn Vm) {
+        let token = match fs::read_to_string(self.dir.join(pod_files::TOKEN)) {
+            Ok(token) => token,
+            Err(error) => return tracing::warn!(%error, "reading the sandbox's token"),
+        };
+        let grace = self.environment.stop_timeout;
+        let guest = Guest::new(vm.address(), token);
+        if let Err(error) = guest.shutdown(grace, grace.saturating_add(AGENT)).await {
+            tracing::warn!(%error, "shutting the guest down");
+        }
+    }
+
+    pub(super) async fn remove_all(&self, work: &mut Work) -> Result<(), PodError> {
+        self.stop_locked(work).await?;
+        if let Some(relay) = &work.relay {
+            end("ending the relay", relay.end(RELAY).await)?;
+        }
+        if let Some(host) = work.host.take() {
+            host.stop().await;
+        }
+        let dir = self.dir.clone();
+        let removed = tokio::task::spawn_blocking(move || remove::remove(&dir)).await;
+        let removed = removed.map_err(|error| StepError::Internal(error.to_string()));
+        end("removing the sandbox's folder", removed.and_then(|removed| Ok(removed?)))?;
+        for cgroup in work.cgroups.drain(..).rev() {
+            match fs::remove_dir(&cgroup) {
+                Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                    tracing::warn!(cgroup = %cgroup.display(), %error, "removing a cgroup");
+                }
+                _ => {}
+            }
+        }
+        work.relay = None;
+        work.vm = None;
+        Ok(())
+    }
+}
+
+async fn stop_vm(vm: &Arc<dyn Vm>) -> Result<(), StepError> {
+    if let Err(error) = vm.stop(false, QUIT).await {
+        tracing::warn!(%error, "the VMM does not quit, killing it");
+        vm.stop(true, KILL).await?;
+    }
+    Ok(())
+}
+
+fn end<T, E: Into<StepError>>(doing: &'static str, done: Result<T, E>) -> Result<T, PodError> {
+    done.map_err(|error| PodError::End { doing, source: error.into() })
+}

@@ -1,0 +1,132 @@
+//! All pods of the daemon.
+
+use std::{
+    collections::{BTreeMap, btree_map::Entry},
+    fs::DirBuilder,
+    os::unix::fs::DirBuilderExt,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::SystemTime,
+};
+
+use kuasar_common::constants::pod_files;
+
+use super::{Environment, Phase, Pod, PodError, PodSpec, StepError, View};
+use crate::container::is_safe_id;
+
+/// Longest path of a unix socket that the kernel takes, less the end that marks it.
+const MAX_SOCKET_PATH: usize = 107;
+/// The longest name of a socket in a pod's folder.
+const LONGEST_SOCKET: &str = "vhost-vsock.sock";
+
+/// All pods of the daemon.
+#[derive(Debug)]
+pub struct Pods {
+    environment: Environment,
+    /// Never held while anything is awaited.
+    pods: Mutex<BTreeMap<String, Arc<Pod>>>,
+}
+
+impl Pods {
+    /// None yet.
+    #[must_use]
+    pub const fn new(environment: Environment) -> Self {
+        Self { environment, pods: Mutex::new(BTreeMap::new()) }
+    }
+
+    pub(super) const fn environment(&self) -> &Environment {
+        &self.environment
+    }
+
+    fn lock(&self) -> MutexGuard<'_, BTreeMap<String, Arc<Pod>>> {
+        self.pods.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Finds a pod.
+    ///
+    /// # Errors
+    /// When there is none with this id.
+    pub fn get(&self, id: &str) -> Result<Arc<Pod>, PodError> {
+        self.lock().get(id).cloned().ok_or_else(|| PodError::NotFound(id.to_owned()))
+    }
+
+    pub(super) fn insert(&self, pod: Arc<Pod>) {
+        self.lock().insert(pod.id().to_owned(), pod);
+    }
+
+    /// How many there are.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        self.lock().len()
+    }
+
+    /// Whether there is none.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.lock().is_empty()
+    }
+
+    /// Creates a pod: its folder and its record. The same request again, before Start, is no error.
+    ///
+    /// # Errors
+    /// When the id or the paths made from it cannot be used, the pod exists and is further, or its folder cannot be made.
+    pub async fn create(&self, id: &str, spec: PodSpec) -> Result<(), PodError> {
+        if !is_safe_id(id) {
+            return Err(PodError::Invalid(format!(
+                "the sandbox id {id:?} is not 1 to 128 letters, digits, '-', '_' and '.'"
+            )));
+        }
+        let dir = self.environment.dir.join(id);
+        let longest = dir.join(LONGEST_SOCKET);
+        if longest.as_os_str().len() > MAX_SOCKET_PATH {
+            return Err(PodError::Refused(format!(
+                "{} is longer than the {MAX_SOCKET_PATH} bytes of a socket's path; start the daemon with a shorter --dir",
+                longest.display()
+            )));
+        }
+        let view = View { phase: Phase::Created, pid: 0, created: SystemTime::now(), exit: None };
+        let pod = match self.lock().entry(id.to_owned()) {
+            Entry::Occupied(there) => there.get().clone(),
+            Entry::Vacant(free) => free.insert(Pod::new(&self.environment, id, spec.clone(), view)).clone(),
+        };
+        let exists = || PodError::Exists(id.to_owned());
+        // Checked before waiting as well: a pod that is starting holds its lock for long.
+        if pod.view().phase != Phase::Created {
+            return Err(exists());
+        }
+        let work = pod.work.lock().await;
+        if pod.view().phase != Phase::Created || work.spec != spec {
+            return Err(exists());
+        }
+        let made = make_folder(&pod).and_then(|()| pod.persist(&work));
+        made.map_err(|source| {
+            self.forget(&pod);
+            PodError::Start { step: "creating the sandbox's folder", source, log: String::new() }
+        })
+    }
+
+    /// Ends and removes a pod. One that is not there is no error.
+    ///
+    /// # Errors
+    /// When something of it cannot be ended or removed; it is kept then.
+    pub async fn remove(&self, id: &str) -> Result<(), PodError> {
+        let Ok(pod) = self.get(id) else { return Ok(()) };
+        pod.remove().await?;
+        self.forget(&pod);
+        Ok(())
+    }
+
+    /// Drops a pod of which nothing is left, unless its id was given to another one since.
+    pub fn forget(&self, pod: &Arc<Pod>) {
+        let mut pods = self.lock();
+        if pods.get(pod.id()).is_some_and(|known| Arc::ptr_eq(known, pod)) {
+            pods.remove(pod.id());
+        }
+    }
+}
+
+fn make_folder(pod: &Pod) -> Result<(), StepError> {
+    for path in [pod.dir().to_owned(), pod.dir().join(pod_files::LOG), pod.dir().join(pod_files::SHARED)] {
+        DirBuilder::new().recursive(true).mode(0o700).create(&path).map_err(StepError::file(&path))?;
+    }
+    Ok(())
+}
