@@ -13,6 +13,7 @@ lib.makeScope pkgs.newScope (
   {
     vmm-sandboxer = self.callPackage ./vmm-sandboxer.nix { inherit workspace; };
     kuasar-image = self.callPackage ./kuasar-image.nix { inherit workspace; };
+    kuasar-demo = self.callPackage ./kuasar-demo.nix { inherit workspace; };
     vmm-task = static ./vmm-task.nix { inherit workspace; };
     containerd-shim-kuasar-vmm-v1 = static ./shim.nix { inherit workspace; };
     runc-guest = static ./runc-guest.nix { inherit (pkgs) runc; };

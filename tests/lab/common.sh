@@ -19,7 +19,7 @@ have() { command -v "$1" >/dev/null 2>&1; }
 # Runs a command whose output only matters when it fails; shows a line with the time that has passed while it runs.
 # usage: quietly LOGFILE TITLE COMMAND...
 quietly() {
-    local log=$1 title=$2 start=$SECONDS pid status=0
+    local log=$1 title=$2 start=$SECONDS pid status=0 next=20
     shift 2
     mkdir -p "$(dirname -- "$log")"
     "$@" >"$log" 2>&1 &
@@ -30,8 +30,11 @@ quietly() {
     while kill -0 "$pid" 2>/dev/null; do
         if [ -t 2 ]; then
             printf '\r    %s: %ds  %.60s\033[K' "$title" $((SECONDS - start)) "$(tail -n1 "$log" | tr -d '\r')" >&2
+        elif [ $((SECONDS - start)) -ge "$next" ]; then
+            say "    $title: $((SECONDS - start)) s, $(tail -n1 "$log" | tr -d '\r' | cut -c1-100)"
+            next=$((next + 20))
         fi
-        sleep 0.5
+        sleep 0.2
     done
     trap - INT TERM
     wait "$pid" || status=$?

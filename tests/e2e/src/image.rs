@@ -21,8 +21,6 @@ pub const BUSYBOX: &str = "kuasar.test/busybox:1";
 pub const BASH: &str = "kuasar.test/bash:1";
 /// Says it is for this architecture, but its program is not.
 pub const ALIEN: &str = "kuasar.test/alien:1";
-/// Says itself that it is for another architecture.
-pub const ALIEN_LABELLED: &str = "kuasar.test/alien-labelled:1";
 /// Holds a pod's namespaces for the runtime that is not ours.
 pub const PAUSE: &str = "kuasar.test/pause:1";
 
@@ -46,13 +44,6 @@ impl Image {
     pub fn new(name: &str, command: &[&str]) -> Self {
         let command = command.iter().map(|&word| word.to_owned()).collect();
         Self { name: name.to_owned(), architecture: native(), command, layers: Vec::new() }
-    }
-
-    /// Says it is for another architecture.
-    #[must_use]
-    pub fn labelled(mut self, architecture: &'static str) -> Self {
-        self.architecture = architecture;
-        self
     }
 
     /// Adds a layer.
@@ -85,8 +76,11 @@ impl Image {
         let manifest =
             json!({"schemaVersion": 2, "mediaType": OCI_MANIFEST, "config": config, "layers": layers});
         let mut manifest = archive.blob(OCI_MANIFEST, &serde_json::to_vec(&manifest)?)?;
-        manifest["platform"] = json!({"architecture": self.architecture, "os": "linux"});
-        manifest["annotations"] = json!({"io.containerd.image.name": self.name});
+        if let Some(descriptor) = manifest.as_object_mut() {
+            let platform = json!({"architecture": self.architecture, "os": "linux"});
+            descriptor.insert("platform".into(), platform);
+            descriptor.insert("annotations".into(), json!({"io.containerd.image.name": self.name}));
+        }
         let index = json!({"schemaVersion": 2, "mediaType": OCI_INDEX, "manifests": [manifest]});
         let archive = archive.0.file("oci-layout", 0o644, br#"{"imageLayoutVersion":"1.0.0"}"#)?.file(
             "index.json",
@@ -262,7 +256,6 @@ pub fn all(paths: &Paths) -> Result<Vec<Image>> {
         busybox(paths, BUSYBOX, &["/bin/sh"])?,
         bash(paths)?,
         alien(ALIEN)?,
-        alien(ALIEN_LABELLED)?.labelled(foreign()),
         busybox(paths, PAUSE, &["/bin/sleep", "2147483647"])?,
     ])
 }

@@ -84,6 +84,11 @@ pub struct Pod<'a> {
     pub config: PodSandboxConfig,
 }
 
+/// All handlers whose pods are VMs.
+pub fn handlers() -> impl Iterator<Item = &'static str> {
+    VARIANTS.iter().map(|(handler, _)| *handler)
+}
+
 /// Socket of a handler's daemon.
 #[must_use]
 pub fn socket_of(handler: &str) -> PathBuf {

@@ -159,6 +159,11 @@ fn init() -> Result<ExitCode> {
         _ => return Ok(ExitCode::from(130)),
     };
     let left = settle(&before, &root)?;
+    if left.is_empty() {
+        eprintln!(
+            "left behind: nothing (processes, mounts, links, network namespaces, cgroups, files in /run)"
+        );
+    }
     for line in &left {
         eprintln!("left behind: {line}");
     }

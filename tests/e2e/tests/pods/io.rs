@@ -81,7 +81,7 @@ fn read_terminal(master: OwnedFd) -> String {
     use std::io::Read;
     let (mut file, mut all, mut buffer) = (std::fs::File::from(master), Vec::new(), [0; 4096]);
     while let Ok(count @ 1..) = file.read(&mut buffer) {
-        all.extend_from_slice(&buffer[..count]);
+        all.extend_from_slice(buffer.get(..count).unwrap_or_default());
     }
     String::from_utf8_lossy(&all).into_owned()
 }

@@ -5,7 +5,7 @@ use std::{sync::Arc, time::Duration};
 use anyhow::{Context, Result, ensure};
 use kuasar_e2e::{
     cri::{ContainerState, LinuxSandboxSecurityContext, NamespaceMode, NamespaceOption, PodSandboxState},
-    image::{ALIEN, ALIEN_LABELLED, BASH, BUSYBOX},
+    image::{ALIEN, BASH, BUSYBOX},
     lab::{self, Lab, Pod, QEMU},
     suite::handler,
 };
@@ -67,7 +67,7 @@ pub(crate) async fn exit_codes_arrive(lab: Arc<Lab>) -> Result<()> {
     ];
     for (name, script, code, reason) in wanted {
         // A shell that is PID 1 is deaf to its own signals, so a child of it is what gets killed.
-        let script = format!("sh -c '{script}'");
+        let script = format!("sh -c '{script}'; exit $?");
         let id = pod.container(name, BUSYBOX, &["/bin/sh", "-c", &script]).await?;
         let status = lab.cri.ended(&id, SOON).await?;
         ensure!(status.exit_code == code, "`{script}` gave {} instead of {code}", status.exit_code);
@@ -138,9 +138,6 @@ pub(crate) async fn an_image_of_another_architecture(lab: Arc<Lab>) -> Result<()
     let stderr = String::from_utf8_lossy(&stderr);
     ensure!(stderr.contains("exec format error"), "its log does not say why: {stderr:?}");
     ensure!(stderr.contains("/bin/alien"), "its log does not name the program: {stderr:?}");
-    // An image that admits it does not get as far as us.
-    let labelled = pod.create(lab::container("labelled", ALIEN_LABELLED, &["/bin/alien"])).await;
-    ensure!(labelled.is_err(), "containerd took an image of another architecture");
     pod.remove().await
 }
 
@@ -193,7 +190,8 @@ pub(crate) async fn a_container_restarts_in_a_living_pod(lab: Arc<Lab>) -> Resul
         lab.cri.remove(&id).await?;
         seen.push(boot_id(&lab, &pod, attempt).await?);
     }
-    ensure!(seen.windows(2).all(|pair| pair[0] == pair[1]), "the pod's kernel was started anew: {seen:?}");
+    seen.dedup();
+    ensure!(seen.len() == 1, "the pod's kernel was started anew: {seen:?}");
     pod.remove().await
 }
 

@@ -1,0 +1,32 @@
+# The task menu. Each task is a script of its own; nothing is decided here.
+
+.DEFAULT_GOAL := menu
+.PHONY: menu demo check e2e image bench-boot setup
+
+NIX := tests/nixpkgs-standin/nix
+
+menu: ## this list
+	@printf 'Kuasar for Nix: pods in microVMs\n\n'
+	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/  make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 20
+	@printf '\n  make demo IMAGE=docker.io/library/alpine:3 CMD="cat /etc/os-release"\n'
+
+# As it was typed: make must not see variables of the shell in it.
+demo: export DEMO_CMD = $(value CMD)
+demo: export IMAGE ?=
+demo: ## build everything, run a container in a microVM pod, show it (IMAGE=, CMD=)
+	@tests/lab/demo
+
+check: ## every test of the project; ends with one line of totals
+	@tests/lab/check
+
+e2e: ## the black-box tests over CRI alone
+	@tests/lab/check e2e
+
+image: ## kernel, disk image, initrd, config.toml and manifest.json in ./result
+	@$(NIX) build --print-build-logs .#image-qemu
+
+bench-boot: ## how long a boot takes beside its floor, in seconds and guest instructions
+	@tests/lab/bench-boot
+
+setup: ## bring the tools here (says what first); the others do it themselves
+	@tests/lab/setup
