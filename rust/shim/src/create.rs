@@ -27,7 +27,7 @@ use crate::{
     life::Exit,
     log::log,
     registry::{Container, Process, lock},
-    stdio::{Stdio, Wanted},
+    stdio::{Files, Stdio, Wanted},
     task::{EXIT_KILLED, Relay, WORK_LIMIT, at_least, work},
 };
 
@@ -55,7 +55,7 @@ impl Relay {
         }
         let result = self.create_all(&container, create, &request).await;
         if let Err(status) = &result {
-            log!("creating container {}: {}", container.id, status.message());
+            log!("container {} is not created: {}", container.id, status.message());
             self.containers.remove(&container);
             container.init.deleted(EXIT_KILLED);
         }
@@ -73,12 +73,13 @@ impl Relay {
         if self.guest.vm.is_dead() {
             return Err(guest_error(&doing, CallError::Dead));
         }
-        self.pay_release(id).await.map_err(host_error)?;
         let process = &container.init;
+        let files = Files::open(&process.wanted).map_err(|e| stdio_error(&doing, &e))?;
+        self.pay_release(id).await.map_err(host_error)?;
         let prepare = prepare_request(&create);
         let (prepared, stdio) = tokio::join!(
             self.host.prepare(&prepare),
-            Stdio::open(&self.guest, id, "", &process.wanted, &process.life)
+            Stdio::connect(files, &self.guest, id, "", &process.life)
         );
         let (bundle, stdio) = match (prepared, stdio) {
             (Ok(bundle), Ok(stdio)) => (bundle, stdio),
@@ -174,7 +175,7 @@ impl Relay {
         let exec_id = exec.exec_id.clone();
         let result = self.exec_all(&container, &process, exec, &doing, request).await;
         if let Err(status) = &result {
-            log!("{doing}: {}", status.message());
+            log!("exec {exec_id} in container {} is not made: {}", container.id, status.message());
             container.remove_exec(&exec_id);
             process.deleted(EXIT_KILLED);
         }
@@ -190,8 +191,10 @@ impl Relay {
         request: Request,
     ) -> Answer {
         let (id, exec_id) = (exec.id.clone(), exec.exec_id.clone());
-        let stdio = Stdio::open(&self.guest, &container.id, &exec_id, &process.wanted, &process.life).await;
-        let stdio = stdio.map_err(|e| stdio_error(doing, &e))?;
+        let failed = |e| stdio_error(doing, &e);
+        let files = Files::open(&process.wanted).map_err(failed)?;
+        let stdio = Stdio::connect(files, &self.guest, &container.id, &exec_id, &process.life).await;
+        let stdio = stdio.map_err(failed)?;
         (exec.stdin, exec.stdout, exec.stderr) = marks(&process.wanted);
         let limit = Some(at_least(WORK_LIMIT, &request));
         let call = Call { payload: encode(&exec)?, limit, ..work("Exec", request) };
@@ -253,7 +256,7 @@ impl Relay {
             Err(CallError::Status(status)) if status.code() == Code::NOT_FOUND => Ok(None),
             Err(e) => {
                 let status = guest_error(doing, e);
-                log!("{doing}: {}", status.message());
+                log!("{doing} in the guest: {}", status.message());
                 Err(status)
             }
         }

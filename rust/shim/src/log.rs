@@ -3,11 +3,20 @@
 use std::{
     fmt,
     io::Write,
-    sync::OnceLock,
+    sync::{
+        OnceLock,
+        atomic::{AtomicUsize, Ordering},
+    },
     time::{SystemTime, UNIX_EPOCH},
 };
 
+/// Most bytes that one relay logs in its life, about 30 000 containers: a guest must not be able to fill the disk.
+const LIMIT: usize = 4 << 20;
+/// Longest text of a line, in bytes. Errors may quote a guest.
+const LINE_LIMIT: usize = 1024;
+
 static POD: OnceLock<String> = OnceLock::new();
+static WRITTEN: AtomicUsize = AtomicUsize::new(0);
 
 /// Names the pod that later lines belong to.
 pub(crate) fn name_pod(pod: &str) {
@@ -18,8 +27,17 @@ pub(crate) fn name_pod(pod: &str) {
 pub(crate) fn line(text: fmt::Arguments<'_>) {
     let seconds = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs());
     let pod = POD.get().map_or("-", String::as_str);
-    let line = format!("{} {pod}: {text}\n", utc(seconds));
-    let _ = std::io::stderr().write_all(line.as_bytes());
+    let line = render(seconds, pod, &text.to_string());
+    let before = WRITTEN.fetch_add(line.len(), Ordering::Relaxed);
+    if before < LIMIT {
+        let last = if before + line.len() < LIMIT { "" } else { "(this log is full)\n" };
+        let _ = std::io::stderr().write_all(format!("{line}{last}").as_bytes());
+    }
+}
+
+fn render(seconds: u64, pod: &str, text: &str) -> String {
+    let text: String = text.chars().map(|c| if c.is_control() { ' ' } else { c }).take(LINE_LIMIT).collect();
+    format!("{} {pod}: {text}\n", utc(seconds))
 }
 
 /// Writes a log line.
@@ -44,7 +62,13 @@ fn utc(seconds: u64) -> String {
 
 #[cfg(test)]
 mod tests {
-    use super::utc;
+    use super::{LINE_LIMIT, render, utc};
+
+    #[test]
+    fn a_line_stays_one_and_short() {
+        assert_eq!(render(0, "p", "a\nb\x1b[31m"), "1970-01-01T00:00:00Z p: a b [31m\n");
+        assert!(render(0, "p", &"x".repeat(1 << 20)).len() < LINE_LIMIT + 40);
+    }
 
     #[test]
     fn dates() {

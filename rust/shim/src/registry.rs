@@ -71,11 +71,11 @@ impl Process {
         *lock(&self.state) = State { phase: Phase::Created, pid, stdio, watcher: Some(watcher) };
     }
 
-    /// It runs now.
+    /// It runs now. What Create named stays its pid.
     pub(crate) fn started(&self, pid: u32) {
         let mut state = lock(&self.state);
         state.phase = Phase::Running;
-        if pid != 0 {
+        if state.pid == 0 {
             state.pid = pid;
         }
     }

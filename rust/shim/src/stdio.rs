@@ -161,6 +161,25 @@ impl Port {
     }
 }
 
+/// containerd's side of a process's stdio, open.
+pub(crate) struct Files {
+    stdin: Option<pipe::Receiver>,
+    stdout: Option<Sink>,
+    stderr: Option<Sink>,
+}
+
+impl Files {
+    /// Opens what is wanted. Nobody is waited for.
+    pub(crate) fn open(wanted: &Wanted) -> Result<Self, StdioError> {
+        let sink = |stream| wanted.path(stream).map(|path| Sink::open(stream, path)).transpose();
+        Ok(Self {
+            stdin: wanted.path(Stream::Stdin).map(open_source).transpose()?,
+            stdout: sink(Stream::Stdout)?,
+            stderr: sink(Stream::Stderr)?,
+        })
+    }
+}
+
 /// The streams of a process, copied by tasks of their own. Dropping it closes them at once.
 #[derive(Default)]
 pub(crate) struct Stdio {
@@ -169,17 +188,15 @@ pub(crate) struct Stdio {
 }
 
 impl Stdio {
-    /// Opens and connects all that is wanted, and starts copying.
-    pub(crate) async fn open(
+    /// Connects what is open with the guest, and starts copying.
+    pub(crate) async fn connect(
+        files: Files,
         guest: &Arc<Guest>,
         container: &str,
         exec: &str,
-        wanted: &Wanted,
         life: &Life,
     ) -> Result<Self, StdioError> {
-        let source = wanted.path(Stream::Stdin).map(open_source).transpose()?;
-        let sink = |stream| wanted.path(stream).map(|path| Sink::open(stream, path)).transpose();
-        let (stdout, stderr) = (sink(Stream::Stdout)?, sink(Stream::Stderr)?);
+        let Files { stdin, stdout, stderr } = files;
         let port = |stream| Port {
             guest: Arc::clone(guest),
             container: container.to_owned(),
@@ -195,12 +212,12 @@ impl Stdio {
             Ok::<_, StdioError>(Some((port, conn)))
         };
         let (input, output, errors) = tokio::try_join!(
-            connect(source.is_some(), Stream::Stdin),
+            connect(stdin.is_some(), Stream::Stdin),
             connect(stdout.is_some(), Stream::Stdout),
             connect(stderr.is_some(), Stream::Stderr),
         )?;
         let mut stdio = Self::default();
-        if let (Some(source), Some((port, conn))) = (source, input) {
+        if let (Some(source), Some((port, conn))) = (stdin, input) {
             let close = Arc::new(Notify::new());
             stdio.close_stdin = Some(Arc::clone(&close));
             stdio.tasks.spawn(pump::input(source, port, conn, close, life.clone()));

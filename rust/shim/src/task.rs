@@ -8,7 +8,8 @@ use std::{
 
 use async_trait::async_trait;
 use containerd_shim_protos::api::{
-    ConnectRequest, ConnectResponse, PidsResponse, ProcessInfo, StartResponse, StateRequest, WaitResponse,
+    CloseIORequest, ConnectRequest, ConnectResponse, PidsResponse, ProcessInfo, StartResponse, StateRequest,
+    WaitResponse,
 };
 use protobuf::MessageField;
 use ttrpc::{
@@ -132,7 +133,10 @@ impl Relay {
             "Shutdown" => Ok(Vec::new()),
             "Checkpoint" => Err(get_status(Code::UNIMPLEMENTED, "checkpoints of containers in a microVM")),
             "CloseIO" => {
-                self.process(&request.payload)?.1.close_stdin();
+                let (_, process, _) = self.process(&request.payload)?;
+                if decode::<CloseIORequest>(&request.payload)?.stdin {
+                    process.close_stdin();
+                }
                 Ok(Vec::new())
             }
             "Kill" => self.kill(request).await,
@@ -176,8 +180,9 @@ impl Relay {
                 Ok(payload)
             }
             Err(e) => {
-                let status = guest_error(&format!("starting {} {exec}", container.id), e);
-                log!("starting container {} {exec}: {}", container.id, status.message());
+                let what = name(&container, &exec);
+                let status = guest_error(&format!("starting {what}"), e);
+                log!("{what} does not start: {}", status.message());
                 process.close();
                 Err(status)
             }
@@ -187,11 +192,7 @@ impl Relay {
     async fn kill(&self, request: Request) -> Answer {
         let (container, process, exec) = self.process(&request.payload)?;
         if process.life.exit().is_some() {
-            let what = if exec.is_empty() { String::new() } else { format!(" exec {exec}") };
-            return Err(get_status(
-                Code::NOT_FOUND,
-                format!("container {}{what}: process already finished: not found", container.id),
-            ));
+            return Err(not_found(&format!("killing {}: process already finished", name(&container, &exec))));
         }
         self.forward("Kill", request).await
     }
@@ -232,6 +233,15 @@ impl Relay {
         let answer = self.forward(method, request).await?;
         container.init.set_phase(phase);
         Ok(answer)
+    }
+}
+
+/// A process, for people.
+fn name(container: &Container, exec_id: &str) -> String {
+    if exec_id.is_empty() {
+        format!("container {}", container.id)
+    } else {
+        format!("exec {exec_id} of container {}", container.id)
     }
 }
 

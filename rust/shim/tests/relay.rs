@@ -529,6 +529,10 @@ async fn failures_leave_nothing_and_say_why() {
         text,
         "creating container c1: opening Stdout /nowhere/out: No such file or directory (os error 2)"
     );
+    assert!(
+        !pod.daemon.prepared.lock().unwrap().iter().skip(1).any(|p| p.container_id == CID),
+        "none was prepared for"
+    );
     // Ids that would be other folders.
     for id in ["", "..", "a/b", ".x"] {
         assert_eq!(create(&pod.create_request(id, "")).await.0, Code::INVALID_ARGUMENT, "{id}");
@@ -589,6 +593,33 @@ async fn output_ends_at_exit_though_the_guest_forgets_to_say_so() {
     let begun = Instant::now();
     assert_eq!(read_all(output).await, b"half");
     assert!(begun.elapsed() > Duration::from_secs(5), "it is given time first");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_terminal_has_no_stderr_and_all_is_echoed() {
+    let pod = Pod::new().await;
+    let (stdin, stdout, stderr) = (pod.fifo("in"), pod.fifo("out"), String::from("/not/there"));
+    let request = api::CreateTaskRequest {
+        stdin: stdin.clone(),
+        stderr: stderr.clone(),
+        terminal: true,
+        ..pod.create_request(CID, &stdout)
+    };
+    soon("Create", pod.task.create(context::Context::default(), &request)).await.unwrap();
+    let created = pod.guest.created.lock().unwrap()[0].clone();
+    assert!(created.terminal);
+    assert_eq!([created.stdin.as_str(), &created.stdout, &created.stderr], ["vsock", "vsock", ""]);
+    let state = pod.state(CID, "").await.unwrap();
+    assert_eq!((state.stdin, state.stdout, state.stderr, state.terminal), (stdin, stdout, stderr, true));
+    let resize = api::ResizePtyRequest { id: CID.into(), width: 80, height: 25, ..Default::default() };
+    pod.task.resize_pty(context::Context::default(), &resize).await.unwrap();
+    let pause = api::PauseRequest { id: CID.into(), ..Default::default() };
+    pod.start(CID, "").await.unwrap();
+    pod.task.pause(context::Context::default(), &pause).await.unwrap();
+    assert_eq!(pod.state(CID, "").await.unwrap().status.enum_value(), Ok(Status::PAUSED));
+    let resume = api::ResumeRequest { id: CID.into(), ..Default::default() };
+    pod.task.resume(context::Context::default(), &resume).await.unwrap();
+    assert_eq!(pod.state(CID, "").await.unwrap().status.enum_value(), Ok(Status::RUNNING));
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
