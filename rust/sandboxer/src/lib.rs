@@ -13,4 +13,6 @@ pub mod network;
 pub mod pod;
 pub mod process;
 pub mod protos;
+#[cfg(test)]
+mod testing;
 pub mod vmm;

@@ -16,8 +16,6 @@ mod spec;
 mod start;
 mod stop;
 mod store;
-#[cfg(test)]
-mod tests;
 
 use std::{
     collections::BTreeMap,

@@ -1,0 +1,355 @@
+//! Doubles for tests: a VMM that is a sleeping process, and a guest that is a task.
+
+use std::{
+    collections::BTreeMap,
+    fs, io,
+    os::{fd::BorrowedFd, unix::fs::PermissionsExt},
+    path::{Path, PathBuf},
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::{Duration, SystemTime},
+};
+
+use async_trait::async_trait;
+use kuasar_common::{
+    address::GuestAddress,
+    api::{
+        sandbox::{SetupSandboxRequest, ShutdownRequest},
+        sandbox_ttrpc::{SandboxService, create_sandbox_service},
+    },
+    constants::{TOKEN_METADATA, pod_files},
+};
+use nix::{
+    mount::{MsFlags, mount},
+    sched::{CloneFlags, unshare},
+};
+use protobuf::well_known_types::empty::Empty;
+use tokio::{
+    io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader},
+    net::{UnixListener, UnixStream},
+    sync::Mutex as AsyncMutex,
+    time::timeout,
+};
+use ttrpc::{
+    Code,
+    asynchronous::{Server, TtrpcContext, transport::Listener},
+};
+
+use crate::{
+    config::HypervisorConfig,
+    container::mount::unmount_below,
+    pod::Environment,
+    process::{Process, Spawn},
+    vmm::{
+        DeviceAddress, DeviceInfo, Hypervisor, PreflightError, ReadyGuest, ReadyListener, Vm, VmError,
+        VmExit, VmRecord, VmSpec,
+    },
+};
+
+/// What the double does wrong.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) enum Fault {
+    /// Nothing.
+    #[default]
+    None,
+    /// The guest never calls.
+    Silent,
+    /// The guest refuses SetupSandbox.
+    RefusesSetup,
+    /// The VMM cannot be started.
+    NoVmm,
+}
+
+/// Starts sleeping processes.
+#[derive(Debug, Default)]
+pub(crate) struct FakeHypervisor {
+    fault: Fault,
+    /// Processes of every VM ever started.
+    pub(crate) started: Mutex<Vec<Arc<Process>>>,
+    /// What SetupSandbox got.
+    pub(crate) setups: Arc<Mutex<Vec<SetupSandboxRequest>>>,
+}
+
+#[derive(Debug)]
+struct FakeVm {
+    dir: PathBuf,
+    process: Arc<Process>,
+    ready: AsyncMutex<Option<ReadyListener>>,
+}
+
+#[async_trait]
+impl Hypervisor for FakeHypervisor {
+    fn name(&self) -> &'static str {
+        "fake"
+    }
+
+    async fn preflight(&self) -> Result<(), PreflightError> {
+        Ok(())
+    }
+
+    async fn start(&self, spec: VmSpec) -> Result<Arc<dyn Vm>, VmError> {
+        if self.fault == Fault::NoVmm {
+            return Err(VmError::Unsupported("no VMM today".into()));
+        }
+        let socket = spec.dir.join(pod_files::VSOCK_SOCKET);
+        let listener = ReadyListener::hybrid(&socket).map_err(VmError::io("listening"))?;
+        let mut spawn = Spawn::new("sleep");
+        spawn.args(["600"]);
+        let process = Arc::new(spawn.spawn()?);
+        if let Ok(mut started) = self.started.lock() {
+            started.push(process.clone());
+        }
+        fs::write(spec.dir.join(pod_files::LOG).join("console.log"), "Kernel panic\n")
+            .map_err(VmError::io("logging"))?;
+        let guest = FakeGuest { fault: self.fault, setups: self.setups.clone(), token: Arc::default() };
+        if self.fault != Fault::Silent {
+            tokio::spawn(guest.run(socket));
+        }
+        Ok(Arc::new(FakeVm { dir: spec.dir, process, ready: AsyncMutex::new(Some(listener)) }))
+    }
+
+    async fn adopt(&self, record: VmRecord) -> Result<Option<Arc<dyn Vm>>, VmError> {
+        let Some(process) = Process::adopt(record.vmm)? else { return Ok(None) };
+        Ok(Some(Arc::new(FakeVm {
+            dir: record.dir,
+            process: Arc::new(process),
+            ready: AsyncMutex::new(None),
+        })))
+    }
+}
+
+#[async_trait]
+impl Vm for FakeVm {
+    fn pid(&self) -> u32 {
+        self.process.pid()
+    }
+
+    fn pidfd(&self) -> BorrowedFd<'_> {
+        self.process.pidfd()
+    }
+
+    fn address(&self) -> GuestAddress {
+        GuestAddress::Hybrid(self.dir.join(pod_files::VSOCK_SOCKET))
+    }
+
+    fn record(&self) -> VmRecord {
+        VmRecord {
+            dir: self.dir.clone(),
+            vmm: self.process.record(),
+            companions: BTreeMap::new(),
+            cid: None,
+            buses: Vec::new(),
+        }
+    }
+
+    async fn ready(&self, deadline: Duration) -> Result<ReadyGuest, VmError> {
+        let listener = self.ready.lock().await.take().expect("once");
+        timeout(deadline, listener.accept())
+            .await
+            .map_err(|_| VmError::Deadline { doing: "waiting for READY", deadline, log: String::new() })?
+            .map_err(|e| VmError::Unsupported(e.to_string()))
+    }
+
+    async fn hot_attach(&self, _: DeviceInfo) -> Result<DeviceAddress, VmError> {
+        Err(VmError::Unsupported("no hot-plug".into()))
+    }
+
+    async fn hot_detach(&self, _: &str) -> Result<(), VmError> {
+        Ok(())
+    }
+
+    async fn ping(&self) -> Result<(), VmError> {
+        Ok(())
+    }
+
+    async fn stop(&self, _: bool, _: Duration) -> Result<(), VmError> {
+        Ok(self.process.end(Duration::ZERO).await?)
+    }
+
+    async fn wait(&self) -> VmExit {
+        let code = self.process.wait().await.ok().flatten();
+        VmExit { code, at: SystemTime::now() }
+    }
+}
+
+#[derive(Clone)]
+struct FakeGuest {
+    fault: Fault,
+    setups: Arc<Mutex<Vec<SetupSandboxRequest>>>,
+    token: Arc<Mutex<String>>,
+}
+
+impl FakeGuest {
+    /// Says READY, takes the token, then serves the agent's port behind the hybrid socket.
+    async fn run(self, socket: PathBuf) {
+        let listener = UnixListener::bind(&socket).unwrap();
+        let (sender, receiver) = tokio::sync::mpsc::channel::<io::Result<UnixStream>>(4);
+        let connections = tokio_stream::wrappers::ReceiverStream::new(receiver);
+        let mut server = Server::new()
+            .add_listener(Listener::new(connections))
+            .register_service(create_sandbox_service(Arc::new(self.clone())));
+        server.start().await.unwrap();
+        let mut name = socket.into_os_string();
+        name.push("_1024");
+        let mut ready = BufReader::new(UnixStream::connect(name).await.unwrap());
+        ready.write_all(b"{\"ready\":{\"agent\":\"fake\",\"uptime_ns\":1}}\n").await.unwrap();
+        let mut line = String::new();
+        ready.read_line(&mut line).await.unwrap();
+        let token: serde_json::Value = serde_json::from_str(&line).unwrap();
+        token["token"].as_str().unwrap().clone_into(&mut self.token.lock().unwrap());
+        while let Ok((mut stream, _)) = listener.accept().await {
+            let mut asked = [0; 13];
+            stream.read_exact(&mut asked).await.unwrap();
+            assert_eq!(&asked, b"CONNECT 1024\n");
+            stream.write_all(b"OK 1024\n").await.unwrap();
+            sender.send(Ok(stream)).await.unwrap();
+        }
+    }
+
+    fn check(&self, context: &TtrpcContext) -> ttrpc::Result<()> {
+        let given = context.metadata.get(TOKEN_METADATA).and_then(|values| values.first());
+        if given == Some(&*self.token.lock().unwrap()) && given.is_some_and(|token| token.len() == 64) {
+            return Ok(());
+        }
+        Err(refusal(Code::PERMISSION_DENIED, "the token is wrong"))
+    }
+}
+
+fn refusal(code: Code, why: &str) -> ttrpc::Error {
+    ttrpc::Error::RpcStatus(ttrpc::get_status(code, why.to_owned()))
+}
+
+#[async_trait]
+impl SandboxService for FakeGuest {
+    async fn setup_sandbox(
+        &self,
+        context: &TtrpcContext,
+        request: SetupSandboxRequest,
+    ) -> ttrpc::Result<Empty> {
+        self.check(context)?;
+        if self.fault == Fault::RefusesSetup {
+            return Err(refusal(Code::INTERNAL, "setting the sysctl x: no such file"));
+        }
+        self.setups.lock().unwrap().push(request);
+        Ok(Empty::new())
+    }
+
+    async fn shutdown(&self, context: &TtrpcContext, _: ShutdownRequest) -> ttrpc::Result<Empty> {
+        self.check(context)?;
+        Ok(Empty::new())
+    }
+}
+
+/// A place for pods: folders, a network namespace, a relay that sleeps.
+pub(crate) struct Lab {
+    pub(crate) dir: tempfile::TempDir,
+    pub(crate) hypervisor: Arc<FakeHypervisor>,
+    kept: AtomicBool,
+}
+
+impl Lab {
+    pub(crate) fn new(fault: Fault) -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        fs::create_dir(dir.path().join("pods")).unwrap();
+        let relay = dir.path().join("relay");
+        fs::write(&relay, "#!/bin/sh\necho relay is up\nexec sleep 600\n").unwrap();
+        fs::set_permissions(&relay, fs::Permissions::from_mode(0o755)).unwrap();
+        let hypervisor = Arc::new(FakeHypervisor { fault, ..FakeHypervisor::default() });
+        let lab = Self { dir, hypervisor, kept: AtomicBool::new(false) };
+        lab.make_netns();
+        lab
+    }
+
+    pub(crate) fn path(&self, name: &str) -> PathBuf {
+        self.dir.path().join(name)
+    }
+
+    pub(crate) fn netns(&self) -> PathBuf {
+        self.path("netns")
+    }
+
+    /// An empty network namespace, as a file, as CNI does it.
+    fn make_netns(&self) {
+        let path = self.netns();
+        fs::File::create(&path).unwrap();
+        std::thread::spawn(move || {
+            unshare(CloneFlags::CLONE_NEWNET).unwrap();
+            let none = None::<&str>;
+            mount(Some(Path::new("/proc/thread-self/ns/net")), &path, none, MsFlags::MS_BIND, none).unwrap();
+        })
+        .join()
+        .unwrap();
+    }
+
+    pub(crate) fn environment(&self) -> Environment {
+        Environment {
+            dir: self.path("pods"),
+            hypervisor: self.hypervisor.clone(),
+            sizes: HypervisorConfig::default(),
+            relay: self.path("relay"),
+            start_timeout: Duration::from_secs(20),
+            stop_timeout: Duration::from_secs(1),
+        }
+    }
+
+    pub(crate) fn vmm(&self) -> Arc<Process> {
+        self.hypervisor.started.lock().unwrap().last().cloned().unwrap()
+    }
+
+    /// Processes that were started for this lab and run.
+    pub(crate) fn survivors(&self) -> Vec<u32> {
+        let vmms = self.hypervisor.started.lock().unwrap();
+        let mut pids: Vec<u32> = vmms.iter().map(|vmm| vmm.pid()).filter(|pid| runs(*pid)).collect();
+        pids.extend(self.relays());
+        pids
+    }
+
+    /// The relays: they have the task socket's listener as descriptor 3, whatever they execute.
+    pub(crate) fn relays(&self) -> Vec<u32> {
+        let wanted = self.dir.path().to_str().unwrap();
+        fs::read_dir("/proc")
+            .unwrap()
+            .filter_map(|entry| entry.unwrap().file_name().to_str()?.parse().ok())
+            .filter(|pid| {
+                let log = fs::read_link(format!("/proc/{pid}/fd/1")).unwrap_or_default();
+                log.ends_with("log/relay.log") && log.starts_with(wanted) && runs(*pid)
+            })
+            .collect()
+    }
+
+    /// Nothing is left but the empty folder of the pods.
+    pub(crate) fn assert_clean(&self) {
+        self.kept.store(true, Ordering::Relaxed);
+        assert_eq!(self.survivors(), Vec::<u32>::new(), "processes");
+        let left: Vec<_> =
+            fs::read_dir(self.path("pods")).unwrap().map(|entry| entry.unwrap().path()).collect();
+        assert!(left.is_empty(), "{left:?}");
+    }
+}
+
+/// Whether a process is there and not only waits to be collected.
+fn runs(pid: u32) -> bool {
+    fs::read_to_string(format!("/proc/{pid}/stat")).is_ok_and(|stat| !stat.contains(") Z"))
+}
+
+impl Drop for Lab {
+    fn drop(&mut self) {
+        for pid in self.survivors() {
+            let _ = Process::open(pid).map(|process| process.signal(rustix::process::Signal::KILL));
+        }
+        let _ = unmount_below(self.dir.path());
+    }
+}
+
+/// Waits for something that has no event of its own.
+pub(crate) async fn eventually(what: &str, mut is: impl FnMut() -> bool) {
+    for _ in 0..400 {
+        if is() {
+            return;
+        }
+        tokio::time::sleep(Duration::from_millis(25)).await;
+    }
+    panic!("{what}: not within 10 s");
+}
