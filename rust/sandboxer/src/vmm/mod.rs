@@ -32,7 +32,18 @@ pub use self::{
     error::{PreflightError, VmError},
     ready::{ReadyError, ReadyGuest, ReadyListener, VsockHub},
 };
-use crate::process::ProcessRecord;
+use crate::{
+    config::{Config, HypervisorKind},
+    process::ProcessRecord,
+};
+
+/// The hypervisor that the configuration names.
+#[must_use]
+pub fn new(config: &Config) -> Arc<dyn Hypervisor> {
+    match config.sandbox.hypervisor {
+        HypervisorKind::Qemu => Arc::new(qemu::Qemu::new(config.vm())),
+    }
+}
 
 /// What one pod's VM is made of, beyond what the configuration says for all pods.
 #[derive(Debug)]
