@@ -1,0 +1,64 @@
+"""Tests of the benchmark's arithmetic and of what it says when it cannot run. They boot nothing and time nothing."""
+
+import importlib.machinery
+import importlib.util
+import pathlib
+import socket
+import subprocess
+import tempfile
+import unittest
+
+PROGRAM = pathlib.Path(__file__).resolve().parent / "boot"
+
+
+def load():
+    loader = importlib.machinery.SourceFileLoader("boot", str(PROGRAM))
+    module = importlib.util.module_from_spec(importlib.util.spec_from_loader("boot", loader))
+    loader.exec_module(module)
+    return module
+
+
+class Boot(unittest.TestCase):
+    def setUp(self):
+        self.boot = load()
+
+    def case(self, seconds, instructions):
+        case = self.boot.Case("c", "image", None)
+        case.seconds, case.busy, case.instructions = seconds, [s / 2 for s in seconds], instructions
+        return case
+
+    def test_summary(self):
+        self.assertEqual(self.boot.summary([3.0, 1.0, 2.0])["median"], 2.0)
+        self.assertEqual(self.boot.summary([1.0])["q3"], 1.0)
+        self.assertIsNone(self.boot.summary([]))
+
+    def test_what_the_agent_adds_is_relative_to_the_floor(self):
+        added = self.boot.added([self.case([1.0], [100]), self.case([1.5], [110])])
+        self.assertAlmostEqual(added["seconds"], 50.0)
+        self.assertAlmostEqual(added["instructions"], 10.0)
+
+    def test_table_without_instructions(self):
+        self.assertIn("| - | - |", self.boot.table([self.case([1.0, 2.0], [])]))
+
+    def test_line_of_a_guest_is_bounded(self):
+        ours, guest = socket.socketpair()
+        with ours, guest:
+            guest.sendall(b"x" * 8192)
+            self.assertEqual(len(self.boot.read_line(ours)), 4096)
+
+    def test_guest_that_closes_early(self):
+        ours, guest = socket.socketpair()
+        with ours:
+            guest.sendall(b'{"ready":')
+            guest.close()
+            self.assertEqual(self.boot.read_line(ours), b"")
+
+    def test_missing_artefacts_are_named(self):
+        with tempfile.TemporaryDirectory() as folder:
+            result = subprocess.run([PROGRAM, "--artefacts", folder], capture_output=True, text=True, timeout=30, check=False)
+        self.assertEqual(result.returncode, 2)
+        self.assertIn(f"{folder}/vmlinux is not there", result.stderr)
+
+
+if __name__ == "__main__":
+    unittest.main()
