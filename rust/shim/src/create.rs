@@ -35,6 +35,8 @@ use crate::{
 const EXIT_UNKNOWN: u32 = 255;
 /// Limit of tidying up in the guest after a failed Create.
 const TIDY_LIMIT: Duration = Duration::from_secs(5);
+/// How often the daemon may fail to release before it is left to it.
+const REFUSALS: u32 = 5;
 /// Pause between attempts to wait for an exit, and to tell the daemon of a release.
 const RETRY: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(10));
 
@@ -278,20 +280,21 @@ impl Relay {
         }
         let (relay, id) = (Arc::clone(self), id.to_owned());
         tokio::spawn(async move {
-            let mut pause = RETRY.0;
-            loop {
+            let (mut pause, mut refusals) = (RETRY.0, 0);
+            // Then the daemon knows of it at least, and has its own recovery.
+            while refusals < REFUSALS {
                 sleep(pause).await;
+                pause = (pause * 2).min(RETRY.1);
                 match relay.pay_release(&id).await {
                     Ok(()) => return,
-                    // An answer, if not the one that was wanted: the daemon knows, and has its own recovery.
+                    Err(HostError::Absent { .. }) => {}
                     Err(HostError::Refused(status)) => {
+                        refusals += 1;
                         log!("releasing container {id}: {}", status.message());
-                        lock(&relay.unreleased).remove(&id);
-                        return;
                     }
-                    Err(HostError::Absent { .. }) => pause = (pause * 2).min(RETRY.1),
                 }
             }
+            lock(&relay.unreleased).remove(&id);
         });
     }
 

@@ -11,7 +11,7 @@ use tokio::{sync::watch, time::sleep};
 /// How long a stream of an exited process waits for a guest that says nothing: exit is reported independent of output.
 const SILENT_AFTER_EXIT: Duration = Duration::from_secs(10);
 /// The same, of a process that was deleted or whose VM is gone.
-const SILENT_AT_END: Duration = Duration::from_millis(500);
+const SILENT_AT_END: Duration = Duration::from_secs(2);
 
 /// How a process ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

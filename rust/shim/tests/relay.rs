@@ -623,6 +623,41 @@ async fn a_terminal_has_no_stderr_and_all_is_echoed() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn nonsense_from_the_guest_is_survived() {
+    let pod = Pod::new().await;
+    let out = pod.fifo("out");
+    for (said, why) in [
+        ("ERR too many\n", "it answered \"ERR too many\""),
+        ("\n", "it answered \"\""),
+        (&"x".repeat(10_000), "a line of over 4096 bytes"),
+        ("", "closed before an answer"),
+    ] {
+        *pod.guest.stream_error.lock().unwrap() = Some(said.into());
+        let (code, text) = code(
+            soon("Create", pod.task.create(context::Context::default(), &pod.create_request(CID, &out)))
+                .await,
+        );
+        assert_eq!(code, Code::UNAVAILABLE);
+        assert!(
+            text.starts_with("creating container c1: opening Stdout in the guest: ") && text.contains(why),
+            "{text}"
+        );
+    }
+    *pod.guest.stream_error.lock().unwrap() = None;
+    let output = reader(&out);
+    pod.create(CID, &out).await;
+    // Frames that are none break the connection; the next one goes on.
+    let mut conn = pod.guest.stream(CID, "", Stream::Stdout).await;
+    send(&mut conn, b"good, ").await;
+    conn.write_all(&[0xff; 64]).await.unwrap();
+    let mut conn = pod.guest.stream(CID, "", Stream::Stdout).await;
+    send(&mut conn, b"and good again").await;
+    send(&mut conn, b"").await;
+    assert_eq!(read_all(output).await, b"good, and good again");
+    assert_eq!(pod.pids(CID).await, [100, 200]);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn output_into_files() {
     let pod = Pod::new().await;
     let path = pod.dir.path().join("new.log");

@@ -55,6 +55,8 @@ pub struct Guest {
     pub create_delay_ms: AtomicU32,
     pub create_error: Mutex<Option<String>>,
     pub start_error: Mutex<Option<String>>,
+    /// What is said to stream connections instead of `OK`.
+    pub stream_error: Mutex<Option<String>>,
     /// Stats, Pids and Kill never answer.
     pub hangs: AtomicBool,
     /// Ends with a change, and all connections with it.
@@ -119,6 +121,11 @@ impl Guest {
                 let hello: Hello = serde_json::from_str(&read_line(&mut conn).await).unwrap();
                 if hello.token != TOKEN {
                     conn.write_all(b"ERR wrong token\n").await.unwrap();
+                    return;
+                }
+                let error = self.stream_error.lock().unwrap().clone();
+                if let Some(error) = error {
+                    conn.write_all(error.as_bytes()).await.unwrap();
                     return;
                 }
                 conn.write_all(b"OK\n").await.unwrap();
