@@ -79,8 +79,13 @@ impl Display for Report {
 /// # Errors
 /// Only when the file cannot be read. What is wrong inside is in the report.
 pub fn examine(path: &Path) -> Result<Report> {
+    // Asked before it is opened: opening a pipe would wait for a writer.
+    let meta = std::fs::metadata(path).map_err(Error::io("open", path))?;
+    if !meta.is_file() {
+        return Err(Error::Format { path: path.to_owned(), reason: "is not a regular file".into() });
+    }
     let file = File::open(path).map_err(Error::io("open", path))?;
-    let size = file.metadata().map_err(Error::io("read the size of", path))?.len();
+    let size = meta.len();
     let mut report = Report::default();
     let mut start = [0; 6];
     if size >= 6 {

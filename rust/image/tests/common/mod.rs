@@ -1,0 +1,81 @@
+//! What the tests of the program share.
+#![allow(dead_code, reason = "each test program uses a part of it")]
+
+use std::fs::{self, Permissions};
+use std::os::unix::fs::{PermissionsExt, symlink};
+use std::path::Path;
+use std::process::{Command, Output};
+
+/// The program under test. `mke2fs` lives in `/usr/sbin`, which a user's PATH does not hold everywhere.
+pub(crate) fn tool() -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_kuasar-image"));
+    let path = std::env::var("PATH").unwrap_or_default();
+    command.env("PATH", format!("{path}:/usr/sbin:/sbin")).env_remove("SOURCE_DATE_EPOCH");
+    command
+}
+
+/// Runs a command that has to succeed; gives its standard output.
+#[track_caller]
+pub(crate) fn good(command: &mut Command) -> String {
+    let output = command.output().unwrap();
+    assert!(output.status.success(), "{command:?}: {}", String::from_utf8_lossy(&output.stderr));
+    String::from_utf8(output.stdout).unwrap()
+}
+
+/// Runs a command that has to fail; gives its standard error.
+#[track_caller]
+pub(crate) fn bad(command: &mut Command) -> String {
+    let Output { status, stderr, .. } = command.output().unwrap();
+    assert_eq!(status.code(), Some(1), "{command:?}: {}", String::from_utf8_lossy(&stderr));
+    String::from_utf8(stderr).unwrap()
+}
+
+/// The smallest ELF file the checks take for a static program.
+pub(crate) fn program(machine: u16) -> Vec<u8> {
+    let mut data = vec![0_u8; 64];
+    data[..7].copy_from_slice(b"\x7fELF\x02\x01\x01");
+    data[16] = 2;
+    data[18..20].copy_from_slice(&machine.to_le_bytes());
+    data[20] = 1;
+    data[52] = 64;
+    data[54] = 56;
+    data
+}
+
+/// ELF machine numbers.
+pub(crate) const X86_64: u16 = 62;
+/// See there.
+pub(crate) const AARCH64: u16 = 183;
+
+/// Writes a file with exactly these permissions.
+pub(crate) fn put(root: &Path, path: &str, content: &[u8], mode: u32) {
+    let file = root.join(path);
+    fs::write(&file, content).unwrap();
+    fs::set_permissions(&file, Permissions::from_mode(mode)).unwrap();
+}
+
+/// A root with a program as init, and one of everything else; `order` turns round in which it is made.
+pub(crate) fn root(root: &Path, reverse: bool) {
+    for dir in ["sbin", "bin", "etc", "tmp", "deep/er/still"] {
+        fs::create_dir_all(root.join(dir)).unwrap();
+    }
+    fs::set_permissions(root.join("tmp"), Permissions::from_mode(0o1777)).unwrap();
+    for dir in ["", "sbin", "bin", "etc", "deep", "deep/er", "deep/er/still"] {
+        fs::set_permissions(root.join(dir), Permissions::from_mode(0o755)).unwrap();
+    }
+    let big: Vec<u8> = (0..300_000_u32).flat_map(|n| (n ^ (n >> 3)).to_le_bytes()).collect();
+    let names = ["etc/a file", "etc/with \"quotes\"", "etc/ümlaut", "etc/#hash", "etc/b?offset=1", "etc/-f"];
+    let mut steps: Vec<Box<dyn Fn() + '_>> = Vec::new();
+    for name in names {
+        steps.push(Box::new(move || put(root, name, name.as_bytes(), 0o600)));
+    }
+    steps.push(Box::new(|| put(root, "sbin/init", &program(X86_64), 0o755)));
+    steps.push(Box::new(move || put(root, "bin/big", &big, 0o4755)));
+    steps.push(Box::new(|| put(root, "etc/empty", b"", 0o644)));
+    steps.push(Box::new(|| symlink("sbin/init", root.join("init")).unwrap()));
+    steps.push(Box::new(|| symlink("x/".repeat(100), root.join("deep/long")).unwrap()));
+    if reverse {
+        steps.reverse();
+    }
+    steps.iter().for_each(|step| step());
+}
