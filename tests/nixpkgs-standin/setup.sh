@@ -1,7 +1,7 @@
 # What nixpkgs' stdenv does between a source and an output, cut down to the phases and hooks this project uses.
 # Run by `bash -e` as the builder of every derivation of the stand-in; attributes arrive as environment variables.
 # shellcheck shell=bash disable=SC2154
-set -u -o pipefail
+set -eu -o pipefail
 export PATH="${depsPath:+$depsPath:}/rust/bin:/go/bin:/usr/bin:/usr/sbin:/bin:/sbin"
 export HOME=/homeless-shelter LC_ALL=C TZ=UTC SOURCE_DATE_EPOCH="${SOURCE_DATE_EPOCH:-315532800}"
 umask 022
