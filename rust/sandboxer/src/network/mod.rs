@@ -71,7 +71,7 @@ pub enum NetworkError {
         /// What was being done to what.
         doing: String,
         /// The kernel's answer.
-        source: rtnetlink::Error,
+        source: Box<rtnetlink::Error>,
     },
     /// Another system call failed.
     #[error("{doing}: {source}")]
@@ -92,7 +92,7 @@ pub enum NetworkError {
 impl NetworkError {
     fn netlink(doing: impl Into<String>) -> impl FnOnce(rtnetlink::Error) -> Self {
         let doing = doing.into();
-        move |source| Self::Netlink { doing, source }
+        move |source| Self::Netlink { doing, source: Box::new(source) }
     }
 
     fn io(doing: impl Into<String>) -> impl FnOnce(io::Error) -> Self {

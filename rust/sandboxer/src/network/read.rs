@@ -69,9 +69,7 @@ pub(super) async fn link_by_name(
     match found.next().await {
         Some(Ok(link)) => Ok(Some(link)),
         Some(Err(rtnetlink::Error::NetlinkError(e))) if -e.raw_code() == libc::ENODEV => Ok(None),
-        Some(Err(source)) => {
-            Err(NetworkError::Netlink { doing: format!("looking for the link {name}"), source })
-        }
+        Some(Err(error)) => Err(NetworkError::netlink(format!("looking for the link {name}"))(error)),
         None => Ok(None),
     }
 }
@@ -88,7 +86,7 @@ async fn all<T>(
         {
             Ok(Vec::new())
         }
-        Err(source) => Err(NetworkError::Netlink { doing: doing.to_owned(), source }),
+        Err(error) => Err(NetworkError::netlink(doing)(error)),
     }
 }
 
