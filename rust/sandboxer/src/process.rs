@@ -358,6 +358,15 @@ mod tests {
         assert_eq!(fs::read_to_string(&log).unwrap(), "ableads\n");
     }
 
+    #[tokio::test]
+    async fn it_joins_its_cgroups_before_it_executes() {
+        let procs = tempfile::NamedTempFile::new().unwrap();
+        let mut spawn = Spawn::new("true");
+        spawn.cgroup_procs(&[procs.path().to_owned()]);
+        assert_eq!(spawn.spawn().unwrap().wait().await.unwrap(), Some(0));
+        assert_eq!(fs::read_to_string(procs.path()).unwrap(), "0");
+    }
+
     #[test]
     fn what_cannot_be_started_says_so() {
         let error = Spawn::new("/nonexistent/vmm").spawn().unwrap_err().to_string();

@@ -140,6 +140,8 @@ async fn pmem_and_virtiofs() {
     agent.check(context(), &check).await.unwrap();
     let setup = SetupSandboxRequest { sandbox_id: "boot".into(), ..SetupSandboxRequest::default() };
     agent.setup_sandbox(context(), &setup).await.unwrap();
+    let status = fs::read_to_string(format!("/proc/{}/status", vm.pid())).unwrap();
+    assert!(status.contains("Seccomp:\t2"), "QEMU is in its sandbox");
     let record = vm.record();
     assert_eq!(record.companions.keys().collect::<Vec<_>>(), ["vhost-device-vsock", "virtiofsd"]);
     vm.stop(false, Duration::from_secs(10)).await.unwrap();
@@ -240,9 +242,9 @@ async fn the_pods_address_answers() {
     let Some(lab) = Lab::new() else { return };
     let netns = Netns::new();
     let path = PathBuf::from("/run/netns").join(&netns.0);
-    let network = network::prepare(&path, 1).await.unwrap();
+    let network = network::prepare(&path, 2).await.unwrap();
     let devices = network.nics.into_iter().map(DeviceInfo::Tap).collect();
-    let spec = VmSpec { netns: Some(path), devices, ..lab.spec() };
+    let spec = VmSpec { netns: Some(path), devices, vcpus: 2, ..lab.spec() };
     let (vm, _guest) = lab.boot(spec).await;
     let setup = SetupSandboxRequest {
         sandbox_id: "boot".into(),

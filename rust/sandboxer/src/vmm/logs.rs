@@ -6,12 +6,17 @@ use std::{
     io::{self, Read, Seek, SeekFrom, Write},
     os::unix::fs::OpenOptionsExt,
     path::{Path, PathBuf},
+    time::Duration,
 };
 
 use tokio::{io::AsyncReadExt, net::UnixStream};
 
 /// Size at which a guest's log is renamed to `<name>.old` and begun anew, in bytes.
 const LIMIT: u64 = 1 << 20;
+/// How often the logs of the VM's processes are looked at.
+const BOUNDING: Duration = Duration::from_secs(30);
+/// Logs of the VM's processes.
+const PROCESS_LOGS: [&str; 3] = ["vmm.log", "virtiofsd.log", "vsock.log"];
 /// What of a log's end is quoted.
 const QUOTED_BYTES: u64 = 2048;
 const QUOTED_LINES: usize = 8;
@@ -44,6 +49,21 @@ fn last_lines(path: &Path) -> io::Result<String> {
     Ok(lines.iter().map(|line| line.trim_end().escape_debug().to_string()).collect::<Vec<_>>().join(" | "))
 }
 
+/// Empties a log that has grown too large. Its writer appends, and so goes on at the new end.
+fn bound(path: &Path, limit: u64) {
+    let emptied = || {
+        if fs::metadata(path)?.len() > limit {
+            OpenOptions::new().write(true).open(path)?.set_len(0)?;
+        }
+        io::Result::Ok(())
+    };
+    if let Err(error) = emptied()
+        && error.kind() != io::ErrorKind::NotFound
+    {
+        tracing::debug!(path = %path.display(), %error, "bounding a log");
+    }
+}
+
 /// A file that a guest fills and that never grows beyond [`LIMIT`].
 #[derive(Debug)]
 struct BoundedLog {
@@ -73,17 +93,28 @@ impl BoundedLog {
     }
 }
 
-/// Copies what a guest prints to a log until the guest ends.
-pub(super) async fn copy_console(mut console: UnixStream, path: PathBuf) {
+/// Copies what a guest prints to `console.log` until the guest ends, and meanwhile keeps the other logs of the folder
+/// bounded, too: the host's processes write those, but a guest may know how to make them.
+pub(super) async fn copy_console(mut console: UnixStream, folder: PathBuf) {
+    let path = folder.join("console.log");
     let mut buffer = vec![0; 4096];
     let mut log = match BoundedLog::open(&path, LIMIT) {
         Ok(log) => log,
         Err(error) => return tracing::warn!(path = %path.display(), %error, "opening a guest's console log"),
     };
+    let mut bounding = tokio::time::interval(BOUNDING);
     loop {
-        let length = match console.read(&mut buffer).await {
-            Ok(0) | Err(_) => return,
-            Ok(length) => length,
+        let length = tokio::select! {
+            _ = bounding.tick() => {
+                for name in PROCESS_LOGS {
+                    bound(&folder.join(name), LIMIT);
+                }
+                continue;
+            }
+            read = console.read(&mut buffer) => match read {
+                Ok(0) | Err(_) => return,
+                Ok(length) => length,
+            },
         };
         if let Err(error) = log.write(buffer.get(..length).unwrap_or_default()) {
             // Reading goes on: a guest must not hang because the host's disk is full.
@@ -106,6 +137,21 @@ mod tests {
         let text = quote(dir.path(), &["vmm.log", "console.log"]);
         assert!(text.starts_with("; console.log: line 593 | line 594 |"), "{text}");
         assert!(text.ends_with("| line 599 | \\u{1b}[31mred"), "{text}");
+    }
+
+    #[test]
+    fn a_process_log_is_emptied_when_too_large_and_written_on() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("vmm.log");
+        bound(&path, 10);
+        let mut writer = OpenOptions::new().append(true).create(true).open(&path).unwrap();
+        writer.write_all(&[b'x'; 10]).unwrap();
+        bound(&path, 10);
+        assert_eq!(fs::metadata(&path).unwrap().len(), 10);
+        writer.write_all(b"y").unwrap();
+        bound(&path, 10);
+        writer.write_all(b"new").unwrap();
+        assert_eq!(fs::read_to_string(&path).unwrap(), "new");
     }
 
     #[test]

@@ -9,6 +9,8 @@ use crate::process::{Process, ProcessRecord};
 
 /// How long a companion may take to end after SIGTERM; it has nothing left to do then.
 const COMPANION_GRACE: Duration = Duration::from_millis(500);
+/// When to look again at a process that could not be watched.
+const RETRY: Duration = Duration::from_secs(1);
 
 /// What became of a VM.
 #[derive(Clone, Debug)]
@@ -77,15 +79,15 @@ async fn supervise(vmm: &Arc<Process>, companions: &BTreeMap<String, Arc<Process
     let mut watched = JoinSet::new();
     for (name, process) in companions {
         let (name, process) = (name.clone(), process.clone());
-        watched.spawn(async move { (name, process.wait().await) });
+        watched.spawn(async move { (name, end_of(&process).await) });
     }
     let mut because = None;
     tokio::select! {
-        _ = vmm.wait() => {}
+        _ = end_of(vmm) => {}
         Some(Ok((name, status))) = watched.join_next() => {
             // A companion that ends because the VMM did is not why the VMM did.
-            if tokio::time::timeout(COMPANION_GRACE, vmm.wait()).await.is_err() {
-                let status = status.ok().flatten().map_or_else(|| "unknown".to_owned(), |code| code.to_string());
+            if tokio::time::timeout(COMPANION_GRACE, end_of(vmm)).await.is_err() {
+                let status = status.map_or_else(|| "unknown".to_owned(), |code| code.to_string());
                 because = Some(format!("{name} ended with status {status}"));
             }
         }
@@ -102,8 +104,20 @@ async fn supervise(vmm: &Arc<Process>, companions: &BTreeMap<String, Arc<Process
             tracing::error!(%error, "ending a VM's process");
         }
     }
-    let code = vmm.wait().await.ok().flatten();
+    let code = end_of(vmm).await;
     Outcome { exit: VmExit { code, at: SystemTime::now() }, because }
+}
+
+/// Waits for a process, whatever it takes: not being able to watch it, for want of descriptors perhaps, is no reason to
+/// take it for dead.
+async fn end_of(process: &Process) -> Option<u32> {
+    loop {
+        match process.wait().await {
+            Ok(status) => return status,
+            Err(error) => tracing::error!(%error, "trying again in {RETRY:?}"),
+        }
+        tokio::time::sleep(RETRY).await;
+    }
 }
 
 #[cfg(test)]

@@ -6,7 +6,8 @@ mod start;
 
 use std::{
     os::fd::BorrowedFd,
-    path::PathBuf,
+    path::{Path, PathBuf},
+    process::Stdio,
     sync::{Arc, Mutex, PoisonError},
     time::Duration,
 };
@@ -16,7 +17,7 @@ use kuasar_common::{
     address::GuestAddress,
     constants::pod_files::{LOG, VSOCK_SOCKET},
 };
-use tokio::{net::UnixStream, sync::OnceCell, time::timeout};
+use tokio::{net::UnixStream, process::Command, sync::OnceCell, time::timeout};
 
 use super::{
     Bus, DeviceAddress, DeviceInfo, Hypervisor, PreflightError, ReadyGuest, ReadyListener, Vm, VmConfig,
@@ -32,6 +33,10 @@ const CONSOLE_SOCKET: &str = "console.sock";
 const LOGS: [&str; 4] = ["vmm.log", "virtiofsd.log", "vsock.log", "console.log"];
 /// How long QEMU may take to answer a command.
 const QMP_DEADLINE: Duration = Duration::from_secs(5);
+/// The first version whose seccomp filter, vhost-user and `-cpu max` work for guests with several CPUs.
+const MIN_VERSION: u32 = 8;
+/// How long it may take to say its version.
+const VERSION_DEADLINE: Duration = Duration::from_secs(10);
 
 /// Starts QEMU's VMs.
 #[derive(Debug)]
@@ -61,8 +66,10 @@ impl Hypervisor for Qemu {
 
     async fn preflight(&self) -> Result<(), PreflightError> {
         let config = self.config.clone();
+        let path = config.path.clone();
         let checked = tokio::task::spawn_blocking(move || preflight::check(&config)).await;
-        checked.unwrap_or_else(|e| Err(PreflightError::Refused(e.to_string())))
+        checked.unwrap_or_else(|e| Err(PreflightError::Refused(e.to_string())))?;
+        version(&path).await
     }
 
     async fn start(&self, spec: VmSpec) -> Result<Arc<dyn Vm>, VmError> {
@@ -90,7 +97,7 @@ impl Hypervisor for Qemu {
             return Ok(None);
         }
         if let Ok(console) = UnixStream::connect(record.dir.join(CONSOLE_SOCKET)).await {
-            tokio::spawn(logs::copy_console(console, record.dir.join(LOG).join("console.log")));
+            tokio::spawn(logs::copy_console(console, record.dir.join(LOG)));
         }
         Ok(Some(Arc::new(QemuVm {
             dir: record.dir,
@@ -100,6 +107,28 @@ impl Hypervisor for Qemu {
             listener: Mutex::new(None),
         })))
     }
+}
+
+/// Refuses QEMUs that are too old, or none at all.
+async fn version(path: &Path) -> Result<(), PreflightError> {
+    let asked = Command::new(path).arg("--version").stdin(Stdio::null()).kill_on_drop(true).output();
+    let said = match timeout(VERSION_DEADLINE, asked).await {
+        Ok(Ok(output)) => String::from_utf8_lossy(&output.stdout).into_owned(),
+        Ok(Err(error)) => error.to_string(),
+        Err(_) => format!("no answer within {VERSION_DEADLINE:?}"),
+    };
+    let number =
+        said.split_once(" version ").map(|(_, rest)| rest.split([' ', '\n', '(']).next().unwrap_or(rest));
+    let major = number.and_then(|number| number.split('.').next()?.parse::<u32>().ok());
+    let found = match (number, major) {
+        (_, Some(major)) if major >= MIN_VERSION => return Ok(()),
+        (Some(number), Some(_)) => format!("is version {number}"),
+        _ => format!("does not say its version but {:?}", said.trim()),
+    };
+    Err(PreflightError::Refused(format!(
+        "the VMM {} {found} and QEMU {MIN_VERSION}.0 or later is needed; install one, or set hypervisor.path to it",
+        path.display()
+    )))
 }
 
 /// A VM that runs in a QEMU.

@@ -93,7 +93,7 @@ async fn start_all(qemu: &Qemu, mut spec: VmSpec, started: &mut Started) -> Resu
     let (qmp, console) = (spawn.fd(listen(QMP_SOCKET)?), spawn.fd(listen(CONSOLE_SOCKET)?));
     let virtiofs = virtiofs.map(|fd| spawn.fd(fd));
     let (vsock, ready, cid) = match watch {
-        Some(watch) => vsock_device(&spec, watch, &mut spawn).await?,
+        Some(watch) => vsock_device(&spec, watch, started, &mut spawn).await?,
         None => kernel_vsock(qemu, &mut spawn).await?,
     };
     let extras: Vec<Extra> = spec.devices.drain(..).map(|device| extra(device, &mut spawn)).collect();
@@ -173,15 +173,31 @@ const VHOST_USER_SOCKET: &str = "vhost-vsock.sock";
 /// Behind a unix socket every guest may have the same.
 const GUEST_CID: u32 = 3;
 
+/// Waits for the end of a companion.
+async fn ended(started: &Started, name: &str) -> Option<u32> {
+    match started.0.get(name) {
+        Some(process) => process.wait().await.ok().flatten(),
+        None => std::future::pending().await,
+    }
+}
+
 async fn vsock_device(
     spec: &VmSpec,
     watch: SocketWatch,
+    started: &Started,
     spawn: &mut Spawn,
 ) -> Result<(VsockFd, ReadyListener, Option<u32>), VmError> {
     let step = "waiting for vhost-device-vsock to listen";
     let hybrid = spec.dir.join(VSOCK_SOCKET);
     let ready = ReadyListener::hybrid(&hybrid).map_err(failed("listening for the guest's agent"))?;
-    let connected = watch.connect(&spec.dir.join(VHOST_USER_SOCKET)).await.map_err(failed(step))?;
+    let socket = spec.dir.join(VHOST_USER_SOCKET);
+    let connected = tokio::select! {
+        connected = watch.connect(&socket) => connected.map_err(failed(step))?,
+        status = ended(started, VSOCK_DEVICE) => {
+            let why = format!("it ended with status {}", status.unwrap_or_default());
+            return Err(VmError::Start { step, why, log: String::new() });
+        }
+    };
     Ok((VsockFd::VhostUser { fd: spawn.fd(connected.into()) }, ready, None))
 }
 
@@ -208,8 +224,9 @@ fn extra(device: DeviceInfo, spawn: &mut Spawn) -> Extra {
 
 /// A socket that listens before the process that serves it exists. What an earlier attempt left is replaced.
 fn listener(path: &Path) -> io::Result<OwnedFd> {
-    remove_stale(path)?;
-    Ok(UnixListener::bind(path)?.into())
+    let named = |e: io::Error| io::Error::new(e.kind(), format!("binding {}: {e}", path.display()));
+    remove_stale(path).map_err(named)?;
+    Ok(UnixListener::bind(path).map_err(named)?.into())
 }
 
 fn remove_stale(path: &Path) -> io::Result<()> {
@@ -222,7 +239,7 @@ fn remove_stale(path: &Path) -> io::Result<()> {
 /// Begins to copy the console to its log. QEMU need not have begun: the socket listens.
 async fn copy_console(dir: PathBuf) -> PathBuf {
     match tokio::net::UnixStream::connect(dir.join(CONSOLE_SOCKET)).await {
-        Ok(console) => drop(tokio::spawn(logs::copy_console(console, dir.join(LOG).join("console.log")))),
+        Ok(console) => drop(tokio::spawn(logs::copy_console(console, dir.join(LOG)))),
         Err(error) => tracing::warn!(dir = %dir.display(), %error, "connecting to a guest's console"),
     }
     dir

@@ -1,6 +1,6 @@
 //! With programs that play QEMU and its companions.
 
-use std::{fs, os::unix::fs::PermissionsExt, path::Path, time::Instant};
+use std::{fs, os::unix::fs::PermissionsExt, time::Instant};
 
 use super::*;
 use crate::{
@@ -176,4 +176,50 @@ async fn what_this_driver_cannot_do_says_so() {
     vm.hot_detach("d0").await.unwrap();
     assert!(vm.hot_detach("rng").await.is_err());
     vm.stop(true, Duration::ZERO).await.unwrap();
+}
+
+#[tokio::test]
+async fn an_old_qemu_is_refused() {
+    for (says, expected) in [
+        (
+            "echo 'QEMU emulator version 7.2.9 (Debian 1:7.2)'",
+            "is version 7.2.9 and QEMU 8.0 or later is needed",
+        ),
+        ("echo 'hello'", "does not say its version but \"hello\""),
+        ("exit 1", "does not say its version but \"\""),
+    ] {
+        let lab = Lab::new(says, "");
+        let error = version(&lab.0.path().join("qemu")).await.unwrap_err().to_string();
+        assert!(error.contains(expected) && error.contains("set hypervisor.path to it"), "{error}");
+    }
+    let lab = Lab::new("echo 'QEMU emulator version 10.0.2'", "");
+    version(&lab.0.path().join("qemu")).await.unwrap();
+}
+
+#[tokio::test]
+async fn a_vsock_device_that_dies_at_once_is_explained_at_once() {
+    let lab = Lab::new("exec sleep 60", "exec sleep 60");
+    lab.script("vsock", "echo 'bad option' >&2; exit 2");
+    let start = Instant::now();
+    let error = lab.qemu().start(lab.spec()).await.unwrap_err().to_string();
+    assert_eq!(
+        error,
+        "starting the VM: waiting for vhost-device-vsock to listen: it ended with status 2; vsock.log: bad option"
+    );
+    assert!(start.elapsed() < Duration::from_secs(5));
+}
+
+#[tokio::test]
+async fn a_folder_too_deep_for_sockets_is_named() {
+    let lab = Lab::new("exec sleep 60", "exec sleep 60");
+    let dir = lab.pod().join("d".repeat(100));
+    for folder in ["shared", "log"] {
+        fs::create_dir_all(dir.join(folder)).unwrap();
+    }
+    let error = lab.qemu().start(VmSpec { dir: dir.clone(), ..lab.spec() }).await.unwrap_err().to_string();
+    assert!(
+        error.starts_with(&format!("starting the VM: starting virtiofsd: binding {}", dir.display())),
+        "{error}"
+    );
+    assert!(error.contains("SUN_LEN"), "{error}");
 }
