@@ -1,16 +1,13 @@
 //! QEMU's command line.
 
-use std::{
-    os::fd::RawFd,
-    path::{Path, PathBuf},
-};
+mod params;
 
-use kuasar_common::{
-    constants::SHARE_TAG,
-    param::{bool_to_on_off, escape_commas, vec_to_string},
-};
-use kuasar_derive::{CmdLineParamSet, CmdLineParams};
+use std::{os::fd::RawFd, path::PathBuf};
 
+use kuasar_common::constants::SHARE_TAG;
+
+pub(super) use self::params::CommandLine;
+use self::params::{Chardev, Device, Drive, Fsdev, MachineType, Mon, Name, Netdev, Object, Sandbox, Smp};
 use crate::vmm::{Accel, Bus, BusKind, Machine, Root, ShareFs, VmConfig, VmError, VmSpec};
 
 /// Granularity of the address space that is set aside for persistent memory, in MiB.
@@ -43,171 +40,6 @@ pub(super) enum VsockFd {
 pub(super) enum Extra {
     Nic { id: String, mac: String, fds: Vec<RawFd> },
     Disk { id: String, path: PathBuf, read_only: bool },
-}
-
-/// All of it, in this order.
-#[derive(Debug, CmdLineParamSet)]
-pub(super) struct CommandLine {
-    name: Name,
-    no_user_config: bool,
-    nodefaults: bool,
-    no_reboot: bool,
-    display: &'static str,
-    sandbox: Sandbox,
-    machine: MachineType,
-    cpu: String,
-    smp: Smp,
-    #[param(key = "m")]
-    memory: String,
-    kernel: String,
-    initrd: Option<String>,
-    append: String,
-    objects: Vec<Object>,
-    chardevs: Vec<Chardev>,
-    mon: Mon,
-    drives: Vec<Drive>,
-    fsdev: Option<Fsdev>,
-    netdevs: Vec<Netdev>,
-    devices: Vec<Device>,
-}
-
-#[derive(Debug, CmdLineParams)]
-struct Name {
-    #[property(generator = "escape_commas")]
-    guest: String,
-    #[property(generator = "bool_to_on_off")]
-    debug_threads: bool,
-}
-
-/// What a QEMU that a guest has taken over may not do any more.
-#[derive(Debug, CmdLineParams)]
-struct Sandbox {
-    #[property(ignore_key, generator = "bool_to_on_off")]
-    on: bool,
-    obsolete: &'static str,
-    elevateprivileges: &'static str,
-    spawn: &'static str,
-    resourcecontrol: &'static str,
-}
-
-#[derive(Debug, CmdLineParams)]
-#[params("machine")]
-struct MachineType {
-    #[property(ignore_key)]
-    kind: &'static str,
-    accel: &'static str,
-    memory_backend: &'static str,
-    /// What a microVM has no use for, and the firmware would spend time on.
-    #[property(ignore_key)]
-    without: &'static str,
-}
-
-#[derive(Debug, CmdLineParams)]
-struct Smp {
-    cpus: u32,
-    /// One CPU each: the firmware's table, which the guest reads without ACPI, lists sockets only.
-    sockets: u32,
-    cores: u32,
-    threads: u32,
-}
-
-#[derive(Debug, CmdLineParams)]
-struct Object {
-    #[property(ignore_key)]
-    kind: &'static str,
-    id: &'static str,
-    #[property(generator = "path")]
-    mem_path: Option<PathBuf>,
-    size: String,
-    #[property(generator = "bool_to_on_off")]
-    share: bool,
-    #[property(generator = "bool_to_on_off")]
-    readonly: Option<bool>,
-}
-
-#[derive(Debug, CmdLineParams)]
-struct Chardev {
-    #[property(ignore_key)]
-    kind: &'static str,
-    id: &'static str,
-    fd: RawFd,
-    #[property(generator = "bool_to_on_off")]
-    server: Option<bool>,
-    #[property(generator = "bool_to_on_off")]
-    wait: Option<bool>,
-}
-
-#[derive(Debug, CmdLineParams)]
-struct Mon {
-    chardev: &'static str,
-    mode: &'static str,
-}
-
-#[derive(Debug, CmdLineParams)]
-struct Drive {
-    #[property(key = "if")]
-    interface: &'static str,
-    #[property(generator = "escape_commas")]
-    id: String,
-    #[property(generator = "path")]
-    file: PathBuf,
-    format: &'static str,
-    #[property(generator = "bool_to_on_off")]
-    readonly: bool,
-}
-
-#[derive(Debug, CmdLineParams)]
-struct Fsdev {
-    #[property(ignore_key)]
-    driver: &'static str,
-    id: &'static str,
-    #[property(generator = "path")]
-    path: PathBuf,
-    #[property(key = "security_model")]
-    security_model: &'static str,
-    multidevs: &'static str,
-}
-
-#[derive(Debug, CmdLineParams)]
-struct Netdev {
-    #[property(ignore_key)]
-    kind: &'static str,
-    #[property(generator = "escape_commas")]
-    id: String,
-    #[property(generator = "vec_to_string")]
-    fds: Vec<RawFd>,
-}
-
-#[derive(Debug, Default, CmdLineParams)]
-struct Device {
-    #[property(ignore_key)]
-    driver: String,
-    #[property(generator = "escape_commas")]
-    id: String,
-    bus: Option<String>,
-    addr: Option<String>,
-    memdev: Option<&'static str>,
-    chardev: Option<&'static str>,
-    tag: Option<&'static str>,
-    fsdev: Option<&'static str>,
-    #[property(key = "mount_tag")]
-    mount_tag: Option<&'static str>,
-    guest_cid: Option<u32>,
-    vhostfd: Option<RawFd>,
-    #[property(generator = "escape_commas")]
-    drive: Option<String>,
-    #[property(generator = "escape_commas")]
-    netdev: Option<String>,
-    mac: Option<String>,
-    #[property(generator = "bool_to_on_off")]
-    mq: Option<bool>,
-    vectors: Option<usize>,
-    /// Empty: no boot ROM.
-    romfile: Option<&'static str>,
-}
-
-fn path(path: &Path) -> String {
-    escape_commas(&path.display())
 }
 
 impl CommandLine {
