@@ -255,10 +255,17 @@ fn append(config: &VmConfig, spec: &VmSpec) -> String {
         // An emulated clock is what it claims to be; finding that out takes the guest 40 ms.
         Accel::Tcg => "no_timer_check tsc=reliable",
     };
+    // virtiofsd writes to the guest's memory behind QEMU's back, so emulation would go on executing its translations of
+    // what a page held before it was used again. A page that the guest itself has cleared has none.
+    let clear = match (config.accel, config.share_fs) {
+        (Accel::Tcg, ShareFs::Virtiofs) => "init_on_alloc=1",
+        _ => "",
+    };
     let words = [
         root,
         "console=hvc0 reboot=t panic=-1",
         clock,
+        clear,
         verbose,
         share,
         &level,

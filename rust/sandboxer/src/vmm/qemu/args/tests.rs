@@ -68,7 +68,7 @@ fn pmem_virtiofs_vhost_user_and_a_card() {
              smbus=off,i8042=off -cpu max -smp cpus=2,sockets=2,cores=1,threads=1 \
              -m 256M,slots=1,maxmem=1280M -kernel /k/vmlinux \
              -append root=/dev/pmem0p1 rootflags=dax ro rootfstype=ext4 console=hvc0 reboot=t panic=-1 \
-             no_timer_check tsc=reliable quiet task.sharefs_type=virtiofs task.log_level=info loglevel=1 task.x=1 \
+             no_timer_check tsc=reliable init_on_alloc=1 quiet task.sharefs_type=virtiofs task.log_level=info loglevel=1 task.x=1 \
              -object memory-backend-memfd,id=ram,size=256M,share=on \
              -object memory-backend-file,id=image,mem-path={escaped},size=6291456,share=on,readonly=on \
              -chardev socket,id=qmp,fd=3,server=on,wait=off -chardev socket,id=vsock,fd=6 \
