@@ -188,7 +188,7 @@ fn delegate_controllers(root: &Path) -> io::Result<()> {
     enable_controllers(root)?;
     let pod = root.join(POD_CGROUP);
     match fs::create_dir(&pod) {
-        Err(error) if error.kind() != io::ErrorKind::AlreadyExists => return Err(error),
+        Err(error) if error.kind() != io::ErrorKind::AlreadyExists => Err(error),
         _ => enable_controllers(&pod),
     }
 }

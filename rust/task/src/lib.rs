@@ -22,3 +22,4 @@ pub mod serve;
 pub mod stdio;
 pub mod task_service;
 pub mod tasks;
+pub mod transport;

@@ -27,6 +27,7 @@ use crate::{
     stdio::{listener::StdioListener, registry::Registry},
     task_service::TaskService,
     tasks::{Context, Tasks},
+    transport::{Incoming, SmallWrites},
 };
 
 /// The host listens before it starts the VM, so this is only for a device that is late.
@@ -104,7 +105,7 @@ async fn serve(
     });
     let tasks = Arc::new(Tasks::new(context));
     let services = services(&tasks, &token);
-    let mut server = Server::new().add_listener(Listener::from(ttrpc)).register_service(services);
+    let mut server = Server::new().add_listener(Listener::new(Incoming(ttrpc))).register_service(services);
     server.start().await?;
     // Also what keeps the agent going: it ends only if the port does.
     accept_stdio(stdio, &StdioListener::new(streams, token)).await
@@ -113,7 +114,7 @@ async fn serve(
 async fn accept_stdio(port: VsockListener, listener: &StdioListener) -> Result<(), AgentError> {
     loop {
         match port.accept().await {
-            Ok((stream, _)) => listener.accept(Box::new(stream)).await,
+            Ok((stream, _)) => listener.accept(Box::new(SmallWrites(stream))).await,
             Err(error) => {
                 log::warn!("accepting on port {PORT_STDIO}: {error}");
                 sleep(CONNECT_PAUSE).await;

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use kuasar_common::stdio::{HEADER, MAX_FRAME, header};
+use kuasar_common::stdio::{HEADER, header};
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     sync::watch,
@@ -13,8 +13,10 @@ use super::{
     fd::Fd,
     registry::{Connection, Slot},
 };
-use crate::reaper::Exit;
+use crate::{reaper::Exit, transport::MAX_WRITE};
 
+/// Bytes of a frame, header included: one write, one packet.
+const FRAME: usize = MAX_WRITE;
 /// How long the receiver may take to close after the end of the stream.
 const CLOSE_DEADLINE: Duration = Duration::from_secs(10);
 /// How long what is left of a deleted process's output is still delivered to a connection that takes it.
@@ -42,7 +44,7 @@ struct Frame {
 impl Frame {
     /// Reads the next frame, header first. Cancelling loses nothing: the frame is only there when the read is done.
     async fn fill(&mut self, fd: &Fd, exited: &mut watch::Receiver<Option<Exit>>) -> usize {
-        self.buffer.resize(HEADER + MAX_FRAME, 0);
+        self.buffer.resize(FRAME, 0);
         let Some((head, payload)) = self.buffer.split_first_chunk_mut::<HEADER>() else { return 0 };
         let read = fd.read(payload, exited).await;
         *head = header(read);

@@ -1,0 +1,387 @@
+//! A virtual machine for the tests: QEMU without KVM, vsock in user space, the shared folder by 9p, an initrd made here.
+
+use std::{
+    collections::HashMap,
+    env, fs,
+    io::{BufRead, BufReader, Read, Write},
+    os::unix::{
+        fs::PermissionsExt,
+        net::{UnixListener, UnixStream},
+    },
+    path::{Path, PathBuf},
+    process::{Child, Command, Stdio},
+    time::{Duration, Instant},
+};
+
+use kuasar_common::{
+    api::sandbox_ttrpc::SandboxServiceClient,
+    constants::{PORT_STDIO, PORT_TTRPC, TOKEN_METADATA},
+    stdio::{HEADER, Hello, Stream, header, payload_len},
+};
+use tempfile::TempDir;
+use ttrpc::{
+    r#async::{Client, transport::Socket},
+    context::Context,
+};
+
+pub(crate) const MAC: &str = "02:00:00:00:00:01";
+
+/// What the tests are given; `Err` says what is missing.
+pub(crate) struct Given {
+    kernel: PathBuf,
+    initrd: Option<PathBuf>,
+    agent: Option<PathBuf>,
+    runc: Option<PathBuf>,
+    pub(crate) busybox: PathBuf,
+    qemu: PathBuf,
+    vsock: PathBuf,
+}
+
+fn var(name: &str) -> Option<PathBuf> {
+    env::var_os(name).map(PathBuf::from)
+}
+
+impl Given {
+    /// `KUASAR_IMAGE`: a folder with `vmlinux` and `kuasar.initrd`. Or `KUASAR_KERNEL`, `KUASAR_AGENT` and `KUASAR_RUNC`:
+    /// files, of which an initrd is made. Tools come from the cache that the lab's setup fills.
+    pub(crate) fn from_env() -> Result<Self, String> {
+        let cache = var("KUASAR_CACHE").or_else(|| {
+            let base = var("XDG_CACHE_HOME").or_else(|| var("HOME").map(|home| home.join(".cache")));
+            base.map(|base| base.join("kuasar-nix"))
+        });
+        let tool = |name: &str, tool: &str| {
+            let cached = cache.as_ref().map(|cache| cache.join("tools/bin").join(tool));
+            let found = var(name).or(cached).filter(|path| path.exists());
+            found.ok_or_else(|| format!("{tool}: set {name}, or run tests/lab/setup"))
+        };
+        let image = var("KUASAR_IMAGE");
+        let in_image = |name: &str| image.as_ref().map(|image| image.join(name));
+        let kernel = var("KUASAR_KERNEL").or_else(|| in_image("vmlinux"));
+        let given = Self {
+            kernel: kernel.ok_or("neither KUASAR_IMAGE nor KUASAR_KERNEL is set")?,
+            initrd: in_image("kuasar.initrd"),
+            agent: var("KUASAR_AGENT"),
+            runc: var("KUASAR_RUNC"),
+            busybox: tool("KUASAR_BUSYBOX", "busybox")?,
+            qemu: tool("KUASAR_QEMU", "qemu-system-x86_64")?,
+            vsock: tool("KUASAR_VHOST_DEVICE_VSOCK", "vhost-device-vsock")?,
+        };
+        if given.initrd.is_none() && (given.agent.is_none() || given.runc.is_none()) {
+            return Err("KUASAR_KERNEL needs KUASAR_AGENT and KUASAR_RUNC beside it".to_owned());
+        }
+        Ok(given)
+    }
+
+    /// The initrd of the image, unless another agent or runtime is to be tried.
+    fn initrd(&self, dir: &Path) -> PathBuf {
+        if let (Some(initrd), None, None) = (&self.initrd, &self.agent, &self.runc) {
+            return initrd.clone();
+        }
+        let mut cpio = Cpio::default();
+        for name in ["bin", "dev", "proc", "sys", "run", "tmp", "etc"] {
+            cpio.add(name, 0o040_755, &[]);
+        }
+        cpio.add("init", 0o100_755, &fs::read(self.agent.as_ref().unwrap()).unwrap());
+        cpio.add("bin/runc", 0o100_755, &fs::read(self.runc.as_ref().unwrap()).unwrap());
+        cpio.add("TRAILER!!!", 0, &[]);
+        let path = dir.join("initrd");
+        fs::write(&path, cpio.bytes).unwrap();
+        path
+    }
+}
+
+/// An archive as the kernel unpacks it ("newc").
+#[derive(Default)]
+struct Cpio {
+    bytes: Vec<u8>,
+}
+
+impl Cpio {
+    fn add(&mut self, name: &str, mode: u32, content: &[u8]) {
+        let fields = [0, mode, 0, 0, 1, 0, content.len() as u32, 0, 0, 0, 0, name.len() as u32 + 1, 0]
+            .map(|field| format!("{field:08x}"));
+        self.bytes.extend(format!("070701{}{name}\0", fields.concat()).bytes());
+        self.pad();
+        self.bytes.extend(content);
+        self.pad();
+    }
+
+    fn pad(&mut self) {
+        self.bytes.resize(self.bytes.len().next_multiple_of(4), 0);
+    }
+}
+
+/// A running virtual machine.
+pub(crate) struct Vm {
+    pub(crate) dir: TempDir,
+    pub(crate) token: String,
+    processes: Vec<Child>,
+    /// The connection that the agent opened.
+    pub(crate) ready: BufReader<UnixStream>,
+}
+
+impl Drop for Vm {
+    fn drop(&mut self) {
+        for process in &mut self.processes {
+            let _ = process.kill();
+            let _ = process.wait();
+        }
+        if std::thread::panicking() {
+            for log in ["console.log", "vsock.log", "qemu.log"] {
+                let text = fs::read_to_string(self.dir.path().join(log)).unwrap_or_default();
+                let tail: Vec<&str> = text.lines().rev().take(40).collect();
+                eprintln!("--- {log} ---");
+                tail.iter().rev().for_each(|line| eprintln!("{line}"));
+            }
+        }
+    }
+}
+
+impl Vm {
+    /// Boots and waits for READY. Answers it with a token unless told otherwise.
+    pub(crate) fn boot(given: &Given, cmdline: &str, answer: bool) -> Self {
+        let dir = TempDir::new().unwrap();
+        fs::create_dir(dir.path().join("shared")).unwrap();
+        let listener = UnixListener::bind(dir.path().join("vsock.sock_1024")).unwrap();
+        let started = Instant::now();
+        let mut processes = vec![vsock(given, dir.path())];
+        processes.push(qemu(given, dir.path(), cmdline));
+        listener.set_nonblocking(true).unwrap();
+        let stream = loop {
+            match listener.accept() {
+                Ok((stream, _)) => break stream,
+                Err(_) if started.elapsed() < Duration::from_secs(60) => {
+                    std::thread::sleep(Duration::from_millis(5))
+                }
+                Err(error) => {
+                    let console = fs::read_to_string(dir.path().join("console.log")).unwrap_or_default();
+                    for process in &mut processes {
+                        let _ = process.kill();
+                        let _ = process.wait();
+                    }
+                    panic!("the agent did not call: {error}\n--- console ---\n{console}");
+                }
+            }
+        };
+        stream.set_nonblocking(false).unwrap();
+        stream.set_read_timeout(Some(Duration::from_secs(60))).unwrap();
+        let token = "5a".repeat(32);
+        let mut vm = Self { dir, token, processes, ready: BufReader::new(stream) };
+        let line = vm.line();
+        assert!(line.starts_with("{\"ready\":{\"agent\":"), "{line}");
+        println!("READY after {:.2} s: {line}", started.elapsed().as_secs_f64());
+        if answer {
+            let answer = format!("{{\"token\":\"{}\"}}\n", vm.token);
+            vm.ready.get_mut().write_all(answer.as_bytes()).unwrap();
+        }
+        vm
+    }
+
+    /// The next line from the agent.
+    pub(crate) fn line(&mut self) -> String {
+        let mut line = String::new();
+        self.ready.read_line(&mut line).unwrap();
+        line.trim_end().to_owned()
+    }
+
+    pub(crate) fn console(&self) -> String {
+        fs::read_to_string(self.dir.path().join("console.log")).unwrap_or_default()
+    }
+
+    /// Waits for QEMU to end.
+    pub(crate) fn ended(&mut self, within: Duration) -> bool {
+        let until = Instant::now() + within;
+        while Instant::now() < until {
+            if self.processes[1].try_wait().unwrap().is_some() {
+                return true;
+            }
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        false
+    }
+
+    /// A connection to a port of the guest.
+    pub(crate) fn connect(&self, port: u32) -> UnixStream {
+        let mut stream = UnixStream::connect(self.dir.path().join("vsock.sock")).unwrap();
+        stream.set_read_timeout(Some(Duration::from_secs(60))).unwrap();
+        // In one piece: vhost-device-vsock takes what its first read returns for the whole line.
+        stream.write_all(format!("CONNECT {port}\n").as_bytes()).unwrap();
+        let answer = read_line(&mut stream);
+        assert!(answer.starts_with("OK"), "{answer}");
+        stream
+    }
+
+    pub(crate) fn client(&self) -> Client {
+        let stream = self.connect(PORT_TTRPC);
+        stream.set_nonblocking(true).unwrap();
+        Client::new(Socket::from(tokio::net::UnixStream::from_std(stream).unwrap()))
+    }
+
+    pub(crate) fn sandbox(&self) -> SandboxServiceClient {
+        SandboxServiceClient::new(self.client())
+    }
+
+    /// What every call carries.
+    pub(crate) fn context(&self) -> Context {
+        let token = HashMap::from([(TOKEN_METADATA.to_owned(), vec![self.token.clone()])]);
+        let mut context = ttrpc::context::with_metadata(token);
+        context.timeout_nano = 90_000_000_000;
+        context
+    }
+
+    /// Opens a stream's connection.
+    pub(crate) fn stream(&self, container: &str, exec: &str, stream: Stream) -> UnixStream {
+        let mut connection = self.connect(PORT_STDIO);
+        let (container, exec) = (container.to_owned(), exec.to_owned());
+        let hello = Hello { token: self.token.clone(), container, exec, stream };
+        connection.write_all((serde_json::to_string(&hello).unwrap() + "\n").as_bytes()).unwrap();
+        assert_eq!(read_line(&mut connection), "OK");
+        connection
+    }
+
+    /// Reads an output stream to its end, in a thread of its own.
+    pub(crate) fn output(
+        &self,
+        container: &str,
+        exec: &str,
+        stream: Stream,
+    ) -> std::thread::JoinHandle<Vec<u8>> {
+        let connection = self.stream(container, exec, stream);
+        std::thread::spawn(move || read_frames(connection))
+    }
+}
+
+fn read_line(stream: &mut UnixStream) -> String {
+    let mut line = Vec::new();
+    let mut byte = [0];
+    while stream.read(&mut byte).unwrap() == 1 && byte != *b"\n" {
+        line.push(byte[0]);
+    }
+    String::from_utf8(line).unwrap()
+}
+
+pub(crate) fn read_frame(connection: &mut UnixStream) -> Vec<u8> {
+    let mut head = [0; HEADER];
+    connection.read_exact(&mut head).unwrap();
+    let mut payload = vec![0; payload_len(head).unwrap()];
+    connection.read_exact(&mut payload).unwrap();
+    payload
+}
+
+fn read_frames(mut connection: UnixStream) -> Vec<u8> {
+    let mut all = Vec::new();
+    loop {
+        let frame = read_frame(&mut connection);
+        if frame.is_empty() {
+            return all;
+        }
+        all.extend(frame);
+    }
+}
+
+pub(crate) fn write_frame(connection: &mut UnixStream, bytes: &[u8]) {
+    connection.write_all(&header(bytes.len())).unwrap();
+    connection.write_all(bytes).unwrap();
+}
+
+fn vsock(given: &Given, dir: &Path) -> Child {
+    let socket = dir.join("vhost-vsock.sock");
+    let log = fs::File::create(dir.join("vsock.log")).unwrap();
+    let child = Command::new(&given.vsock)
+        .arg("--vm")
+        .arg(format!("guest-cid=3,socket={},uds-path={}", socket.display(), dir.join("vsock.sock").display()))
+        .stdin(Stdio::null())
+        .stdout(log.try_clone().unwrap())
+        .stderr(log)
+        .spawn()
+        .unwrap();
+    while !socket.exists() {
+        std::thread::sleep(Duration::from_millis(2));
+    }
+    child
+}
+
+fn qemu(given: &Given, dir: &Path, cmdline: &str) -> Child {
+    let path = |name: &str| dir.join(name).display().to_string();
+    let log = fs::File::create(dir.join("qemu.log")).unwrap();
+    let args = format!(
+        "-no-user-config -nodefaults -display none -no-reboot -accel tcg -cpu max -smp 1 -m 512M \
+         -M q35,memory-backend=mem,acpi=off,hpet=off,usb=off,graphics=off,vmport=off,sata=off,smbus=off,i8042=off \
+         -object memory-backend-memfd,id=mem,size=512M,share=on \
+         -fsdev local,id=fs,path={},security_model=none,multidevs=remap -device virtio-9p-pci,fsdev=fs,mount_tag=kuasar \
+         -chardev socket,id=vs,path={} -device vhost-user-vsock-pci,chardev=vs \
+         -netdev user,id=n0,restrict=on -device virtio-net-pci,netdev=n0,mac={MAC},romfile= -device virtio-rng-pci \
+         -device virtio-serial-pci -chardev file,id=con,path={} -device virtconsole,chardev=con",
+        path("shared"),
+        path("vhost-vsock.sock"),
+        path("console.log"),
+    );
+    Command::new(&given.qemu)
+        .args(args.split_whitespace())
+        .arg("-kernel")
+        .arg(&given.kernel)
+        .arg("-initrd")
+        .arg(given.initrd(dir))
+        .arg("-append")
+        .arg(format!("console=hvc0 reboot=t panic=-1 loglevel=7 {cmdline}"))
+        .stdin(Stdio::null())
+        .stdout(log.try_clone().unwrap())
+        .stderr(log)
+        .spawn()
+        .unwrap()
+}
+
+/// A bundle in the shared folder, with a root file system of BusyBox's; returns its path in the guest.
+pub(crate) fn bundle(given: &Given, vm: &Vm, id: &str, args: &[&str], terminal: bool) -> String {
+    let dir = vm.dir.path().join("shared").join(id);
+    for name in ["bin", "dev", "proc", "sys", "tmp", "etc"] {
+        fs::create_dir_all(dir.join("rootfs").join(name)).unwrap();
+    }
+    fs::copy(&given.busybox, dir.join("rootfs/bin/busybox")).unwrap();
+    fs::set_permissions(dir.join("rootfs/bin/busybox"), fs::Permissions::from_mode(0o755)).unwrap();
+    for name in
+        ["sh", "cat", "sleep", "dd", "wc", "md5sum", "ip", "hostname", "stty", "id", "tty", "ps", "true"]
+    {
+        let link = dir.join("rootfs/bin").join(name);
+        if !link.exists() {
+            std::os::unix::fs::symlink("busybox", link).unwrap();
+        }
+    }
+    fs::write(dir.join("config.json"), spec(id, args, terminal).to_string()).unwrap();
+    format!("/run/kuasar/state/{id}")
+}
+
+pub(crate) fn process(args: &[&str], terminal: bool) -> serde_json::Value {
+    serde_json::json!({
+        "args": args, "cwd": "/", "env": ["PATH=/bin", "TERM=xterm"], "terminal": terminal,
+        "user": {"uid": 0, "gid": 0}, "noNewPrivileges": true, "apparmorProfile": "cri-containerd.apparmor.d",
+        "capabilities": {"bounding": ["CAP_KILL"], "effective": ["CAP_KILL"], "permitted": ["CAP_KILL"]},
+    })
+}
+
+fn spec(id: &str, args: &[&str], terminal: bool) -> serde_json::Value {
+    let mut process = process(args, terminal);
+    process.as_object_mut().unwrap().remove("apparmorProfile");
+    let mount = |target: &str, kind: &str, options: &[&str]| serde_json::json!({"destination": target, "type": kind, "source": kind, "options": options});
+    serde_json::json!({
+        "ociVersion": "1.2.0",
+        "process": process,
+        "root": {"path": format!("/run/kuasar/state/{id}/rootfs")},
+        "mounts": [
+            mount("/proc", "proc", &["nosuid", "noexec", "nodev"]),
+            mount("/dev", "tmpfs", &["nosuid", "strictatime", "mode=755", "size=65536k"]),
+            mount("/dev/pts", "devpts", &["nosuid", "noexec", "newinstance", "ptmxmode=0666", "mode=0620", "gid=5"]),
+            {"destination": "/dev/shm", "type": "bind", "source": "/dev/shm", "options": ["rbind"]},
+            mount("/dev/mqueue", "mqueue", &["nosuid", "noexec", "nodev"]),
+            mount("/sys", "sysfs", &["nosuid", "noexec", "nodev", "ro"]),
+            mount("/sys/fs/cgroup", "cgroup", &["nosuid", "noexec", "nodev", "relatime", "ro"]),
+        ],
+        "linux": {
+            "cgroupsPath": format!("/kuasar/{id}"),
+            "namespaces": [{"type": "pid"}, {"type": "mount"}, {"type": "cgroup"}],
+            "resources": {"memory": {"limit": 67_108_864}, "pids": {"limit": 64}},
+            "seccomp": {"defaultAction": "SCMP_ACT_ALLOW", "architectures": ["SCMP_ARCH_X86_64"],
+                "syscalls": [{"names": ["swapon"], "action": "SCMP_ACT_ERRNO"}]},
+        },
+    })
+}

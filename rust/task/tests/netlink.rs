@@ -1,0 +1,137 @@
+//! Links, addresses, routes and neighbours in a network namespace of the test's own. Needs root.
+
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing)]
+
+use std::{process::Command, sync::Once};
+
+use kuasar_common::api::sandbox as api;
+use rustix::thread::{UnshareFlags, unshare_unsafe};
+use vmm_task::{
+    error::TaskError,
+    netlink::{Network, plan},
+};
+
+/// Puts this thread into a new network namespace with the links `a` (02:..:01) and `b` (02:..:02).
+fn namespace() -> bool {
+    static SAID: Once = Once::new();
+    // SAFETY: only the network namespace of this thread changes.
+    if unsafe { unshare_unsafe(UnshareFlags::NEWNET) }.is_err() {
+        SAID.call_once(|| eprintln!("skipped: making a network namespace needs root"));
+        return false;
+    }
+    ip("link add name a address 02:00:00:00:00:01 type veth peer name b address 02:00:00:00:00:02");
+    true
+}
+
+fn ip(args: &str) -> String {
+    let output = Command::new("ip").args(args.split_whitespace()).output().unwrap();
+    assert!(output.status.success(), "ip {args}: {}", String::from_utf8_lossy(&output.stderr));
+    String::from_utf8(output.stdout).unwrap()
+}
+
+fn link(name: &str, mac: &str, addresses: &[(&str, &str)]) -> plan::Link {
+    let addresses = addresses.iter().map(|(address, mask)| api::IPAddress {
+        address: (*address).into(),
+        mask: (*mask).into(),
+        ..Default::default()
+    });
+    let interface = api::Interface {
+        name: name.into(),
+        hwAddr: mac.into(),
+        mtu: 1400,
+        IPAddresses: addresses.collect(),
+        ..Default::default()
+    };
+    plan::Link::try_from(&interface).unwrap()
+}
+
+fn route(dest: &str, gateway: &str, device: &str) -> api::Route {
+    api::Route { dest: dest.into(), gateway: gateway.into(), device: device.into(), ..Default::default() }
+}
+
+fn routes(list: &[api::Route]) -> Vec<plan::Route> {
+    plan::all(list).unwrap()
+}
+
+#[test]
+fn a_pod_s_network_is_made() {
+    if !namespace() {
+        return;
+    }
+    let mut network = Network::new().unwrap();
+    network.loopback_up().unwrap();
+    assert!(ip("link show dev lo").contains("UP"));
+
+    // The names are exchanged, which needs a third one for a moment.
+    let eth0 = link("b", "02:00:00:00:00:01", &[("10.1.0.2", "24"), ("fd00::2", "64")]);
+    network.configure_links(&[eth0.clone(), link("a", "02:00:00:00:00:02", &[])]).unwrap();
+    let shown = ip("addr show dev b");
+    assert!(
+        shown.contains("02:00:00:00:00:01") && shown.contains("mtu 1400") && shown.contains("UP"),
+        "{shown}"
+    );
+    assert!(shown.contains("inet 10.1.0.2/24") && shown.contains("inet6 fd00::2/64"), "{shown}");
+    assert!(shown.contains("fd00::2/64 scope global nodad"), "usable at once: {shown}");
+    assert!(ip("link show dev a").contains("02:00:00:00:00:02"));
+
+    // Again: no error; and an address that is not wanted any more goes.
+    network.configure_links(&[eth0]).unwrap();
+    let fewer = link("b", "02:00:00:00:00:01", &[("10.1.0.3", "24"), ("fd00::2", "64")]);
+    network.configure_links(&[fewer]).unwrap();
+    let shown = ip("addr show dev b");
+    assert!(
+        !shown.contains("10.1.0.2") && shown.contains("10.1.0.3/24") && shown.contains("fd00::2/64"),
+        "{shown}"
+    );
+
+    // A gateway outside the link's network is reached through a route that comes later in the list, and a neighbour.
+    let neighbour = api::Neighbour {
+        address: "169.254.1.1".into(),
+        device: "b".into(),
+        hwAddr: "ee:ee:ee:ee:ee:ee".into(),
+        ..Default::default()
+    };
+    network.add_neighbours(&plan::all(&[neighbour]).unwrap()).unwrap();
+    assert!(ip("neigh show dev b").contains("169.254.1.1 lladdr ee:ee:ee:ee:ee:ee PERMANENT"));
+    let wanted = [
+        route("", "169.254.1.1", "b"),
+        route("169.254.1.1/32", "", "b"),
+        route("10.9.0.0/16", "10.1.0.1", "b"),
+        route("", "fd00::1", "b"),
+    ];
+    network.add_routes(&routes(&wanted)).unwrap();
+    network.add_routes(&routes(&wanted)).unwrap();
+    let shown = ip("route show");
+    assert!(
+        shown.contains("default via 169.254.1.1 dev b") && shown.contains("10.9.0.0/16 via 10.1.0.1"),
+        "{shown}"
+    );
+    assert!(ip("-6 route show").contains("default via fd00::1 dev b"));
+
+    // Only these, and what the kernel made for the addresses.
+    let mut fewer = vec![route("", "10.1.0.1", "b"), route("169.254.1.1/32", "", "b")];
+    fewer[0].source = "10.1.0.3".into();
+    fewer[0].metric = 77;
+    network.replace_routes(&routes(&fewer)).unwrap();
+    let shown = ip("route show");
+    assert!(shown.contains("default via 10.1.0.1 dev b proto static src 10.1.0.3 metric 77"), "{shown}");
+    assert!(shown.contains("10.1.0.0/24") && shown.contains("169.254.1.1"), "{shown}");
+    assert!(!shown.contains("10.9.0.0") && !shown.contains("via 169.254.1.1"), "{shown}");
+    assert!(!ip("-6 route show").contains("default"));
+}
+
+#[test]
+fn what_cannot_be_done_is_said() {
+    if !namespace() {
+        return;
+    }
+    let mut network = Network::new().unwrap();
+    let error = network.configure_links(&[link("eth0", "02:00:00:00:00:99", &[])]).unwrap_err();
+    assert!(matches!(error, TaskError::NotFound(_)));
+    assert!(error.to_string().contains("there are: lo"), "{error}");
+    let error = network.add_routes(&routes(&[route("", "10.0.0.1", "eth9")])).unwrap_err().to_string();
+    assert_eq!(error, "link \"eth9\" not found");
+    network.configure_links(&[link("a", "02:00:00:00:00:01", &[])]).unwrap();
+    let error = network.add_routes(&routes(&[route("", "10.0.0.1", "a")])).unwrap_err().to_string();
+    assert!(error.starts_with("adding the route to 0.0.0.0/0 on a: Network is unreachable"), "{error}");
+}

@@ -1,0 +1,71 @@
+//! The reaper collects every child of its process, so these tests are a program of their own.
+
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing)]
+
+use std::{
+    process::{Command, Stdio},
+    sync::Arc,
+    time::Duration,
+};
+
+use rustix::process::set_child_subreaper;
+use tokio::{sync::watch, time::timeout};
+use vmm_task::reaper::{Exit, Reaper};
+
+// Waiting is what the reaper is for.
+#[allow(clippy::zombie_processes)]
+fn spawn(script: &str) -> i32 {
+    let child = Command::new("sh").args(["-c", script]).stdout(Stdio::null()).spawn().unwrap();
+    i32::try_from(child.id()).unwrap()
+}
+
+async fn exit(mut exited: watch::Receiver<Option<Exit>>) -> u32 {
+    let exit = timeout(Duration::from_secs(20), exited.wait_for(Option::is_some));
+    exit.await.expect("the exit was lost").unwrap().unwrap().code
+}
+
+/// All in one test: there is one reaper in a process.
+#[tokio::test]
+async fn no_exit_is_lost() {
+    set_child_subreaper(Some(rustix::process::getpid())).unwrap();
+    let reaper = Reaper::new();
+    reaper.start().unwrap();
+
+    // Registered before the exit.
+    for (script, code) in [("exit 0", 0), ("exit 42", 42), ("kill -9 $$", 137), ("kill -15 $$", 143)] {
+        let guard = reaper.spawning();
+        let (sender, exited) = watch::channel(None);
+        reaper.watch(spawn(script), Arc::new(sender));
+        drop(guard);
+        assert_eq!(exit(exited).await, code, "{script}");
+    }
+
+    // Ended, and collected, before anybody registered: the guard keeps it.
+    let guard = reaper.spawning();
+    let pid = spawn("exit 7");
+    tokio::time::sleep(Duration::from_millis(300)).await;
+    let (sender, exited) = watch::channel(None);
+    reaper.watch(pid, Arc::new(sender));
+    assert_eq!(exited.borrow().unwrap().code, 7);
+    drop(guard);
+
+    // An orphan, as a container's process is when its runtime has ended; many of them, side by side.
+    let dir = tempfile::tempdir().unwrap();
+    let mut waiting = Vec::new();
+    let guard = reaper.spawning();
+    for n in 0..40 {
+        let file = dir.path().join(n.to_string());
+        let runtime = format!("(exit {n}) & echo $! > {}", file.display());
+        let (sender, exited) = watch::channel(None);
+        reaper.watch(spawn(&runtime), Arc::new(sender));
+        waiting.push((n, file, exited));
+    }
+    for (n, file, exited) in waiting {
+        assert_eq!(exit(exited).await, 0);
+        let orphan = std::fs::read_to_string(file).unwrap().trim().parse().unwrap();
+        let (sender, exited) = watch::channel(None);
+        reaper.watch(orphan, Arc::new(sender));
+        assert_eq!(exit(exited).await, n);
+    }
+    drop(guard);
+}
