@@ -1,5 +1,6 @@
 //! Boots guests with QEMU. Needs `KUASAR_IMAGE`, a folder with `vmlinux`, `kuasar.img` and `kuasar.initrd`; without it the
-//! tests say "skipped". Programs come from `PATH`; `KUASAR_ACCEL=kvm` uses KVM instead of emulation.
+//! tests say "skipped". Programs come from `PATH`; `KUASAR_ACCEL=kvm` uses KVM instead of emulation, `KUASAR_VSOCK=vhost`
+//! the kernel's vsock instead of `vhost-device-vsock`.
 
 #![allow(clippy::unwrap_used, clippy::panic, reason = "a test ends where it fails")]
 
@@ -15,13 +16,19 @@ use std::{
 };
 
 use kuasar_common::{
+    address::GuestAddress,
     api::{
         sandbox::{CheckRequest, SetupSandboxRequest},
         sandbox_ttrpc::SandboxServiceClient,
     },
     constants::{PORT_TTRPC, TOKEN_METADATA},
 };
-use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader};
+use tokio::{
+    io::{AsyncBufReadExt, AsyncWriteExt, BufReader},
+    net::UnixStream,
+};
+use tokio_vsock::{VsockAddr, VsockStream};
+use ttrpc::r#async::transport::Socket;
 use vmm_sandboxer::{
     network,
     vmm::{
@@ -45,7 +52,9 @@ impl Lab {
             eprintln!("skipped: KUASAR_IMAGE is not given");
             return None;
         };
-        let kvm = std::env::var("KUASAR_ACCEL").is_ok_and(|accel| accel == "kvm");
+        let asked = |key, value| std::env::var(key).is_ok_and(|given| given == value);
+        let kvm = asked("KUASAR_ACCEL", "kvm");
+        let vhost = asked("KUASAR_VSOCK", "vhost");
         let dir = tempfile::tempdir().unwrap();
         for folder in ["shared", "log"] {
             fs::create_dir(dir.path().join(folder)).unwrap();
@@ -62,7 +71,7 @@ impl Lab {
             kernel_params: String::new(),
             share_fs: ShareFs::Virtiofs,
             virtiofsd: "virtiofsd".into(),
-            vsock: VsockKind::VhostUser,
+            vsock: if vhost { VsockKind::Vhost } else { VsockKind::VhostUser },
             vhost_device_vsock: "vhost-device-vsock".into(),
             task_log_level: "debug".into(),
             debug: false,
@@ -101,19 +110,24 @@ impl Lab {
         guest.give_token(TOKEN).await.unwrap();
         (vm, guest)
     }
+}
 
-    /// The agent's services, through the hybrid socket.
-    async fn agent(&self) -> SandboxServiceClient {
-        let socket = self.dir.path().join("vsock.sock");
-        let mut stream = BufReader::new(tokio::net::UnixStream::connect(socket).await.unwrap());
-        stream.write_all(format!("CONNECT {PORT_TTRPC}\n").as_bytes()).await.unwrap();
-        let mut line = String::new();
-        tokio::time::timeout(DEADLINE, stream.read_line(&mut line)).await.unwrap().unwrap();
-        assert!(line.starts_with("OK"), "{line:?}");
-        SandboxServiceClient::new(ttrpc::r#async::Client::new(ttrpc::r#async::transport::Socket::new(
-            stream.into_inner(),
-        )))
-    }
+/// The agent's services.
+async fn agent(vm: &Arc<dyn Vm>) -> SandboxServiceClient {
+    let socket = match vm.address() {
+        GuestAddress::Hybrid(path) => {
+            let mut stream = BufReader::new(UnixStream::connect(path).await.unwrap());
+            stream.write_all(format!("CONNECT {PORT_TTRPC}\n").as_bytes()).await.unwrap();
+            let mut line = String::new();
+            tokio::time::timeout(DEADLINE, stream.read_line(&mut line)).await.unwrap().unwrap();
+            assert!(line.starts_with("OK"), "{line:?}");
+            Socket::new(stream.into_inner())
+        }
+        GuestAddress::Vsock(cid) => {
+            Socket::new(VsockStream::connect(VsockAddr::new(cid, PORT_TTRPC)).await.unwrap())
+        }
+    };
+    SandboxServiceClient::new(ttrpc::r#async::Client::new(socket))
 }
 
 fn context() -> ttrpc::context::Context {
@@ -135,7 +149,7 @@ async fn pmem_and_virtiofs() {
     fs::write(lab.dir.path().join("shared/hello"), "x").unwrap();
     let (vm, _guest) = lab.boot(lab.spec()).await;
     vm.ping().await.unwrap();
-    let agent = lab.agent().await;
+    let agent = agent(&vm).await;
     let check = CheckRequest { service: String::new(), ..CheckRequest::default() };
     agent.check(context(), &check).await.unwrap();
     let setup = SetupSandboxRequest { sandbox_id: "boot".into(), ..SetupSandboxRequest::default() };
@@ -143,7 +157,8 @@ async fn pmem_and_virtiofs() {
     let status = fs::read_to_string(format!("/proc/{}/status", vm.pid())).unwrap();
     assert!(status.contains("Seccomp:\t2"), "QEMU is in its sandbox");
     let record = vm.record();
-    assert_eq!(record.companions.keys().collect::<Vec<_>>(), ["vhost-device-vsock", "virtiofsd"]);
+    assert!(record.companions.contains_key("virtiofsd"));
+    assert_eq!(record.companions.contains_key("vhost-device-vsock"), record.cid.is_none());
     vm.stop(false, Duration::from_secs(10)).await.unwrap();
     nothing_left(&record);
 }
@@ -159,7 +174,7 @@ async fn other_roots_shares_and_machines() {
         lab.config = VmConfig { machine, root, share_fs, ..lab.config };
         let (vm, _guest) = lab.boot(VmSpec { vcpus, ..lab.spec() }).await;
         let setup = SetupSandboxRequest { sandbox_id: "boot".into(), ..SetupSandboxRequest::default() };
-        lab.agent().await.setup_sandbox(context(), &setup).await.unwrap();
+        agent(&vm).await.setup_sandbox(context(), &setup).await.unwrap();
         let record = vm.record();
         vm.stop(true, Duration::from_secs(10)).await.unwrap();
         nothing_left(&record);
@@ -176,7 +191,7 @@ async fn a_daemon_that_comes_back_finds_its_vm() {
     let vm = qemu.adopt(record.clone()).await.unwrap().unwrap();
     vm.ping().await.unwrap();
     let check = CheckRequest { service: String::new(), ..CheckRequest::default() };
-    lab.agent().await.check(context(), &check).await.unwrap();
+    agent(&vm).await.check(context(), &check).await.unwrap();
     vm.stop(false, Duration::from_secs(10)).await.unwrap();
     nothing_left(&record);
 }
@@ -253,7 +268,7 @@ async fn the_pods_address_answers() {
         neighbours: network.neighbours,
         ..SetupSandboxRequest::default()
     };
-    lab.agent().await.setup_sandbox(context(), &setup).await.unwrap();
+    agent(&vm).await.setup_sandbox(context(), &setup).await.unwrap();
     let host = PathBuf::from("/run/netns").join(format!("{}h", netns.0));
     let answer = tokio::task::spawn_blocking(move || knock(&host)).await.unwrap();
     vm.stop(false, Duration::from_secs(10)).await.unwrap();
