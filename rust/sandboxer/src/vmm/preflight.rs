@@ -3,7 +3,7 @@
 use std::{
     fs::{self, File, OpenOptions},
     io::{self, Read},
-    os::unix::fs::PermissionsExt,
+    os::{fd::AsRawFd, unix::fs::PermissionsExt},
     path::{Path, PathBuf},
 };
 
@@ -16,11 +16,10 @@ const KERNEL_HEADER: usize = 1024;
 /// Persistent memory is mapped by the guest's large pages, in bytes.
 const PMEM_ALIGN: u64 = 2 << 20;
 
-nix::ioctl_none!(
-    /// `KVM_GET_API_VERSION` of `linux/kvm.h`.
+nix::ioctl_write_int_bad!(
+    /// `KVM_GET_API_VERSION` of `linux/kvm.h`; its argument must be 0.
     kvm_get_api_version,
-    0xAE,
-    0x00
+    nix::request_code_none!(0xAE, 0x00)
 );
 
 /// Checks programs, kernel, image, accelerator and vsock.
@@ -180,8 +179,8 @@ fn kvm(path: &Path) -> Result<(), PreflightError> {
     let advice = "enable virtualisation in the firmware and load kvm_intel or kvm_amd, or set hypervisor.accel = \"tcg\" \
                   (slow)";
     let device = device(path, "accel = \"kvm\"", advice)?;
-    // SAFETY: the request takes no argument.
-    let version = unsafe { kvm_get_api_version(std::os::fd::AsRawFd::as_raw_fd(&device)) };
+    // SAFETY: the request's argument is a number, and it touches no memory.
+    let version = unsafe { kvm_get_api_version(device.as_raw_fd(), 0) };
     match version {
         Ok(KVM_API_VERSION) => Ok(()),
         Ok(version) => Err(refused(format!(

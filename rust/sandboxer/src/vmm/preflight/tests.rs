@@ -151,6 +151,10 @@ fn kvm_must_be_kvm() {
         "accel = \"kvm\" is configured and /nonexistent/kvm cannot be opened: No such file or directory (os error 2); \
          enable virtualisation in the firmware and load kvm_intel or kvm_amd, or set hypervisor.accel = \"tcg\" (slow)"
     );
+    let real = Path::new("/dev/kvm");
+    if fs::OpenOptions::new().read(true).write(true).open(real).is_ok() {
+        kvm(real).unwrap();
+    }
     let error = kvm(Path::new("/dev/null")).unwrap_err().to_string();
     assert!(error.contains("/dev/null is not KVM: ENOTTY"), "{error}");
 }

@@ -10,6 +10,8 @@ pub(super) use self::params::CommandLine;
 use self::params::{Chardev, Device, Drive, Fsdev, MachineType, Mon, Name, Netdev, Object, Sandbox, Smp};
 use crate::vmm::{Accel, Bus, BusKind, Machine, Root, ShareFs, VmConfig, VmError, VmSpec};
 
+/// QEMU's process id; removed by QEMU when it quits.
+const PIDFILE: &str = "vmm.pid";
 /// Granularity of the address space that is set aside for persistent memory, in MiB.
 const MAXMEM_ALIGN_MIB: u64 = 1024;
 
@@ -73,6 +75,7 @@ impl CommandLine {
         };
         Self {
             name: Name { guest: format!("sandbox-{}", spec.pod), debug_threads: true },
+            pidfile: spec.dir.join(PIDFILE).display().to_string(),
             no_user_config: true,
             nodefaults: true,
             no_reboot: true,

@@ -12,6 +12,8 @@ use kuasar_derive::{CmdLineParamSet, CmdLineParams};
 #[derive(Debug, CmdLineParamSet)]
 pub(in super::super) struct CommandLine {
     pub(super) name: Name,
+    /// Names the pod's folder, by which a VM is found that no record knows.
+    pub(super) pidfile: String,
     pub(super) no_user_config: bool,
     pub(super) nodefaults: bool,
     pub(super) no_reboot: bool,

@@ -62,7 +62,7 @@ fn pmem_virtiofs_vhost_user_and_a_card() {
     assert_eq!(
         argv,
         format!(
-            "-name guest=sandbox-p1,debug-threads=on -no-user-config -nodefaults -no-reboot -display none \
+            "-name guest=sandbox-p1,debug-threads=on -pidfile /run/p1/vmm.pid -no-user-config -nodefaults -no-reboot -display none \
              -sandbox on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny \
              -machine q35,accel=tcg,memory-backend=ram,acpi=off,hpet=off,usb=off,graphics=off,vmport=off,sata=off,\
              smbus=off,i8042=off -cpu max -smp cpus=2,sockets=2,cores=1,threads=1 \
@@ -95,7 +95,7 @@ fn initrd_9p_and_the_kernels_vsock() {
     let (argv, _) = argv(&config, &VmSpec { vcpus: 1, ..spec() }, &inherited, &[]);
     assert_eq!(
         argv,
-        "-name guest=sandbox-p1,debug-threads=on -no-user-config -nodefaults -no-reboot -display none \
+        "-name guest=sandbox-p1,debug-threads=on -pidfile /run/p1/vmm.pid -no-user-config -nodefaults -no-reboot -display none \
          -sandbox on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny \
          -machine q35,accel=kvm,memory-backend=ram,acpi=off,hpet=off,usb=off,graphics=off,vmport=off,sata=off,\
          smbus=off,i8042=off -cpu host -smp cpus=1,sockets=1,cores=1,threads=1 -m 256M -kernel /k/vmlinux \
