@@ -55,13 +55,18 @@ async fn no_exit_is_lost() {
     let guard = reaper.spawning();
     for n in 0..40 {
         let file = dir.path().join(n.to_string());
-        let runtime = format!("(exit {n}) & echo $! > {}", file.display());
+        // It outlives the shell that made it, or that would collect its exit itself; half of them until they are known.
+        let life = if n % 2 == 0 { "0.1" } else { "1" };
+        let runtime = format!("(sleep {life}; exit {n}) & echo $! > {}", file.display());
         let (sender, exited) = watch::channel(None);
         reaper.watch(spawn(&runtime), Arc::new(sender));
         waiting.push((n, file, exited));
     }
     for (n, file, exited) in waiting {
         assert_eq!(exit(exited).await, 0);
+        if n == 0 {
+            tokio::time::sleep(Duration::from_millis(300)).await;
+        }
         let orphan = std::fs::read_to_string(file).unwrap().trim().parse().unwrap();
         let (sender, exited) = watch::channel(None);
         reaper.watch(orphan, Arc::new(sender));
