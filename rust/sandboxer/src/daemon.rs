@@ -1,12 +1,16 @@
 //! The daemon's life: one instance per socket, recovery first, then service.
 
 use std::{
-    fs::{self, File, OpenOptions, TryLockError},
+    fs::{self, File, OpenOptions},
     io,
     path::{Path, PathBuf},
     sync::Arc,
 };
 
+use rustix::{
+    fs::{FlockOperation, flock},
+    io::Errno,
+};
 use tokio::{
     net::UnixListener,
     signal::unix::{SignalKind, signal},
@@ -81,10 +85,10 @@ fn lock(what: &Path, path: PathBuf) -> Result<File, DaemonError> {
     }
     let file = OpenOptions::new().write(true).create(true).truncate(false).open(&path);
     let file = file.map_err(failed("opening", &path))?;
-    match file.try_lock() {
+    match flock(&file, FlockOperation::NonBlockingLockExclusive) {
         Ok(()) => Ok(file),
-        Err(TryLockError::WouldBlock) => Err(DaemonError::Taken { what: what.to_owned(), lock: path }),
-        Err(TryLockError::Error(source)) => Err(failed("locking", &path)(source)),
+        Err(Errno::WOULDBLOCK) => Err(DaemonError::Taken { what: what.to_owned(), lock: path }),
+        Err(error) => Err(failed("locking", &path)(error.into())),
     }
 }
 

@@ -19,9 +19,7 @@ fn an_empty_file_is_the_defaults() {
 #[test]
 fn the_documented_file_is_understood() {
     let document = include_str!("../../../../docs/config.md");
-    let start = document.find("```toml\n").unwrap() + "```toml\n".len();
-    let text = &document[start..];
-    let text = &text[..text.find("```").unwrap()];
+    let text = document.split("```").find_map(|block| block.strip_prefix("toml\n")).unwrap();
     let documented = parse(text).unwrap();
     // The page shows every key with its default, so it must say what the code does.
     let mut default = Config::default();

@@ -80,6 +80,9 @@ pub enum StepError {
     /// A call to the agent.
     #[error(transparent)]
     Guest(#[from] GuestError),
+    /// The pod's cgroup.
+    #[error("{0}")]
+    Cgroup(io::Error),
     /// A task of the daemon broke.
     #[error("{0}")]
     Internal(String),

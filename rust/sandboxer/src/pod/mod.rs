@@ -4,6 +4,7 @@
 //! anybody. What changes the pod holds its own lock, which nobody else needs.
 
 mod caller;
+mod cgroup;
 mod error;
 mod host;
 mod log;
@@ -106,6 +107,13 @@ struct Work {
     relay: Option<Arc<Process>>,
     host: Option<HostServer>,
     cgroups: Vec<PathBuf>,
+}
+
+impl Work {
+    /// Where processes of the pod write themselves to.
+    fn cgroup_procs(&self) -> Vec<PathBuf> {
+        self.cgroups.iter().map(|cgroup| cgroup.join("cgroup.procs")).collect()
+    }
 }
 
 impl Pod {

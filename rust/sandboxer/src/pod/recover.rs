@@ -13,7 +13,7 @@ use tokio::{task::JoinSet, time::timeout};
 use tracing::Instrument;
 
 use super::{
-    Environment, Exit, Phase, Pod, Pods, View, from_epoch_ns,
+    Environment, Exit, Phase, Pod, Pods, View, cgroup, from_epoch_ns,
     host::HostServer,
     record::{PodRecord, RecordError},
 };
@@ -74,6 +74,9 @@ impl Pods {
                 tracing::info!("removing a sandbox whose start was interrupted");
                 end_recorded(environment, &record).await;
                 clear(environment, dir).await;
+                if let Err(error) = cgroup::remove(&record.cgroups).await {
+                    tracing::warn!(%error, "removing the sandbox's cgroup");
+                }
             }
             Phase::Created | Phase::Stopped => {
                 let pod = revive(environment, id, &record);

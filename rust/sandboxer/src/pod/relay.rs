@@ -2,14 +2,17 @@
 
 use std::{
     io,
-    os::fd::{AsFd, OwnedFd},
-    path::Path,
+    os::fd::OwnedFd,
+    path::{Path, PathBuf},
 };
 
-use kuasar_common::{address::GuestAddress, constants::pod_files};
+use kuasar_common::constants::pod_files;
 
 use super::host::bind;
-use crate::process::{Process, ProcessError, Spawn};
+use crate::{
+    process::{Process, ProcessError, Spawn},
+    vmm::Vm,
+};
 
 /// Binds the Task endpoint. Connections queue until the relay serves them, so nobody has to wait for the relay.
 pub(super) fn endpoint(dir: &Path) -> io::Result<OwnedFd> {
@@ -23,21 +26,20 @@ pub(super) fn spawn(
     program: &Path,
     dir: &Path,
     endpoint: OwnedFd,
-    guest: &GuestAddress,
-    vmm: impl AsFd,
+    vm: &dyn Vm,
+    cgroup_procs: &[PathBuf],
 ) -> Result<Process, ProcessError> {
     let mut spawn = Spawn::new(program);
     let listen = spawn.fd(endpoint);
-    let vmm = vmm.as_fd().try_clone_to_owned();
-    let vmm = vmm.map_err(|source| ProcessError {
+    let vmm = vm.pidfd().try_clone_to_owned().map_err(|source| ProcessError {
         doing: "passing the VMM to",
         program: program.display().to_string(),
         source,
     })?;
     let vmm = spawn.fd(vmm);
     spawn.args(["serve".as_ref(), "--pod-dir".as_ref(), dir.as_os_str()]);
-    spawn.args(["--guest", &guest.to_string()]);
+    spawn.args(["--guest", &vm.address().to_string()]);
     spawn.args(["--listen-fd", &listen.to_string(), "--vmm-pidfd", &vmm.to_string()]);
-    spawn.log(dir.join(pod_files::LOG).join("relay.log"));
+    spawn.cgroup_procs(cgroup_procs).log(dir.join(pod_files::LOG).join("relay.log"));
     spawn.spawn()
 }

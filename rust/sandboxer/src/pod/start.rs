@@ -12,7 +12,7 @@ use kuasar_common::constants::pod_files;
 use tracing::Instrument;
 
 use super::{
-    Caller, Exit, Phase, Pod, PodError, StepError, View, Work, host::HostServer, log, relay, setup,
+    Caller, Exit, Phase, Pod, PodError, StepError, View, Work, cgroup, host::HostServer, log, relay, setup,
     size::VmSize,
 };
 use crate::{
@@ -64,6 +64,8 @@ impl Pod {
         let deadline = Deadline::new(self.environment.start_timeout);
         self.set_phase(Phase::Starting);
         let size = VmSize::of(&work.spec.resources, &self.environment.sizes);
+        let cgroups = cgroup::create(&work.spec.cgroup_parent, &self.id);
+        work.cgroups = step("creating the sandbox's cgroup", cgroups.map_err(StepError::Cgroup))?;
         let (network, files) = tokio::join!(network::prepare(&work.spec.netns, size.vcpus), self.files());
         let network = step("giving the VM the pod's network", network)?;
         work.network = Some(network.record.clone());
@@ -77,7 +79,7 @@ impl Pod {
         caller.check("starting the VM")?;
         let relay = step(
             "starting the relay",
-            relay::spawn(&self.environment.relay, &self.dir, endpoint, &vm.address(), vm.pidfd()),
+            relay::spawn(&self.environment.relay, &self.dir, endpoint, &*vm, &work.cgroup_procs()),
         )?;
         let relay = Arc::new(relay);
         work.relay = Some(relay.clone());
@@ -135,7 +137,7 @@ impl Pod {
             pod: self.id.clone(),
             dir: self.dir.clone(),
             netns: Some(work.spec.netns.clone()),
-            cgroup_procs: work.cgroups.iter().map(|cgroup| cgroup.join("cgroup.procs")).collect(),
+            cgroup_procs: work.cgroup_procs(),
             vcpus: size.vcpus,
             memory_mib: size.memory_mib,
             devices: network.nics.drain(..).map(DeviceInfo::Tap).collect(),

@@ -1,14 +1,14 @@
 //! The end of a pod: VM, network, mounts, folder.
 
 use std::{
-    fs, io,
+    fs,
     sync::Arc,
     time::{Duration, SystemTime},
 };
 
 use kuasar_common::constants::pod_files;
 
-use super::{Exit, Phase, Pod, PodError, StepError, Work};
+use super::{Exit, Phase, Pod, PodError, StepError, Work, cgroup};
 use crate::{container::remove, guest::Guest, network, vmm::Vm};
 
 /// A VMM that was asked to quit has this long.
@@ -86,18 +86,12 @@ impl Pod {
         if let Some(host) = work.host.take() {
             host.stop().await;
         }
+        end("removing the sandbox's cgroup", cgroup::remove(&work.cgroups).await.map_err(StepError::Cgroup))?;
+        work.cgroups.clear();
         let dir = self.dir.clone();
         let removed = tokio::task::spawn_blocking(move || remove::remove(&dir)).await;
         let removed = removed.map_err(|error| StepError::Internal(error.to_string()));
         end("removing the sandbox's folder", removed.and_then(|removed| Ok(removed?)))?;
-        for cgroup in work.cgroups.drain(..).rev() {
-            match fs::remove_dir(&cgroup) {
-                Err(error) if error.kind() != io::ErrorKind::NotFound => {
-                    tracing::warn!(cgroup = %cgroup.display(), %error, "removing a cgroup");
-                }
-                _ => {}
-            }
-        }
         work.relay = None;
         work.vm = None;
         Ok(())
