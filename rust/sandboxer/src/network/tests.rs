@@ -29,17 +29,25 @@ fn show(program: &str, args: &str) -> String {
 }
 
 impl Netns {
-    fn new() -> Self {
+    /// `None` where there can be no namespaces and taps: in a build sandbox, or without root.
+    fn new() -> Option<Self> {
+        let able = rustix::process::geteuid().is_root()
+            && Path::new("/dev/net/tun").exists()
+            && ["ip", "tc"].iter().all(|program| Command::new(program).arg("-V").output().is_ok());
+        if !able {
+            eprintln!("skipped: needs root, /dev/net/tun and the programs ip and tc");
+            return None;
+        }
         static COUNT: AtomicU32 = AtomicU32::new(0);
         let name = format!("vmnet{}-{}", std::process::id(), COUNT.fetch_add(1, Ordering::Relaxed));
         let this = Self { pod: format!("{name}p"), host: format!("{name}h") };
         ip(&format!("netns add {}", this.pod));
         ip(&format!("netns add {}", this.host));
-        this
+        Some(this)
     }
 
-    fn with_eth0() -> Self {
-        let this = Self::new();
+    fn with_eth0() -> Option<Self> {
+        let this = Self::new()?;
         let (pod, host) = (&this.pod, &this.host);
         ip(&format!("-n {pod} link add eth0 mtu 1400 type veth peer name peer netns {host}"));
         ip(&format!("-n {pod} link set eth0 address 02:00:00:00:00:05 up"));
@@ -52,7 +60,7 @@ impl Netns {
         ip(&format!("-n {pod} route add 169.254.1.1/32 dev eth0 scope link"));
         ip(&format!("-n {pod} -6 route add default via fd77::1"));
         ip(&format!("-n {pod} neigh add 10.77.0.1 lladdr 02:00:00:00:00:01 nud permanent dev eth0"));
-        this
+        Some(this)
     }
 
     fn path(&self) -> PathBuf {
@@ -78,7 +86,7 @@ impl Drop for Netns {
 
 #[tokio::test]
 async fn a_veth_becomes_a_network_card_and_messages() {
-    let netns = Netns::with_eth0();
+    let Some(netns) = Netns::with_eth0() else { return };
     let network = prepare(&netns.path(), 2).await.unwrap();
 
     let [nic] = network.nics.as_slice() else { panic!("one card, not {:?}", network.nics) };
@@ -123,7 +131,7 @@ async fn a_veth_becomes_a_network_card_and_messages() {
 /// Sends a broadcast from the host's side and reads it at the tap, then the other way round.
 #[tokio::test]
 async fn frames_pass_both_ways() {
-    let netns = Netns::with_eth0();
+    let Some(netns) = Netns::with_eth0() else { return };
     let network = prepare(&netns.path(), 1).await.unwrap();
     let queue = network.nics[0].queues[0].try_clone().unwrap();
 
@@ -169,7 +177,7 @@ async fn frames_pass_both_ways() {
 
 #[tokio::test]
 async fn a_tap_vanishes_with_its_last_holder_and_removal_still_works() {
-    let netns = Netns::with_eth0();
+    let Some(netns) = Netns::with_eth0() else { return };
     let network = prepare(&netns.path(), 1).await.unwrap();
     let (record, tap) = (network.record.clone(), network.nics[0].tap.clone());
     drop(network);
@@ -195,7 +203,7 @@ async fn what_a_vm_cannot_have_is_refused_by_name_and_nothing_is_left() {
             "the pod's route 198.51.100.0/24 has several next hops",
         ),
     ] {
-        let netns = Netns::with_eth0();
+        let Some(netns) = Netns::with_eth0() else { return };
         ip(&format!("-n {} {setup}", netns.pod));
         let error = prepare(&netns.path(), 1).await.unwrap_err().to_string();
         assert!(error.starts_with(expected), "{error}");
@@ -205,7 +213,7 @@ async fn what_a_vm_cannot_have_is_refused_by_name_and_nothing_is_left() {
 
 #[tokio::test]
 async fn a_failure_half_way_leaves_nothing() {
-    let netns = Netns::with_eth0();
+    let Some(netns) = Netns::with_eth0() else { return };
     let (pod, host) = (&netns.pod, &netns.host);
     ip(&format!("-n {pod} link add eth1 up type veth peer name peer1 netns {host}"));
     // Someone else's ingress qdisc is in the way of the second card.
@@ -221,7 +229,7 @@ async fn a_failure_half_way_leaves_nothing() {
 
 #[tokio::test]
 async fn loopback_alone_is_no_network_and_a_missing_namespace_is_named() {
-    let netns = Netns::new();
+    let Some(netns) = Netns::new() else { return };
     let network = prepare(&netns.path(), 1).await.unwrap();
     assert!(network.nics.is_empty() && network.interfaces.is_empty() && network.routes.is_empty());
     let error = prepare(Path::new("/nonexistent/netns"), 1).await.unwrap_err().to_string();

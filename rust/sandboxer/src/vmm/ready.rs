@@ -7,7 +7,7 @@ use std::{
     fs, io,
     path::{Path, PathBuf},
     pin::Pin,
-    sync::{Arc, Mutex, PoisonError},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
 
@@ -19,6 +19,7 @@ use tokio::{
     io::{AsyncBufReadExt, AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, BufReader},
     net::UnixListener,
     sync::oneshot,
+    task::AbortHandle,
     time::timeout,
 };
 use tokio_vsock::{VMADDR_CID_ANY, VsockAddr, VsockListener};
@@ -82,7 +83,7 @@ impl ReadyListener {
     #[must_use]
     pub fn vhost(hub: &VsockHub, cid: u32) -> Self {
         let (sender, connection) = oneshot::channel();
-        hub.waiting().insert(cid, sender);
+        lock(&hub.waiting).insert(cid, sender);
         Self(Source::Hub { hub: hub.clone(), cid, connection })
     }
 
@@ -109,7 +110,7 @@ impl Drop for ReadyListener {
         match &self.0 {
             // Nobody else is to call once the agent has, least of all a container.
             Source::Hybrid { path, .. } => drop(fs::remove_file(path)),
-            Source::Hub { hub, cid, .. } => drop(hub.waiting().remove(cid)),
+            Source::Hub { hub, cid, .. } => drop(lock(&hub.waiting).remove(cid)),
         }
     }
 }
@@ -150,11 +151,29 @@ async fn read_message(connection: &mut Connection) -> Result<Option<ToHost>, Rea
     if line.is_empty() { Ok(None) } else { Ok(Some(handshake::from_line(&line)?)) }
 }
 
-type Waiting = HashMap<u32, oneshot::Sender<Pin<Box<dyn Stream>>>>;
+type Waiters = HashMap<u32, oneshot::Sender<Pin<Box<dyn Stream>>>>;
+type Waiting = Mutex<Waiters>;
 
-/// The host's side of the kernel's vsock: takes the calls of all guests and gives each to whom waits for it.
+fn lock(waiting: &Waiting) -> MutexGuard<'_, Waiters> {
+    waiting.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// The host's side of the kernel's vsock: takes the calls of all guests and gives each to whom waits for it. It listens
+/// until the last clone is dropped.
 #[derive(Clone, Debug)]
-pub struct VsockHub(Arc<Mutex<Waiting>>);
+pub struct VsockHub {
+    waiting: Arc<Waiting>,
+    _accepting: Arc<AbortOnDrop>,
+}
+
+#[derive(Debug)]
+struct AbortOnDrop(AbortHandle);
+
+impl Drop for AbortOnDrop {
+    fn drop(&mut self) {
+        self.0.abort();
+    }
+}
 
 impl VsockHub {
     /// Listens on the host's port; needs a tokio runtime.
@@ -163,32 +182,27 @@ impl VsockHub {
     /// When the kernel has no vsock or the port is taken, by another daemon perhaps.
     pub fn listen() -> io::Result<Self> {
         let listener = VsockListener::bind(VsockAddr::new(VMADDR_CID_ANY, PORT_READY))?;
-        let hub = Self(Arc::default());
-        let accepting = hub.clone();
-        tokio::spawn(async move { accepting.accept(listener).await });
-        Ok(hub)
+        let waiting = Arc::<Waiting>::default();
+        let accepting = tokio::spawn(accept_all(listener, waiting.clone()));
+        Ok(Self { waiting, _accepting: Arc::new(AbortOnDrop(accepting.abort_handle())) })
     }
+}
 
-    async fn accept(self, listener: VsockListener) {
-        loop {
-            match listener.accept().await {
-                // A guest nobody waits for is hung up on.
-                Ok((stream, peer)) => {
-                    if let Some(waiter) = self.waiting().remove(&peer.cid()) {
-                        drop(waiter.send(Box::pin(stream)));
-                    }
-                }
-                Err(error) => {
-                    tracing::warn!(%error, "accepting a guest's vsock connection");
-                    // Out of descriptors, most likely: give others the time to close some.
-                    tokio::time::sleep(Duration::from_millis(100)).await;
+async fn accept_all(listener: VsockListener, waiting: Arc<Waiting>) {
+    loop {
+        match listener.accept().await {
+            // A guest nobody waits for is hung up on.
+            Ok((stream, peer)) => {
+                if let Some(waiter) = lock(&waiting).remove(&peer.cid()) {
+                    drop(waiter.send(Box::pin(stream)));
                 }
             }
+            Err(error) => {
+                tracing::warn!(%error, "accepting a guest's vsock connection");
+                // Out of descriptors, most likely: give others the time to close some.
+                tokio::time::sleep(Duration::from_millis(100)).await;
+            }
         }
-    }
-
-    fn waiting(&self) -> std::sync::MutexGuard<'_, Waiting> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -225,6 +239,18 @@ mod tests {
         assert_eq!(host.fatal().await.as_deref(), Some("no cgroup v2"));
         drop(guest);
         assert_eq!(host.fatal().await, None);
+    }
+
+    #[tokio::test]
+    async fn a_hub_listens_as_long_as_it_is_held() {
+        // Without vsock in the kernel there is nothing to try; another daemon on this host may have the port.
+        let Ok(hub) = VsockHub::listen() else { return };
+        let listener = ReadyListener::vhost(&hub, 77);
+        drop(hub);
+        assert_eq!(VsockHub::listen().unwrap_err().kind(), io::ErrorKind::AddrInUse);
+        drop(listener);
+        tokio::task::yield_now().await;
+        VsockHub::listen().unwrap();
     }
 
     #[tokio::test]

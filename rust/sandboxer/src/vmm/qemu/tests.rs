@@ -19,12 +19,9 @@ impl Lab {
         }
         this.script("qemu", qemu);
         this.script("virtiofsd", virtiofsd);
-        // Listens for nobody in particular, as the real one does for QEMU.
-        this.script(
-            "vsock",
-            "exec python3 -c 'import socket,sys,time;s=socket.socket(socket.AF_UNIX);\
-             s.bind(sys.argv[2].split(\"socket=\")[1]);s.listen();time.sleep(60)' \"$@\"",
-        );
+        let exe = std::env::current_exe().unwrap();
+        let double = "--exact vmm::qemu::tests::vsock_double --ignored";
+        this.script("vsock", &format!("VSOCK_DOUBLE=\"$2\" exec {} {double} >/dev/null 2>&1", exe.display()));
         this
     }
 
@@ -70,6 +67,16 @@ impl Lab {
             kernel_params: String::new(),
         }
     }
+}
+
+/// Plays `vhost-device-vsock`, in a process of its own: listens, and serves nobody.
+#[test]
+#[ignore = "run by other tests, as a program"]
+fn vsock_double() {
+    let Ok(arguments) = std::env::var("VSOCK_DOUBLE") else { return };
+    let (_, socket) = arguments.split_once(",socket=").unwrap();
+    let _listener = std::os::unix::net::UnixListener::bind(socket).unwrap();
+    std::thread::sleep(Duration::from_secs(60));
 }
 
 fn gone(record: ProcessRecord) -> bool {
