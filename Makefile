@@ -7,7 +7,7 @@ NIX := tests/nixpkgs-standin/nix
 
 menu: ## this list
 	@printf 'Kuasar for Nix: pods in microVMs\n\n'
-	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/  make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 20
+	@sed -n 's/^\([a-z0-9-]*\):[^#]*## \(.*\)/  make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 20
 	@printf '\n  make demo IMAGE=docker.io/library/alpine:3 CMD="cat /etc/os-release"\n'
 
 # As it was typed: make must not see variables of the shell in it.

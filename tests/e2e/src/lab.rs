@@ -89,16 +89,16 @@ pub fn handlers() -> impl Iterator<Item = &'static str> {
     VARIANTS.iter().map(|(handler, _)| *handler)
 }
 
-/// Socket of a handler's daemon.
+/// Socket of a handler's daemon; for the first handler the place where it is by default.
 #[must_use]
 pub fn socket_of(handler: &str) -> PathBuf {
-    Path::new("/run/kuasar").join(format!("{handler}.sock"))
+    folder_of(handler).with_extension("sock")
 }
 
-/// Folder of a handler's pods.
+/// Folder of a handler's pods. Short: the sockets in it have to fit the 107 bytes of a socket's address.
 #[must_use]
 pub fn folder_of(handler: &str) -> PathBuf {
-    Path::new("/run/kuasar").join(handler)
+    Path::new("/run/kuasar").join(handler.trim_start_matches("kuasar-"))
 }
 
 /// The daemon's configuration: the image's own, with this machine's programs, emulation, and `keys` of `[hypervisor]`.
@@ -292,8 +292,12 @@ impl Lab {
         wrong.extend(end("containerd", &mut self.containerd).await.err().map(|e| e.to_string()));
         for daemon in &mut self.daemons {
             wrong.extend(end(daemon.handler, &mut daemon.child).await.err().map(|e| e.to_string()));
-            // Only empty folders go: what a daemon forgot must be seen.
-            let _ = fs::remove_file(socket_of(daemon.handler));
+            // Lock files stay by design, and only empty folders go: what a daemon forgot must be seen.
+            let socket = socket_of(daemon.handler);
+            for file in [socket.with_extension("sock.lock"), socket, folder_of(daemon.handler).join(".lock")]
+            {
+                let _ = fs::remove_file(file);
+            }
             let _ = fs::remove_dir(folder_of(daemon.handler));
         }
         let _ = fs::remove_dir("/run/kuasar");

@@ -173,8 +173,6 @@ fn init() -> Result<ExitCode> {
 /// Mounts of the private machine. They end with it.
 fn furnish(root: &Path) -> Result<()> {
     let none: Option<&str> = None;
-    // Changes of the host still arrive, ours never go out; within, mounts propagate as on any host with systemd.
-    mount(none, "/", none, MsFlags::MS_REC | MsFlags::MS_SHARED, none).context("sharing mounts")?;
     let outer = env::var(OUTER).with_context(|| format!("{OUTER} is not set"))?;
     let host_net = root.join("host-net");
     fs::write(&host_net, "").context("creating a file for the host's network namespace")?;
@@ -203,6 +201,9 @@ fn furnish_run(root: &Path) -> Result<()> {
     mount(Some("/run"), &host_run, none, MsFlags::MS_BIND | MsFlags::MS_REC, none).context("binding /run")?;
     mount(Some("tmpfs"), "/run", Some("tmpfs"), MsFlags::empty(), Some("mode=0755"))
         .context("mounting /run")?;
+    if fs::read_dir("/run").context("reading the private /run")?.next().is_some() {
+        bail!("the private /run is not empty: the host's own was not covered");
+    }
     for name in KEPT_IN_RUN {
         let (from, to) = (host_run.join(name), Path::new("/run").join(name));
         match fs::read_link(&from) {

@@ -37,7 +37,9 @@ pub(crate) async fn pod_life_is_idempotent(lab: Arc<Lab>) -> Result<()> {
         status.state()
     );
     ensure!(status.started_at > 0, "it has no start time");
-    lab.cri.stop(&id, 10).await?;
+    // PID 1 is deaf to SIGTERM until it has said what to do with it.
+    lab.cri.exec(&id, &["/bin/sh", "-c", "while [ ! -e /up ]; do sleep 0.1; done"]).await?;
+    lab.cri.stop(&id, 20).await?;
     let status = lab.cri.status(&id).await?;
     ensure!(status.state() == ContainerState::ContainerExited, "a stopped container is {:?}", status.state());
     ensure!(status.exit_code == 0, "its exit code is {}, SIGTERM was not handled", status.exit_code);

@@ -50,5 +50,6 @@ fn main() -> ExitCode {
     )
 }
 
-/// A command that keeps a container alive and ends at once when asked to.
-const IDLE: &[&str] = &["/bin/sh", "-c", "trap 'exit 0' TERM; while :; do sleep 1000 & wait; done"];
+/// A command that keeps a container alive and ends at once when asked to, as soon as there is a file `/up`.
+const IDLE: &[&str] =
+    &["/bin/sh", "-c", "trap 'exit 0' TERM; touch /up; while :; do sleep 1000 & wait; done"];
