@@ -12,8 +12,8 @@ use anyhow::{Context, Result};
 /// Where cgroup hierarchies are mounted.
 const CGROUPS: &str = "/sys/fs/cgroup";
 
-/// Files that a stock containerd leaves in `/run` itself, whatever runtime it is used with.
-const OF_CONTAINERD: [&str; 2] = ["/run/containerd", "/run/netns"];
+/// Folders that other programs keep in `/run`: a stock containerd, whatever runtime it is used with; CNI; `mount`.
+const OF_OTHERS: [&str; 3] = ["/run/containerd", "/run/netns", "/run/mount"];
 
 /// Everything of the machine that a run can leave behind, one line each, sorted.
 #[derive(Clone, Debug)]
@@ -93,7 +93,7 @@ fn files_in_run() -> Vec<String> {
     while let Some(folder) = folders.pop() {
         for entry in fs::read_dir(&folder).into_iter().flatten().flatten() {
             let path = entry.path();
-            if OF_CONTAINERD.iter().any(|known| path.starts_with(known)) {
+            if OF_OTHERS.iter().any(|known| path.starts_with(known)) {
                 continue;
             }
             // Not into symbolic links: /run/current-system is half a file system.
