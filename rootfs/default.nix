@@ -39,4 +39,6 @@ runCommand "kuasar-rootfs"
     chmod -R u+w "$out"
     nuke-refs "$out/sbin/init" "$out/bin/runc"
     ln -s sbin/init "$out/init"
+    # The root is read-only; the agent writes the pod's resolver configuration there.
+    ln -s /run/kuasar/resolv.conf "$out/etc/resolv.conf"
   ''
