@@ -1,57 +1,38 @@
 //! A private containerd with our daemons beside it, in the machine that [`crate::machine`] made.
 
+mod config;
+mod pod;
+mod program;
+
 use std::{
     collections::BTreeMap,
-    fs::{self, File},
+    fs,
     path::{Path, PathBuf},
-    process::Stdio,
     sync::atomic::{AtomicU32, Ordering},
     time::Duration,
 };
 
 use anyhow::{Context, Result, anyhow, bail};
-use nix::{
-    sys::signal::{Signal, kill},
-    unistd::Pid,
-};
 use tokio::{
     process::{Child, Command},
-    time::{Instant, sleep, timeout},
+    time::{Instant, sleep},
 };
 
+use config::{BRIDGE, VARIANTS, cni_config, containerd_config};
+pub use config::{
+    NAMESPACE, QEMU, QEMU_9P, QEMU_INITRD, RUNC, SOCKET, daemon_config, folder_of, handlers, socket_of, table,
+};
+use pod::own_pids;
+pub use pod::{Pod, container};
+use program::{PATIENCE, log_of, spawn, tail};
+pub use program::{end, listening, run};
+
 use crate::{
-    cri::{
-        ContainerConfig, ContainerMetadata, Cri, ImageSpec, LinuxContainerConfig,
-        LinuxContainerSecurityContext, LinuxPodSandboxConfig, LinuxSandboxSecurityContext, NamespaceMode,
-        NamespaceOption, PodSandboxConfig, PodSandboxMetadata,
-    },
+    cri::{Cri, LinuxPodSandboxConfig, LinuxSandboxSecurityContext, PodSandboxConfig, PodSandboxMetadata},
     image, leaks,
     machine::Machine,
     paths::Paths,
 };
-
-/// containerd's socket, where `ctr` looks without being told.
-pub const SOCKET: &str = "/run/containerd/containerd.sock";
-/// CRI's containerd namespace.
-pub const NAMESPACE: &str = "k8s.io";
-/// Handler with every default: image on pmem, virtiofs.
-pub const QEMU: &str = "kuasar-qemu";
-/// Handler without virtiofsd: image on virtio-blk, 9p.
-pub const QEMU_9P: &str = "kuasar-qemu-9p";
-/// Handler whose guest runs from the initrd.
-pub const QEMU_INITRD: &str = "kuasar-qemu-initrd";
-/// Handler of ordinary containers, to tell a fault of the lab from one of ours.
-pub const RUNC: &str = "runc";
-
-/// The pods' bridge.
-const BRIDGE: &str = "klab0";
-
-/// Time for a program of the lab to listen, and to end.
-const PATIENCE: Duration = Duration::from_secs(20);
-
-/// Keys of `[hypervisor]` by handler, over the `config.toml` of the image.
-const VARIANTS: [(&str, &[(&str, &str)]); 3] =
-    [(QEMU, &[]), (QEMU_9P, &[("share_fs", "9p"), ("root", "blk")]), (QEMU_INITRD, &[("root", "initrd")])];
 
 /// The running lab.
 #[derive(Debug)]
@@ -72,75 +53,6 @@ pub struct Lab {
 pub struct Daemon {
     handler: &'static str,
     child: Child,
-}
-
-/// A pod under test.
-#[derive(Debug)]
-pub struct Pod<'a> {
-    lab: &'a Lab,
-    /// Its id.
-    pub id: String,
-    /// What it was made from.
-    pub config: PodSandboxConfig,
-}
-
-/// All handlers whose pods are VMs.
-pub fn handlers() -> impl Iterator<Item = &'static str> {
-    VARIANTS.iter().map(|(handler, _)| *handler)
-}
-
-/// Socket of a handler's daemon; for the first handler the place where it is by default.
-#[must_use]
-pub fn socket_of(handler: &str) -> PathBuf {
-    folder_of(handler).with_extension("sock")
-}
-
-/// Folder of a handler's pods. Short: the sockets in it have to fit the 107 bytes of a socket's address.
-#[must_use]
-pub fn folder_of(handler: &str) -> PathBuf {
-    Path::new("/run/kuasar").join(handler.trim_start_matches("kuasar-"))
-}
-
-/// The daemon's configuration: the image's own, with this machine's programs, emulation, and `keys` of `[hypervisor]`.
-///
-/// # Errors
-/// When the image's `config.toml` cannot be read.
-pub fn daemon_config(paths: &Paths, keys: &[(&str, &str)]) -> Result<toml::Table> {
-    let file = paths.image.join("config.toml");
-    let text = fs::read_to_string(&file).with_context(|| format!("reading {}", file.display()))?;
-    let mut config: toml::Table = text.parse().with_context(|| format!("parsing {}", file.display()))?;
-    let tool = |name: &str| paths.tool(name).to_string_lossy().into_owned();
-    let part = |name: &str| paths.image.join(name).to_string_lossy().into_owned();
-    let hypervisor = table(&mut config, "hypervisor")?;
-    let accel = std::env::var("KUASAR_ACCEL").unwrap_or_else(|_| "tcg".into());
-    let vsock = std::env::var("KUASAR_VSOCK").unwrap_or_else(|_| "vhost-user".into());
-    for (key, value) in [
-        ("accel", accel),
-        ("vsock", vsock),
-        ("path", tool("qemu-system-x86_64")),
-        ("kernel_path", part("vmlinux")),
-        ("image_path", part("kuasar.img")),
-        ("initrd_path", part("kuasar.initrd")),
-    ] {
-        hypervisor.insert(key.into(), value.into());
-    }
-    for (key, value) in keys {
-        hypervisor.insert((*key).into(), (*value).into());
-    }
-    table(hypervisor, "virtiofsd")?.insert("path".into(), tool("virtiofsd").into());
-    table(hypervisor, "vsock_device")?.insert("path".into(), tool("vhost-device-vsock").into());
-    let relay = paths.relay().to_string_lossy().into_owned();
-    table(&mut config, "sandbox")?.insert("relay_path".into(), relay.into());
-    Ok(config)
-}
-
-/// The table of that name, made when it is not there.
-///
-/// # Errors
-/// When the key holds something else.
-pub fn table<'a>(parent: &'a mut toml::Table, key: &str) -> Result<&'a mut toml::Table> {
-    let value = parent.entry(key).or_insert_with(|| toml::Value::Table(toml::Table::new()));
-    value.as_table_mut().with_context(|| format!("{key} in config.toml is not a table"))
 }
 
 impl Lab {
@@ -337,113 +249,6 @@ fn keep_logs(from: &Path, to: &Path) -> Result<()> {
     Ok(())
 }
 
-impl Pod<'_> {
-    /// Creates and starts a container that runs `command` of `image`.
-    ///
-    /// # Errors
-    /// As containerd says.
-    pub async fn container(&self, name: &str, image: &str, command: &[&str]) -> Result<String> {
-        let id = self.create(container(name, image, command)).await?;
-        self.lab.cri.start(&id).await.map_err(|e| anyhow!("starting {name}: {}", e.message()))?;
-        Ok(id)
-    }
-
-    /// Creates a container.
-    ///
-    /// # Errors
-    /// As containerd says.
-    pub async fn create(&self, config: ContainerConfig) -> Result<String> {
-        let created = self.lab.cri.create(&self.id, &self.config, config).await;
-        created.map_err(|e| anyhow!("creating a container: {}", e.message()))
-    }
-
-    /// Everything a container wrote, by stream, from its log file.
-    ///
-    /// # Errors
-    /// When the log is missing or a line of it is torn.
-    pub fn output(&self, name: &str) -> Result<(Vec<u8>, Vec<u8>)> {
-        let path = Path::new(&self.config.log_directory).join(format!("{name}.log"));
-        let text = fs::read(&path).with_context(|| format!("reading {}", path.display()))?;
-        parse_log(&text).with_context(|| format!("parsing {}", path.display()))
-    }
-
-    /// Stops and removes the pod.
-    ///
-    /// # Errors
-    /// As containerd says.
-    pub async fn remove(self) -> Result<()> {
-        self.lab.cri.stop_pod(&self.id).await.map_err(|e| anyhow!("stopping the pod: {}", e.message()))?;
-        self.lab.cri.remove_pod(&self.id).await.map_err(|e| anyhow!("removing the pod: {}", e.message()))
-    }
-}
-
-/// A container that runs `command` of `image`.
-#[must_use]
-pub fn container(name: &str, image: &str, command: &[&str]) -> ContainerConfig {
-    ContainerConfig {
-        metadata: Some(ContainerMetadata { name: name.to_owned(), attempt: 0 }),
-        image: Some(ImageSpec { image: image.to_owned() }),
-        command: command.iter().map(|&word| word.to_owned()).collect(),
-        log_path: format!("{name}.log"),
-        linux: Some(LinuxContainerConfig {
-            security_context: Some(LinuxContainerSecurityContext { namespace_options: Some(own_pids()) }),
-        }),
-        ..Default::default()
-    }
-}
-
-/// What the kubelet asks for unless a pod shares its processes; the protocol's zero means the opposite.
-fn own_pids() -> NamespaceOption {
-    NamespaceOption { pid: NamespaceMode::Container.into(), ..Default::default() }
-}
-
-/// CRI's log lines: time, stream, `F` or `P` (the line goes on), text.
-fn parse_log(text: &[u8]) -> Result<(Vec<u8>, Vec<u8>)> {
-    let (mut stdout, mut stderr) = (Vec::new(), Vec::new());
-    for line in text.split_inclusive(|&byte| byte == b'\n') {
-        let Some(line) = line.strip_suffix(b"\n") else { bail!("the last line has no end") };
-        let mut words = line.splitn(4, |&byte| byte == b' ');
-        let (_, stream, tag, data) = (words.next(), words.next(), words.next(), words.next());
-        let sink = match stream {
-            Some(b"stdout") => &mut stdout,
-            Some(b"stderr") => &mut stderr,
-            _ => bail!("a line of no stream: {}", String::from_utf8_lossy(line)),
-        };
-        sink.extend_from_slice(data.unwrap_or_default());
-        match tag {
-            Some(b"F") => sink.push(b'\n'),
-            Some(b"P") => {}
-            _ => bail!("a line that is neither whole nor part: {}", String::from_utf8_lossy(line)),
-        }
-    }
-    Ok((stdout, stderr))
-}
-
-fn log_of(machine: &Machine, program: &str) -> PathBuf {
-    machine.root.join("log").join(format!("{program}.log"))
-}
-
-fn tail(path: &Path) -> String {
-    let text = fs::read(path).map(|bytes| String::from_utf8_lossy(&bytes).into_owned()).unwrap_or_default();
-    let lines: Vec<_> = text.lines().collect();
-    let last = lines.get(lines.len().saturating_sub(15)..).unwrap_or_default();
-    format!("the end of {}:\n{}", path.display(), last.join("\n"))
-}
-
-/// Starts a program of the lab with its output in its log. It dies with this process.
-fn spawn(machine: &Machine, name: &str, command: &mut Command) -> Result<Child> {
-    let path = log_of(machine, name);
-    let log = File::create(&path).with_context(|| format!("creating {}", path.display()))?;
-    command
-        .stdin(Stdio::null())
-        .stdout(log.try_clone()?)
-        .stderr(log)
-        .env("TMPDIR", machine.root.join("tmp"))
-        .kill_on_drop(true)
-        .spawn()
-        .with_context(|| format!("starting {name}"))
-}
-
 fn start_daemon(
     machine: &Machine,
     paths: &Paths,
@@ -468,117 +273,6 @@ fn start_containerd(machine: &Machine, paths: &Paths) -> Result<Child> {
     let mut command = Command::new(paths.tool("containerd"));
     command.arg("--config").arg(&config).env("PATH", path);
     spawn(machine, "containerd", &mut command)
-}
-
-fn cni_config(machine: &Machine) -> String {
-    serde_json::json!({
-        "cniVersion": "1.0.0",
-        "name": "lab",
-        "plugins": [{
-            "type": "bridge", "bridge": BRIDGE, "isGateway": true, "ipMasq": false,
-            "ipam": {
-                "type": "host-local",
-                "dataDir": machine.root.join("cni/leases"),
-                "ranges": [[{"subnet": "10.88.77.0/24"}]],
-                "routes": [{"dst": "0.0.0.0/0"}],
-            },
-        }],
-    })
-    .to_string()
-}
-
-/// Stock settings, but for places, and without what needs a network or a device of the host.
-fn containerd_config(machine: &Machine, paths: &Paths) -> String {
-    let root = machine.root.display();
-    let mut text = format!(
-        r#"version = 3
-root = "{root}/containerd"
-state = "/run/containerd"
-disabled_plugins = [
-  "io.containerd.internal.v1.opt", "io.containerd.nri.v1.nri", "io.containerd.snapshotter.v1.btrfs",
-  "io.containerd.snapshotter.v1.devmapper", "io.containerd.snapshotter.v1.zfs", "io.containerd.snapshotter.v1.blockfile",
-]
-[grpc]
-  address = "{SOCKET}"
-[plugins.'io.containerd.cri.v1.images']
-  snapshotter = "overlayfs"
-[plugins.'io.containerd.cri.v1.images'.pinned_images]
-  sandbox = "{}"
-[plugins.'io.containerd.cri.v1.runtime']
-  # A machine that is itself a container may not lower an OOM score.
-  restrict_oom_score_adj = true
-[plugins.'io.containerd.cri.v1.runtime'.cni]
-  bin_dirs = ["{}"]
-  conf_dir = "{root}/cni"
-[plugins.'io.containerd.cri.v1.runtime'.containerd.runtimes.runc]
-  runtime_type = "io.containerd.runc.v2"
-"#,
-        image::PAUSE,
-        paths.tool("cni").display(),
-    );
-    for (handler, _) in VARIANTS {
-        text.push_str(&format!(
-            r#"[proxy_plugins.{handler}]
-  type = "sandbox"
-  address = "{}"
-[plugins.'io.containerd.cri.v1.runtime'.containerd.runtimes.{handler}]
-  runtime_type = "io.containerd.kuasar-vmm.v1"
-  sandboxer = "{handler}"
-  io_type = "fifo"
-  privileged_without_host_devices = true
-"#,
-            socket_of(handler).display()
-        ));
-    }
-    text
-}
-
-/// Waits until a program listens; fails early when it ends instead.
-///
-/// # Errors
-/// With the end of its log.
-pub async fn listening(child: &mut Child, socket: &Path, log: &Path) -> Result<()> {
-    let end = Instant::now() + PATIENCE;
-    loop {
-        if tokio::net::UnixStream::connect(socket).await.is_ok() {
-            return Ok(());
-        }
-        if let Some(status) = child.try_wait()? {
-            bail!("it ended with {status} before it listened at {}; {}", socket.display(), tail(log));
-        }
-        if Instant::now() >= end {
-            bail!("nothing listens at {} after {PATIENCE:?}; {}", socket.display(), tail(log));
-        }
-        sleep(Duration::from_millis(20)).await;
-    }
-}
-
-/// Asks a program to end, and waits for it.
-///
-/// # Errors
-/// When it had to be killed.
-pub async fn end(name: &str, child: &mut Child) -> Result<()> {
-    let Some(id) = child.id() else { return Ok(()) };
-    let _ = kill(Pid::from_raw(i32::try_from(id)?), Signal::SIGTERM);
-    if timeout(PATIENCE, child.wait()).await.is_ok() {
-        return Ok(());
-    }
-    child.kill().await.with_context(|| format!("killing {name}"))?;
-    bail!("{name} did not end within {PATIENCE:?} of SIGTERM")
-}
-
-/// Runs a command to its end and returns what it wrote.
-///
-/// # Errors
-/// When it fails, with what it wrote to standard error.
-pub async fn run(command: &mut Command) -> Result<Vec<u8>> {
-    let output =
-        command.stdin(Stdio::null()).kill_on_drop(true).output().await.context("running a command")?;
-    if !output.status.success() {
-        let words = format!("{:?}", command.as_std());
-        bail!("{words} ended with {}: {}", output.status, String::from_utf8_lossy(&output.stderr).trim());
-    }
-    Ok(output.stdout)
 }
 
 /// A pod's cgroup in every hierarchy, as the kubelet makes it.
@@ -611,24 +305,4 @@ pub fn shell_environment(lab: &Lab) -> BTreeMap<&'static str, String> {
         ("CONTAINER_RUNTIME_ENDPOINT", format!("unix://{SOCKET}")),
         ("PS1", "lab# ".into()),
     ])
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_log_is_put_together_by_stream() {
-        let log = b"t stdout F one\nt stderr F two\nt stdout P thr\nt stdout F ee\nt stdout F \n";
-        let (stdout, stderr) = parse_log(log).unwrap();
-        assert_eq!(stdout, b"one\nthree\n\n");
-        assert_eq!(stderr, b"two\n");
-    }
-
-    #[test]
-    fn a_torn_log_is_seen() {
-        assert!(parse_log(b"t stdout F one\nt stdout F tw").is_err());
-        assert!(parse_log(b"t stdout X one\n").is_err());
-        assert!(parse_log(b"t nowhere F one\n").is_err());
-    }
 }

@@ -1,0 +1,152 @@
+//! What the lab tells containerd, CNI and our daemons.
+
+use std::{
+    fs,
+    path::{Path, PathBuf},
+};
+
+use anyhow::{Context, Result};
+
+use crate::{image, machine::Machine, paths::Paths};
+
+/// containerd's socket, where `ctr` looks without being told.
+pub const SOCKET: &str = "/run/containerd/containerd.sock";
+/// CRI's containerd namespace.
+pub const NAMESPACE: &str = "k8s.io";
+/// Handler with every default: image on pmem, virtiofs.
+pub const QEMU: &str = "kuasar-qemu";
+/// Handler without virtiofsd: image on virtio-blk, 9p.
+pub const QEMU_9P: &str = "kuasar-qemu-9p";
+/// Handler whose guest runs from the initrd.
+pub const QEMU_INITRD: &str = "kuasar-qemu-initrd";
+/// Handler of ordinary containers, to tell a fault of the lab from one of ours.
+pub const RUNC: &str = "runc";
+
+/// The pods' bridge.
+pub(super) const BRIDGE: &str = "klab0";
+
+/// Keys of `[hypervisor]` by handler, over the `config.toml` of the image.
+pub(super) const VARIANTS: [(&str, &[(&str, &str)]); 3] =
+    [(QEMU, &[]), (QEMU_9P, &[("share_fs", "9p"), ("root", "blk")]), (QEMU_INITRD, &[("root", "initrd")])];
+
+/// All handlers whose pods are VMs.
+pub fn handlers() -> impl Iterator<Item = &'static str> {
+    VARIANTS.iter().map(|(handler, _)| *handler)
+}
+
+/// Socket of a handler's daemon; for the first handler the place where it is by default.
+#[must_use]
+pub fn socket_of(handler: &str) -> PathBuf {
+    folder_of(handler).with_extension("sock")
+}
+
+/// Folder of a handler's pods. Short: the sockets in it have to fit the 107 bytes of a socket's address.
+#[must_use]
+pub fn folder_of(handler: &str) -> PathBuf {
+    Path::new("/run/kuasar").join(handler.trim_start_matches("kuasar-"))
+}
+
+/// The daemon's configuration: the image's own, with this machine's programs, emulation, and `keys` of `[hypervisor]`.
+///
+/// # Errors
+/// When the image's `config.toml` cannot be read.
+pub fn daemon_config(paths: &Paths, keys: &[(&str, &str)]) -> Result<toml::Table> {
+    let file = paths.image.join("config.toml");
+    let text = fs::read_to_string(&file).with_context(|| format!("reading {}", file.display()))?;
+    let mut config: toml::Table = text.parse().with_context(|| format!("parsing {}", file.display()))?;
+    let tool = |name: &str| paths.tool(name).to_string_lossy().into_owned();
+    let part = |name: &str| paths.image.join(name).to_string_lossy().into_owned();
+    let hypervisor = table(&mut config, "hypervisor")?;
+    let accel = std::env::var("KUASAR_ACCEL").unwrap_or_else(|_| "tcg".into());
+    let vsock = std::env::var("KUASAR_VSOCK").unwrap_or_else(|_| "vhost-user".into());
+    for (key, value) in [
+        ("accel", accel),
+        ("vsock", vsock),
+        ("path", tool("qemu-system-x86_64")),
+        ("kernel_path", part("vmlinux")),
+        ("image_path", part("kuasar.img")),
+        ("initrd_path", part("kuasar.initrd")),
+    ] {
+        hypervisor.insert(key.into(), value.into());
+    }
+    for (key, value) in keys {
+        hypervisor.insert((*key).into(), (*value).into());
+    }
+    table(hypervisor, "virtiofsd")?.insert("path".into(), tool("virtiofsd").into());
+    table(hypervisor, "vsock_device")?.insert("path".into(), tool("vhost-device-vsock").into());
+    let relay = paths.relay().to_string_lossy().into_owned();
+    table(&mut config, "sandbox")?.insert("relay_path".into(), relay.into());
+    Ok(config)
+}
+
+/// The table of that name, made when it is not there.
+///
+/// # Errors
+/// When the key holds something else.
+pub fn table<'a>(parent: &'a mut toml::Table, key: &str) -> Result<&'a mut toml::Table> {
+    let value = parent.entry(key).or_insert_with(|| toml::Value::Table(toml::Table::new()));
+    value.as_table_mut().with_context(|| format!("{key} in config.toml is not a table"))
+}
+
+pub(super) fn cni_config(machine: &Machine) -> String {
+    serde_json::json!({
+        "cniVersion": "1.0.0",
+        "name": "lab",
+        "plugins": [{
+            "type": "bridge", "bridge": BRIDGE, "isGateway": true, "ipMasq": false,
+            "ipam": {
+                "type": "host-local",
+                "dataDir": machine.root.join("cni/leases"),
+                "ranges": [[{"subnet": "10.88.77.0/24"}]],
+                "routes": [{"dst": "0.0.0.0/0"}],
+            },
+        }],
+    })
+    .to_string()
+}
+
+/// Stock settings, but for places, and without what needs a network or a device of the host.
+pub(super) fn containerd_config(machine: &Machine, paths: &Paths) -> String {
+    let root = machine.root.display();
+    let mut text = format!(
+        r#"version = 3
+root = "{root}/containerd"
+state = "/run/containerd"
+disabled_plugins = [
+  "io.containerd.internal.v1.opt", "io.containerd.nri.v1.nri", "io.containerd.snapshotter.v1.btrfs",
+  "io.containerd.snapshotter.v1.devmapper", "io.containerd.snapshotter.v1.zfs", "io.containerd.snapshotter.v1.blockfile",
+]
+[grpc]
+  address = "{SOCKET}"
+[plugins.'io.containerd.cri.v1.images']
+  snapshotter = "overlayfs"
+[plugins.'io.containerd.cri.v1.images'.pinned_images]
+  sandbox = "{}"
+[plugins.'io.containerd.cri.v1.runtime']
+  # A machine that is itself a container may not lower an OOM score.
+  restrict_oom_score_adj = true
+[plugins.'io.containerd.cri.v1.runtime'.cni]
+  bin_dirs = ["{}"]
+  conf_dir = "{root}/cni"
+[plugins.'io.containerd.cri.v1.runtime'.containerd.runtimes.runc]
+  runtime_type = "io.containerd.runc.v2"
+"#,
+        image::PAUSE,
+        paths.tool("cni").display(),
+    );
+    for (handler, _) in VARIANTS {
+        text.push_str(&format!(
+            r#"[proxy_plugins.{handler}]
+  type = "sandbox"
+  address = "{}"
+[plugins.'io.containerd.cri.v1.runtime'.containerd.runtimes.{handler}]
+  runtime_type = "io.containerd.kuasar-vmm.v1"
+  sandboxer = "{handler}"
+  io_type = "fifo"
+  privileged_without_host_devices = true
+"#,
+            socket_of(handler).display()
+        ));
+    }
+    text
+}
