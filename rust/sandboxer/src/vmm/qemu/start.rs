@@ -170,9 +170,9 @@ fn start_vsock_device(
 
 /// Where `vhost-device-vsock` listens for QEMU.
 const VHOST_USER_SOCKET: &str = "vhost-vsock.sock";
-/// What a guest may send before it waits, in bytes, and so the largest packet it makes. Linux puts packets beyond 32 KiB
-/// into several buffers (from 6.17 on, and in the stable series since 6.12.4x), and `vhost-device-vsock` 0.3.0 drops
-/// those without a word: the connection stands still for ever.
+/// What a guest may send before it waits, in bytes, and so the largest packet it makes. Linux (6.12.95, for one) puts
+/// packets of more than 32 KiB into several buffers, and `vhost-device-vsock` 0.3.0 drops those without a word: the
+/// connection stands still for ever.
 const TX_BUFFER: u32 = 16 << 10;
 /// Behind a unix socket every guest may have the same.
 const GUEST_CID: u32 = 3;
