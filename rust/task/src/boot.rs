@@ -7,6 +7,7 @@ use rustix::{
     fs::statfs,
     io::Errno,
     mount::{MountFlags, mount},
+    process::{Resource, Rlimit, setrlimit},
     system::{RebootCommand, reboot},
 };
 
@@ -95,6 +96,10 @@ const LATE: [Mount; 7] = [
     Mount { fs: "cgroup2", target: CGROUPS, flags: SAFE, data: "" },
 ];
 
+/// Open files that a container's process may have unless its spec says otherwise, as on a Kubernetes node; a kernel starts
+/// PID 1 with 1024, at most 4096.
+const MAX_FILES: u64 = 1 << 20;
+
 /// What containers of a Kubernetes node find set there.
 const SYSCTLS: [(&str, &str); 2] = [("vm/overcommit_memory", "1"), ("kernel/keys/root_maxkeys", "1000000")];
 
@@ -121,6 +126,7 @@ pub fn late(share: ShareFs) -> Result<(), BootError> {
     make_dir(WORK)?;
     make_dir(RUNC_ROOT)?;
     links();
+    limits();
     delegate_controllers(Path::new(CGROUPS)).map_err(|source| BootError::Io {
         doing: format!("enabling the controllers of {CGROUPS}"),
         source,
@@ -165,6 +171,17 @@ fn mount_one(entry: &Mount) -> Result<(), BootError> {
 
 fn make_dir(path: &str) -> Result<(), BootError> {
     fs::create_dir_all(path).map_err(|source| BootError::Io { doing: format!("making {path}"), source })
+}
+
+/// Limits that containers inherit.
+fn limits() {
+    let files = Rlimit { current: Some(MAX_FILES), maximum: Some(MAX_FILES) };
+    let unlimited = Rlimit { current: None, maximum: None };
+    for (resource, limit) in [(Resource::Nofile, files), (Resource::Nproc, unlimited)] {
+        if let Err(error) = setrlimit(resource, limit) {
+            log::info!("setting the limit {resource:?}: {error}");
+        }
+    }
 }
 
 /// Names that programs expect in `/dev` beside what the kernel puts there.

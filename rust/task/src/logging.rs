@@ -21,6 +21,7 @@ pub fn init(level: LevelFilter) {
     // The only error is that a logger is set already, which is what is wanted then.
     let _ = log::set_boxed_logger(Box::new(KernelLog { kmsg }));
     log::set_max_level(level);
+    std::panic::set_hook(Box::new(|panic| log::error!("a defect of the agent: {panic}")));
 }
 
 impl Log for KernelLog {

@@ -2,7 +2,8 @@
 
 use std::{
     ffi::CString,
-    fs, io,
+    fs,
+    os::unix::fs::MetadataExt,
     path::{Path, PathBuf},
 };
 
@@ -41,8 +42,8 @@ pub fn set_resolv_conf(text: &str) -> Result<(), TaskError> {
     let doing = || format!("writing {RESOLV_CONF}");
     fs::write(RESOLV_CONF, text).map_err(TaskError::io(doing()))?;
     let etc = Path::new(ETC_RESOLV_CONF);
-    if etc.is_symlink() {
-        // The image points it to ours.
+    if is_same(etc, Path::new(RESOLV_CONF)) {
+        // The image points it to ours, or it was bound before.
         return Ok(());
     }
     let bound = if etc.exists() { mount_bind(RESOLV_CONF, etc) } else { Err(rustix::io::Errno::NOENT) };
@@ -53,10 +54,15 @@ pub fn set_resolv_conf(text: &str) -> Result<(), TaskError> {
     Ok(())
 }
 
-/// Sets sysctls, all that can be.
+fn is_same(one: &Path, other: &Path) -> bool {
+    let (Ok(one), Ok(other)) = (fs::metadata(one), fs::metadata(other)) else { return false };
+    (one.dev(), one.ino()) == (other.dev(), other.ino())
+}
+
+/// Sets sysctls in the order of their names.
 ///
 /// # Errors
-/// The first that could not be set.
+/// At the first that cannot be set.
 pub fn set_sysctls<'a>(sysctls: impl IntoIterator<Item = (&'a String, &'a String)>) -> Result<(), TaskError> {
     let mut sysctls: Vec<_> = sysctls.into_iter().collect();
     sysctls.sort();
@@ -140,15 +146,6 @@ fn clock_time(ns: i64) -> Result<Timespec, TaskError> {
         return Err(TaskError::InvalidArgument(format!("clock {ns} ns is before 1970")));
     }
     Ok(Timespec { tv_sec: ns.div_euclid(NANOS), tv_nsec: ns.rem_euclid(NANOS) })
-}
-
-/// Writes all dirty data of the guest back.
-///
-/// # Errors
-/// Never so far.
-pub fn sync() -> io::Result<()> {
-    rustix::fs::sync();
-    Ok(())
 }
 
 #[cfg(test)]

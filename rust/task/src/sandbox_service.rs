@@ -6,8 +6,8 @@ use async_trait::async_trait;
 use kuasar_common::{
     api::{
         sandbox::{
-            CheckRequest, SetupSandboxRequest, ShutdownRequest, SyncClockPacket, UpdateInterfacesRequest,
-            UpdateRoutesRequest,
+            CheckRequest, Envelope, ExecVMProcessRequest, ExecVMProcessResponse, SetupSandboxRequest,
+            ShutdownRequest, SyncClockPacket, UpdateInterfacesRequest, UpdateRoutesRequest,
         },
         sandbox_ttrpc::SandboxService,
     },
@@ -127,6 +127,18 @@ impl SandboxService for Sandbox {
         let routes: Vec<plan::Route> = plan::all(&req.routes)?;
         Network::new()?.replace_routes(&routes)?;
         Ok(Empty::new())
+    }
+
+    async fn exec_vm_process(
+        &self,
+        _: &TtrpcContext,
+        _: ExecVMProcessRequest,
+    ) -> ttrpc::Result<ExecVMProcessResponse> {
+        Err(TaskError::Unimplemented("running a process outside containers").into())
+    }
+
+    async fn get_events(&self, _: &TtrpcContext, _: Empty) -> ttrpc::Result<Envelope> {
+        Err(TaskError::Unimplemented("asking for events").into())
     }
 
     async fn shutdown(&self, _: &TtrpcContext, req: ShutdownRequest) -> ttrpc::Result<Empty> {

@@ -55,9 +55,12 @@ async fn no_exit_is_lost() {
     let guard = reaper.spawning();
     for n in 0..40 {
         let file = dir.path().join(n.to_string());
-        // It outlives the shell that made it, or that would collect its exit itself; half of them until they are known.
-        let life = if n % 2 == 0 { "0.1" } else { "1" };
-        let runtime = format!("(sleep {life}; exit {n}) & echo $! > {}", file.display());
+        // Half of them live until they are known. setsid has no children to collect, as a shell might.
+        let life = if n % 2 == 0 { 0 } else { 1 };
+        let (file_name, exit) = (file.display(), format!("sleep {life}; exit {n}"));
+        let runtime = format!(
+            "setsid --fork sh -c 'echo $$ > {file_name}; {exit}'; while [ ! -s {file_name} ]; do sleep 0.01; done"
+        );
         let (sender, exited) = watch::channel(None);
         reaper.watch(spawn(&runtime), Arc::new(sender));
         waiting.push((n, file, exited));

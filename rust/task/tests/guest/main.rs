@@ -20,9 +20,12 @@ use kuasar_common::{
     constants::STDIO_WANTED,
     stdio::Stream,
 };
-use protobuf::{EnumOrUnknown, Message, MessageField, well_known_types::any::Any};
+use protobuf::{
+    EnumOrUnknown, Message, MessageField,
+    well_known_types::{any::Any, empty::Empty},
+};
 use ttrpc::Code;
-use vm::{Given, MAC, Vm, bundle, process, read_frame, write_frame};
+use vm::{Given, Kind, MAC, Vm, bundle, process, read_frame, write_frame};
 
 fn given() -> Given {
     Given::from_env().unwrap_or_else(|missing| panic!("this test needs a guest: {missing}"))
@@ -127,9 +130,23 @@ fn step(name: &str, since: Instant) {
 
 #[tokio::test]
 #[ignore = "needs a guest: set KUASAR_IMAGE"]
-async fn a_pod_lives() {
+async fn a_pod_lives_on_an_initrd_with_9p() {
+    a_pod_lives(Kind::InitrdNineP, "task.sharefs_type=9p").await;
+}
+
+#[tokio::test]
+#[ignore = "needs a guest: set KUASAR_IMAGE"]
+async fn a_pod_lives_on_a_disk_with_virtiofs() {
+    a_pod_lives(Kind::DiskVirtiofs, "task.sharefs_type=virtiofs").await;
+}
+
+async fn a_pod_lives(kind: Kind, cmdline: &str) {
     let given = given();
-    let vm = Vm::boot(&given, "task.sharefs_type=9p task.log_level=info", true);
+    if let Some(missing) = kind.missing(&given) {
+        println!("skipped: {missing}");
+        return;
+    }
+    let vm = Vm::boot(&given, kind, &format!("{cmdline} task.log_level=info"), true);
     let task = TaskClient::new(vm.client());
     let pod = Pod { given, vm, task };
     let at = Instant::now();
@@ -207,11 +224,13 @@ async fn sandbox(pod: &Pod) {
     req.interfaces[0].hwAddr = "02:00:00:00:00:99".into();
     let missing = code(client.setup_sandbox(pod.vm.context(), &req).await);
     assert_eq!(missing.0, Code::NOT_FOUND);
+    let events = client.get_events(pod.vm.context(), &Empty::new()).await;
+    assert_eq!(code(events).0, Code::UNIMPLEMENTED);
     assert!(missing.1.contains("net0"), "{}", missing.1);
 }
 
 async fn life(pod: &Pod) {
-    let script = "echo out; echo err >&2; hostname; ip addr show net0; ip route; cat /proc/1/cgroup; exit 42";
+    let script = "echo out; echo err >&2; hostname; ip addr show net0; ip route; ulimit -n; cat /proc/1/cgroup; exit 42";
     let at = Instant::now();
     let pid = pod.create("c1", &["sh", "-c", script], false, false).await.unwrap();
     step("  create", at);
@@ -240,7 +259,7 @@ async fn life(pod: &Pod) {
     assert!(out.starts_with("out\nweb-0\n"), "{out}");
     assert!(out.contains("inet 10.0.2.15/24") && out.contains("mtu 1400"), "{out}");
     assert!(out.contains("default via 10.0.2.2 dev net0"), "{out}");
-    assert!(out.ends_with("0::/\n"), "its own cgroup namespace: {out}");
+    assert!(out.ends_with("\n1048576\n0::/\n"), "files, and its own cgroup namespace: {out}");
     // Connected only after the exit: what was written is kept.
     assert_eq!(join(pod.vm.output("c1", "", Stream::Stderr)).await, b"err\n");
 
@@ -487,7 +506,7 @@ async fn shutdown(pod: &Pod) {
 #[ignore = "needs a guest: set KUASAR_IMAGE"]
 fn a_guest_without_its_share_says_why_and_ends() {
     let given = given();
-    let mut vm = Vm::boot(&given, "task.sharefs_type=virtiofs task.colour=red", false);
+    let mut vm = Vm::boot(&given, Kind::InitrdNineP, "task.sharefs_type=virtiofs task.colour=red", false);
     let fatal = vm.line();
     assert!(
         fatal.starts_with("{\"fatal\":{\"reason\":\"mounting virtiofs at /run/kuasar/state: "),
@@ -502,7 +521,7 @@ fn a_guest_without_its_share_says_why_and_ends() {
 #[ignore = "needs a guest: set KUASAR_IMAGE"]
 fn a_wrong_token_ends_the_guest() {
     let given = given();
-    let mut vm = Vm::boot(&given, "task.sharefs_type=9p", false);
+    let mut vm = Vm::boot(&given, Kind::InitrdNineP, "task.sharefs_type=9p", false);
     vm.ready.get_mut().write_all(b"{\"token\":\"short\"}\n").unwrap();
     assert!(vm.line().contains("the token is not 64 hexadecimal digits"));
     assert!(vm.ended(Duration::from_secs(10)));

@@ -30,6 +30,8 @@ pub(crate) const MAC: &str = "02:00:00:00:00:01";
 pub(crate) struct Given {
     kernel: PathBuf,
     initrd: Option<PathBuf>,
+    disk: Option<PathBuf>,
+    virtiofsd: Option<PathBuf>,
     agent: Option<PathBuf>,
     runc: Option<PathBuf>,
     pub(crate) busybox: PathBuf,
@@ -60,6 +62,8 @@ impl Given {
         let given = Self {
             kernel: kernel.ok_or("neither KUASAR_IMAGE nor KUASAR_KERNEL is set")?,
             initrd: in_image("kuasar.initrd"),
+            disk: in_image("kuasar.img"),
+            virtiofsd: tool("KUASAR_VIRTIOFSD", "virtiofsd").ok(),
             agent: var("KUASAR_AGENT"),
             runc: var("KUASAR_RUNC"),
             busybox: tool("KUASAR_BUSYBOX", "busybox")?,
@@ -87,6 +91,27 @@ impl Given {
         let path = dir.join("initrd");
         fs::write(&path, cpio.bytes).unwrap();
         path
+    }
+}
+
+/// What a virtual machine is made of.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Kind {
+    /// Root on an initrd, shared folder by 9p.
+    InitrdNineP,
+    /// Root on the image as pmem with DAX, shared folder by virtiofs.
+    DiskVirtiofs,
+}
+
+impl Kind {
+    /// What is missing for it.
+    pub(crate) fn missing(self, given: &Given) -> Option<&'static str> {
+        match self {
+            Self::InitrdNineP => None,
+            Self::DiskVirtiofs if given.disk.is_none() => Some("KUASAR_IMAGE is not set"),
+            Self::DiskVirtiofs if given.virtiofsd.is_none() => Some("there is no virtiofsd"),
+            Self::DiskVirtiofs => None,
+        }
     }
 }
 
@@ -139,13 +164,16 @@ impl Drop for Vm {
 
 impl Vm {
     /// Boots and waits for READY. Answers it with a token unless told otherwise.
-    pub(crate) fn boot(given: &Given, cmdline: &str, answer: bool) -> Self {
+    pub(crate) fn boot(given: &Given, kind: Kind, cmdline: &str, answer: bool) -> Self {
         let dir = TempDir::new().unwrap();
         fs::create_dir(dir.path().join("shared")).unwrap();
         let listener = UnixListener::bind(dir.path().join("vsock.sock_1024")).unwrap();
         let started = Instant::now();
         let mut processes = vec![vsock(given, dir.path())];
-        processes.push(qemu(given, dir.path(), cmdline));
+        if kind == Kind::DiskVirtiofs {
+            processes.push(virtiofsd(given, dir.path()));
+        }
+        processes.push(qemu(given, kind, dir.path(), cmdline));
         listener.set_nonblocking(true).unwrap();
         let stream = loop {
             match listener.accept() {
@@ -192,7 +220,7 @@ impl Vm {
     pub(crate) fn ended(&mut self, within: Duration) -> bool {
         let until = Instant::now() + within;
         while Instant::now() < until {
-            if self.processes[1].try_wait().unwrap().is_some() {
+            if self.processes.last_mut().unwrap().try_wait().unwrap().is_some() {
                 return true;
             }
             std::thread::sleep(Duration::from_millis(20));
@@ -301,29 +329,68 @@ fn vsock(given: &Given, dir: &Path) -> Child {
     child
 }
 
-fn qemu(given: &Given, dir: &Path, cmdline: &str) -> Child {
+fn virtiofsd(given: &Given, dir: &Path) -> Child {
+    let socket = dir.join("virtiofs.sock");
+    let log = fs::File::create(dir.join("virtiofsd.log")).unwrap();
+    let child = Command::new(given.virtiofsd.as_ref().unwrap())
+        .args(["--sandbox=none", "--socket-path"])
+        .arg(&socket)
+        .arg("--shared-dir")
+        .arg(dir.join("shared"))
+        .stdin(Stdio::null())
+        .stdout(log.try_clone().unwrap())
+        .stderr(log)
+        .spawn()
+        .unwrap();
+    while !socket.exists() {
+        std::thread::sleep(Duration::from_millis(2));
+    }
+    child
+}
+
+fn qemu(given: &Given, kind: Kind, dir: &Path, cmdline: &str) -> Child {
     let path = |name: &str| dir.join(name).display().to_string();
     let log = fs::File::create(dir.join("qemu.log")).unwrap();
-    let args = format!(
-        "-no-user-config -nodefaults -display none -no-reboot -accel tcg -cpu max -smp 1 -m 512M \
+    let mut args = format!(
+        "-no-user-config -nodefaults -display none -no-reboot -accel tcg -cpu max -smp 1 -m 512M,slots=1,maxmem=1G \
          -M q35,memory-backend=mem,acpi=off,hpet=off,usb=off,graphics=off,vmport=off,sata=off,smbus=off,i8042=off \
          -object memory-backend-memfd,id=mem,size=512M,share=on \
-         -fsdev local,id=fs,path={},security_model=none,multidevs=remap -device virtio-9p-pci,fsdev=fs,mount_tag=kuasar \
          -chardev socket,id=vs,path={} -device vhost-user-vsock-pci,chardev=vs \
          -netdev user,id=n0,restrict=on -device virtio-net-pci,netdev=n0,mac={MAC},romfile= -device virtio-rng-pci \
-         -device virtio-serial-pci -chardev file,id=con,path={} -device virtconsole,chardev=con",
-        path("shared"),
+         -device virtio-serial-pci -chardev file,id=con,path={} -device virtconsole,chardev=con ",
         path("vhost-vsock.sock"),
         path("console.log"),
     );
+    let mut append = format!("console=hvc0 reboot=t panic=-1 loglevel=7 {cmdline}");
+    match kind {
+        Kind::InitrdNineP => {
+            args += &format!(
+                "-fsdev local,id=fs,path={},security_model=none,multidevs=remap \
+             -device virtio-9p-pci,fsdev=fs,mount_tag=kuasar -initrd {}",
+                path("shared"),
+                given.initrd(dir).display()
+            )
+        }
+        Kind::DiskVirtiofs => {
+            let disk = given.disk.as_ref().unwrap();
+            args += &format!(
+                "-object memory-backend-file,id=img,mem-path={},share=on,readonly=on,size={} \
+                 -device virtio-pmem-pci,memdev=img,id=root \
+                 -chardev socket,id=fs,path={} -device vhost-user-fs-pci,chardev=fs,tag=kuasar",
+                disk.display(),
+                fs::metadata(disk).unwrap().len(),
+                path("virtiofs.sock"),
+            );
+            // Pages that virtiofsd fills behind the emulator's back must not hold translated code.
+            append += " root=/dev/pmem0p1 rootflags=dax ro rootfstype=ext4 init_on_alloc=1";
+        }
+    }
     Command::new(&given.qemu)
         .args(args.split_whitespace())
         .arg("-kernel")
         .arg(&given.kernel)
-        .arg("-initrd")
-        .arg(given.initrd(dir))
         .arg("-append")
-        .arg(format!("console=hvc0 reboot=t panic=-1 loglevel=7 {cmdline}"))
+        .arg(append)
         .stdin(Stdio::null())
         .stdout(log.try_clone().unwrap())
         .stderr(log)
