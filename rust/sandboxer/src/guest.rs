@@ -112,23 +112,29 @@ impl Guest {
 }
 
 /// Connects through a hybrid socket: it wants the port in a line, and confirms with one.
+///
+/// Who gives up on this leaves it to go on in a task of its own: `vhost-device-vsock` 0.3.0 panics, and no connection of
+/// the pod works any more, when a caller hangs up before it was answered.
 async fn hybrid(path: &std::path::Path) -> io::Result<Socket> {
     let mut stream = UnixStream::connect(path).await?;
-    stream.write_all(format!("CONNECT {PORT_TTRPC}\n").as_bytes()).await?;
-    let mut answer = Vec::new();
-    // Byte by byte: what follows the line belongs to the guest's protocol.
-    while !answer.ends_with(b"\n") {
-        let byte = stream.read_u8().await?;
-        answer.push(byte);
-        if answer.len() as u64 > MAX_ANSWER {
-            return Err(io::Error::other("the hybrid socket answers with an endless line"));
+    let answered = tokio::spawn(async move {
+        stream.write_all(format!("CONNECT {PORT_TTRPC}\n").as_bytes()).await?;
+        let mut answer = Vec::new();
+        // Byte by byte: what follows the line belongs to the guest's protocol.
+        while !answer.ends_with(b"\n") {
+            let byte = stream.read_u8().await?;
+            answer.push(byte);
+            if answer.len() as u64 > MAX_ANSWER {
+                return Err(io::Error::other("the hybrid socket answers with an endless line"));
+            }
         }
-    }
-    if !answer.starts_with(b"OK") {
-        let answer = String::from_utf8_lossy(&answer).trim_end().to_owned();
-        return Err(io::Error::other(format!("the hybrid socket answers {answer:?}")));
-    }
-    Ok(Socket::new(stream))
+        if !answer.starts_with(b"OK") {
+            let answer = String::from_utf8_lossy(&answer).trim_end().to_owned();
+            return Err(io::Error::other(format!("the hybrid socket answers {answer:?}")));
+        }
+        Ok(stream)
+    });
+    answered.await?.map(Socket::new)
 }
 
 fn failed(method: &'static str) -> impl Fn(ttrpc::Error) -> GuestError {
@@ -154,6 +160,20 @@ mod tests {
     use tokio::net::UnixListener;
 
     use super::*;
+
+    #[tokio::test]
+    async fn whoever_gives_up_does_not_hang_up_before_the_answer() {
+        use tokio::io::{AsyncReadExt, AsyncWriteExt};
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("vsock.sock");
+        let listener = tokio::net::UnixListener::bind(&path).unwrap();
+        assert!(timeout(Duration::from_millis(50), hybrid(&path)).await.is_err(), "nobody answers");
+        let (mut vsock, _) = listener.accept().await.unwrap();
+        let mut asked = [0; 13];
+        vsock.read_exact(&mut asked).await.unwrap();
+        vsock.write_all(b"OK 1024\n").await.expect("the caller is still there");
+        assert_eq!(vsock.read(&mut asked).await.unwrap(), 0, "and hangs up then");
+    }
 
     #[tokio::test]
     async fn a_socket_that_refuses_or_hangs_is_named() {
