@@ -146,7 +146,9 @@ async fn prepare_here(
         if let Err(error) = add_nic(handle, &link, queues, &mut network).await {
             // Closes the taps' descriptors, which removes them; what was done to the links is undone here.
             network.nics.clear();
-            remove_here(handle, &network.record).await?;
+            if let Err(error) = remove_here(handle, &network.record).await {
+                tracing::warn!(%error, netns = %netns.display(), "undoing half a network");
+            }
             return Err(error);
         }
     }
