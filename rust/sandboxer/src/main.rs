@@ -21,10 +21,23 @@ fn main() -> ExitCode {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             // Nowhere to complain if standard error is gone.
-            let _ = writeln!(std::io::stderr(), "vmm-sandboxer: {error:#}");
+            let _ = writeln!(std::io::stderr(), "vmm-sandboxer: {}", told_once(&error));
             ExitCode::FAILURE
         }
     }
+}
+
+/// An error with its causes, less those that a text above them tells already.
+fn told_once(error: &anyhow::Error) -> String {
+    let mut text = String::new();
+    for cause in error.chain().map(ToString::to_string) {
+        if text.is_empty() {
+            text = cause;
+        } else if !text.contains(&cause) {
+            text = format!("{text}: {cause}");
+        }
+    }
+    text
 }
 
 fn run(args: Args) -> anyhow::Result<()> {
@@ -56,4 +69,16 @@ fn run(args: Args) -> anyhow::Result<()> {
     // Tasks that wait for the end of a VM must not keep the daemon.
     runtime.shutdown_background();
     Ok(served?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn causes_are_told_once() {
+        let inner = std::io::Error::other("no such file");
+        let error = anyhow::Error::new(inner).context("reading a: no such file").context("starting");
+        assert_eq!(told_once(&error), "starting: reading a: no such file");
+    }
 }
