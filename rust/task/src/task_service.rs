@@ -170,11 +170,9 @@ impl Task for TaskService {
     async fn resize_pty(&self, _: &TtrpcContext, req: api::ResizePtyRequest) -> ttrpc::Result<api::Empty> {
         let target = self.target(&req.id, &req.exec_id)?;
         let limit = |size: u32| u16::try_from(size).unwrap_or(u16::MAX);
-        let process = target.process();
-        let resized = process.io.resize(limit(req.width), limit(req.height));
-        if !resized.map_err(TaskError::io("resizing the terminal"))? && process.phase() != Phase::Stopped {
-            let why = "the process has no terminal, or was not started yet";
-            return Err(TaskError::FailedPrecondition(why.to_owned()).into());
+        let resized = target.process().io.resize(limit(req.width), limit(req.height));
+        if !resized.map_err(TaskError::io("resizing the terminal"))? {
+            return Err(TaskError::FailedPrecondition("the process has no terminal".to_owned()).into());
         }
         Ok(api::Empty::new())
     }

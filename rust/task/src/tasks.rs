@@ -145,12 +145,11 @@ impl Container {
         if signal == 9 && cgroup.is_some_and(|cgroup| cgroup::kill(cgroup)) {
             return Ok(());
         }
-        for pid in cgroup.map(|cgroup| cgroup::processes(cgroup)).unwrap_or_default() {
-            if let Some(pid) = Pid::from_raw(pid) {
-                signal_pid(pid, signal)?;
-            }
+        let pids = cgroup.map(|cgroup| cgroup::processes(cgroup)).unwrap_or_default();
+        if pids.is_empty() {
+            return self.init.kill(signal);
         }
-        self.init.kill(signal)
+        pids.into_iter().filter_map(Pid::from_raw).try_for_each(|pid| signal_pid(pid, signal))
     }
 }
 

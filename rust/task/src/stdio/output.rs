@@ -10,7 +10,7 @@ use tokio::{
 };
 
 use super::{
-    fd::Fd,
+    fd::{Fd, Source},
     registry::{Connection, Slot},
 };
 use crate::{reaper::Exit, transport::MAX_WRITE};
@@ -25,7 +25,7 @@ const DELETED_DEADLINE: Duration = Duration::from_secs(30);
 /// One output stream. Holds at most one frame; a slow or absent receiver leaves the rest in the pipe, where it holds up
 /// the process that writes, and nobody else.
 pub struct Output {
-    source: Option<Fd>,
+    source: Option<Source>,
     slot: Slot,
     exited: watch::Receiver<Option<Exit>>,
     frame: Frame,
@@ -43,10 +43,10 @@ struct Frame {
 
 impl Frame {
     /// Reads the next frame, header first. Cancelling loses nothing: the frame is only there when the read is done.
-    async fn fill(&mut self, fd: &Fd, exited: &mut watch::Receiver<Option<Exit>>) -> usize {
+    async fn fill(&mut self, source: &mut Source, exited: &mut watch::Receiver<Option<Exit>>) -> usize {
         self.buffer.resize(FRAME, 0);
         let Some((head, payload)) = self.buffer.split_first_chunk_mut::<HEADER>() else { return 0 };
-        let read = fd.read(payload, exited).await;
+        let read = source.read(payload, exited).await;
         *head = header(read);
         self.len = if read == 0 { 0 } else { HEADER + read };
         read
@@ -61,7 +61,7 @@ impl Output {
     /// An output stream that reads `source`, or is at its end already if that is `None`.
     #[must_use]
     pub fn new(source: Option<Fd>, slot: Slot, exited: watch::Receiver<Option<Exit>>) -> Self {
-        Self { source, slot, exited, frame: Frame::default(), connection: None }
+        Self { source: source.map(Source::new), slot, exited, frame: Frame::default(), connection: None }
     }
 
     /// Runs until the stream's claim is released.
@@ -105,7 +105,7 @@ impl Output {
 
 /// Reads one frame and sends it, or sends the end. False when the connection is done with.
 async fn deliver(
-    source: &mut Option<Fd>,
+    source: &mut Option<Source>,
     frame: &mut Frame,
     exited: &mut watch::Receiver<Option<Exit>>,
     connection: &mut Connection,
@@ -113,10 +113,10 @@ async fn deliver(
     if frame.len == 0 {
         match source {
             None => return finish(connection).await,
-            Some(fd) => {
+            Some(open) => {
                 tokio::select! {
                     biased;
-                    read = frame.fill(fd, exited) => if read == 0 { *source = None; return true },
+                    read = frame.fill(open, exited) => if read == 0 { *source = None; return true },
                     () = closed(connection) => return false,
                 }
             }

@@ -43,7 +43,24 @@ pub struct ProcessIo {
     keys: Vec<Key>,
     slots: Mutex<Slots>,
     close_stdin: watch::Sender<bool>,
-    terminal: Mutex<Option<Fd>>,
+    terminal: Mutex<Terminal>,
+}
+
+/// A process's terminal: wanted, and there once the process is.
+#[derive(Default)]
+struct Terminal {
+    wanted: bool,
+    master: Option<Fd>,
+    size: Option<Winsize>,
+}
+
+impl Terminal {
+    fn apply(&self) -> io::Result<()> {
+        match (&self.master, self.size) {
+            (Some(master), Some(size)) => Ok(tcsetwinsize(master.get(), size)?),
+            _ => Ok(()),
+        }
+    }
 }
 
 #[derive(Default)]
@@ -83,7 +100,7 @@ impl ProcessIo {
             keys,
             slots: Mutex::new(slots),
             close_stdin: watch::Sender::new(false),
-            terminal: Mutex::new(None),
+            terminal: Mutex::new(Terminal { wanted: spec.terminal, ..Default::default() }),
         }
     }
 
@@ -136,7 +153,9 @@ impl ProcessIo {
     /// When the terminal cannot be polled.
     pub fn start_terminal(&self, master: OwnedFd, exited: &watch::Receiver<Option<Exit>>) -> io::Result<()> {
         let master = Fd::new(master, Interest::READABLE | Interest::WRITABLE, true)?;
-        *self.terminal.lock().unwrap_or_else(PoisonError::into_inner) = Some(master.clone());
+        let mut terminal = self.terminal.lock().unwrap_or_else(PoisonError::into_inner);
+        terminal.master = Some(master.clone());
+        terminal.apply()?;
         // A terminal has one output: whoever asked for standard error gets its end at once.
         self.run(Some(master.clone()), Some(master), None, exited);
         Ok(())
@@ -171,16 +190,15 @@ impl ProcessIo {
         self.close_stdin.send_replace(true);
     }
 
-    /// Sets the terminal's size in characters. False if there is no terminal.
+    /// Sets the terminal's size in characters, now or when the process starts. False if it has no terminal.
     ///
     /// # Errors
     /// When the kernel refuses.
     pub fn resize(&self, width: u16, height: u16) -> io::Result<bool> {
-        let terminal = self.terminal.lock().unwrap_or_else(PoisonError::into_inner);
-        let Some(terminal) = terminal.as_ref() else { return Ok(false) };
-        let size = Winsize { ws_row: height, ws_col: width, ws_xpixel: 0, ws_ypixel: 0 };
-        tcsetwinsize(terminal.get(), size)?;
-        Ok(true)
+        let mut terminal = self.terminal.lock().unwrap_or_else(PoisonError::into_inner);
+        terminal.size = Some(Winsize { ws_row: height, ws_col: width, ws_xpixel: 0, ws_ypixel: 0 });
+        terminal.apply()?;
+        Ok(terminal.wanted)
     }
 }
 

@@ -2,13 +2,13 @@
 
 use std::{
     collections::HashMap,
-    env, fs,
+    fs,
     io::{BufRead, BufReader, Read, Write},
     os::unix::{
         fs::PermissionsExt,
         net::{UnixListener, UnixStream},
     },
-    path::{Path, PathBuf},
+    path::Path,
     process::{Child, Command, Stdio},
     time::{Duration, Instant},
 };
@@ -24,117 +24,9 @@ use ttrpc::{
     context::Context,
 };
 
+use crate::given::{Given, Kind};
+
 pub(crate) const MAC: &str = "02:00:00:00:00:01";
-
-/// What the tests are given; `Err` says what is missing.
-pub(crate) struct Given {
-    kernel: PathBuf,
-    initrd: Option<PathBuf>,
-    disk: Option<PathBuf>,
-    virtiofsd: Option<PathBuf>,
-    agent: Option<PathBuf>,
-    runc: Option<PathBuf>,
-    pub(crate) busybox: PathBuf,
-    qemu: PathBuf,
-    vsock: PathBuf,
-}
-
-fn var(name: &str) -> Option<PathBuf> {
-    env::var_os(name).map(PathBuf::from)
-}
-
-impl Given {
-    /// `KUASAR_IMAGE`: a folder with `vmlinux` and `kuasar.initrd`. Or `KUASAR_KERNEL`, `KUASAR_AGENT` and `KUASAR_RUNC`:
-    /// files, of which an initrd is made. Tools come from the cache that the lab's setup fills.
-    pub(crate) fn from_env() -> Result<Self, String> {
-        let cache = var("KUASAR_CACHE").or_else(|| {
-            let base = var("XDG_CACHE_HOME").or_else(|| var("HOME").map(|home| home.join(".cache")));
-            base.map(|base| base.join("kuasar-nix"))
-        });
-        let tool = |name: &str, tool: &str| {
-            let cached = cache.as_ref().map(|cache| cache.join("tools/bin").join(tool));
-            let found = var(name).or(cached).filter(|path| path.exists());
-            found.ok_or_else(|| format!("{tool}: set {name}, or run tests/lab/setup"))
-        };
-        let image = var("KUASAR_IMAGE");
-        let in_image = |name: &str| image.as_ref().map(|image| image.join(name));
-        let kernel = var("KUASAR_KERNEL").or_else(|| in_image("vmlinux"));
-        let given = Self {
-            kernel: kernel.ok_or("neither KUASAR_IMAGE nor KUASAR_KERNEL is set")?,
-            initrd: in_image("kuasar.initrd"),
-            disk: in_image("kuasar.img"),
-            virtiofsd: tool("KUASAR_VIRTIOFSD", "virtiofsd").ok(),
-            agent: var("KUASAR_AGENT"),
-            runc: var("KUASAR_RUNC"),
-            busybox: tool("KUASAR_BUSYBOX", "busybox")?,
-            qemu: tool("KUASAR_QEMU", "qemu-system-x86_64")?,
-            vsock: tool("KUASAR_VHOST_DEVICE_VSOCK", "vhost-device-vsock")?,
-        };
-        if given.initrd.is_none() && (given.agent.is_none() || given.runc.is_none()) {
-            return Err("KUASAR_KERNEL needs KUASAR_AGENT and KUASAR_RUNC beside it".to_owned());
-        }
-        Ok(given)
-    }
-
-    /// The initrd of the image, unless another agent or runtime is to be tried.
-    fn initrd(&self, dir: &Path) -> PathBuf {
-        if let (Some(initrd), None, None) = (&self.initrd, &self.agent, &self.runc) {
-            return initrd.clone();
-        }
-        let mut cpio = Cpio::default();
-        for name in ["bin", "dev", "proc", "sys", "run", "tmp", "etc"] {
-            cpio.add(name, 0o040_755, &[]);
-        }
-        cpio.add("init", 0o100_755, &fs::read(self.agent.as_ref().unwrap()).unwrap());
-        cpio.add("bin/runc", 0o100_755, &fs::read(self.runc.as_ref().unwrap()).unwrap());
-        cpio.add("TRAILER!!!", 0, &[]);
-        let path = dir.join("initrd");
-        fs::write(&path, cpio.bytes).unwrap();
-        path
-    }
-}
-
-/// What a virtual machine is made of.
-#[derive(Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Kind {
-    /// Root on an initrd, shared folder by 9p.
-    InitrdNineP,
-    /// Root on the image as pmem with DAX, shared folder by virtiofs.
-    DiskVirtiofs,
-}
-
-impl Kind {
-    /// What is missing for it.
-    pub(crate) fn missing(self, given: &Given) -> Option<&'static str> {
-        match self {
-            Self::InitrdNineP => None,
-            Self::DiskVirtiofs if given.disk.is_none() => Some("KUASAR_IMAGE is not set"),
-            Self::DiskVirtiofs if given.virtiofsd.is_none() => Some("there is no virtiofsd"),
-            Self::DiskVirtiofs => None,
-        }
-    }
-}
-
-/// An archive as the kernel unpacks it ("newc").
-#[derive(Default)]
-struct Cpio {
-    bytes: Vec<u8>,
-}
-
-impl Cpio {
-    fn add(&mut self, name: &str, mode: u32, content: &[u8]) {
-        let fields = [0, mode, 0, 0, 1, 0, content.len() as u32, 0, 0, 0, 0, name.len() as u32 + 1, 0]
-            .map(|field| format!("{field:08x}"));
-        self.bytes.extend(format!("070701{}{name}\0", fields.concat()).bytes());
-        self.pad();
-        self.bytes.extend(content);
-        self.pad();
-    }
-
-    fn pad(&mut self) {
-        self.bytes.resize(self.bytes.len().next_multiple_of(4), 0);
-    }
-}
 
 /// A running virtual machine.
 pub(crate) struct Vm {
@@ -406,9 +298,10 @@ pub(crate) fn bundle(given: &Given, vm: &Vm, id: &str, args: &[&str], terminal: 
     }
     fs::copy(&given.busybox, dir.join("rootfs/bin/busybox")).unwrap();
     fs::set_permissions(dir.join("rootfs/bin/busybox"), fs::Permissions::from_mode(0o755)).unwrap();
-    for name in
-        ["sh", "cat", "sleep", "dd", "wc", "md5sum", "ip", "hostname", "stty", "id", "tty", "ps", "true"]
-    {
+    for name in [
+        "sh", "cat", "sleep", "dd", "wc", "md5sum", "ip", "hostname", "stty", "id", "tty", "ps", "true",
+        "yes",
+    ] {
         let link = dir.join("rootfs/bin").join(name);
         if !link.exists() {
             std::os::unix::fs::symlink("busybox", link).unwrap();
