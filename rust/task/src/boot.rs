@@ -100,8 +100,9 @@ const LATE: [Mount; 7] = [
 /// PID 1 with 1024, at most 4096.
 const MAX_FILES: u64 = 1 << 20;
 
-/// What containers of a Kubernetes node find set there.
-const SYSCTLS: [(&str, &str); 2] = [("vm/overcommit_memory", "1"), ("kernel/keys/root_maxkeys", "1000000")];
+/// What containers of a Kubernetes node find set there; and that none of the agent's log lines are left out.
+const SYSCTLS: [(&str, &str); 3] =
+    [("vm/overcommit_memory", "1"), ("kernel/keys/root_maxkeys", "1000000"), ("kernel/printk_devkmsg", "on")];
 
 /// Mounts what is needed to say READY.
 ///

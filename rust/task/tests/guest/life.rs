@@ -7,7 +7,10 @@ use kuasar_common::{constants::STDIO_WANTED, stdio::Stream};
 use protobuf::{EnumOrUnknown, Message, MessageField, well_known_types::any::Any};
 use ttrpc::Code;
 
-use crate::pod::{Pod, code, join, step};
+use crate::{
+    pod::{Pod, code, join, step},
+    vm::bundle,
+};
 
 pub(crate) async fn life(pod: &Pod) {
     let script = "echo out; echo err >&2; hostname; ip addr show net0; ip route; ulimit -n; cat /proc/1/cgroup; exit 42";
@@ -168,4 +171,43 @@ pub(crate) async fn control(pod: &Pod) {
     pod.kill("ctl", "", 15, false).await.unwrap();
     assert_eq!(pod.wait("ctl", "").await.unwrap(), 9);
     pod.delete("ctl", "").await.unwrap();
+}
+
+/// The agent holds no more descriptors after many processes than after one.
+pub(crate) async fn no_leaks(pod: &Pod) {
+    let bundle = bundle(&pod.given, &pod.vm, "fds", &["sleep", "1000"], false);
+    let file = pod.vm.dir.path().join("shared/fds/config.json");
+    let mut spec: serde_json::Value = serde_json::from_slice(&std::fs::read(&file).unwrap()).unwrap();
+    let proc = serde_json::json!({"destination": "/tmp", "type": "bind", "source": "/proc", "options": ["bind", "ro"]});
+    spec["mounts"].as_array_mut().unwrap().push(proc);
+    spec["process"]["user"]["uid"] = 0.into();
+    std::fs::write(&file, spec.to_string()).unwrap();
+    pod.create_from("fds", bundle, false, false).await.unwrap();
+    pod.start("fds", "").await.unwrap();
+    let before = agent_descriptors(pod, "first").await;
+    for n in 0..12 {
+        let (id, tty) = (format!("n{n}"), n % 2 == 0);
+        pod.exec("fds", &id, &["true"], tty, true).await.unwrap();
+        let (output, input) =
+            (pod.vm.output("fds", &id, Stream::Stdout), pod.vm.stream("fds", &id, Stream::Stdin));
+        pod.start("fds", &id).await.unwrap();
+        assert_eq!(pod.wait("fds", &id).await.unwrap(), 0);
+        join(output).await;
+        drop(input);
+        pod.delete("fds", &id).await.unwrap();
+    }
+    // A connection that the other side closed may be noticed a moment later.
+    tokio::time::sleep(Duration::from_millis(500)).await;
+    assert_eq!(agent_descriptors(pod, "last").await, before);
+    pod.kill("fds", "", 9, true).await.unwrap();
+    assert_eq!(pod.wait("fds", "").await.unwrap(), 137);
+    pod.delete("fds", "").await.unwrap();
+}
+
+async fn agent_descriptors(pod: &Pod, exec: &str) -> usize {
+    let (status, list) =
+        pod.run_with("fds", exec, &["ls", "/tmp/1/fd"], &["CAP_SYS_PTRACE", "CAP_DAC_READ_SEARCH"]).await;
+    assert_eq!(status, 0);
+    println!("  descriptors of the agent: {}", list.split_whitespace().collect::<Vec<_>>().join(" "));
+    list.split_whitespace().count()
 }

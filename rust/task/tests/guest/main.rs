@@ -24,7 +24,7 @@ use kuasar_common::{
     },
     stdio::Stream,
 };
-use life::{control, execs, failures, life};
+use life::{control, execs, failures, life, no_leaks};
 use pod::{Pod, code, step};
 use protobuf::well_known_types::empty::Empty;
 use streams::{big_output, stdin, takeover, terminal};
@@ -68,6 +68,9 @@ async fn a_pod_lives(kind: Kind, cmdline: &str) {
     let at = Instant::now();
     execs(&pod).await;
     step("execs", at);
+    let at = Instant::now();
+    no_leaks(&pod).await;
+    step("no leaks", at);
     let at = Instant::now();
     big_output(&pod).await;
     step("10 MiB", at);

@@ -34,17 +34,21 @@ impl Pod {
         terminal: bool,
         stdin: bool,
     ) -> ttrpc::Result<u32> {
+        let bundle = bundle(&self.given, &self.vm, id, args, terminal);
+        self.create_from(id, bundle, terminal, stdin).await
+    }
+
+    pub(crate) async fn create_from(
+        &self,
+        id: &str,
+        bundle: String,
+        terminal: bool,
+        stdin: bool,
+    ) -> ttrpc::Result<u32> {
+        let mark = |wanted: bool| if wanted { STDIO_WANTED.to_owned() } else { String::new() };
         let mut req = api::CreateTaskRequest::new();
-        req.bundle = bundle(&self.given, &self.vm, id, args, terminal);
-        req.id = id.to_owned();
-        req.terminal = terminal;
-        req.stdout = STDIO_WANTED.to_owned();
-        if stdin {
-            req.stdin = STDIO_WANTED.to_owned();
-        }
-        if !terminal {
-            req.stderr = STDIO_WANTED.to_owned();
-        }
+        (req.id, req.bundle, req.terminal) = (id.to_owned(), bundle, terminal);
+        (req.stdin, req.stdout, req.stderr) = (mark(stdin), mark(true), mark(!terminal));
         Ok(self.task.create(self.vm.context(), &req).await?.pid)
     }
 
@@ -87,14 +91,24 @@ impl Pod {
         tty: bool,
         stdin: bool,
     ) -> ttrpc::Result<api::Empty> {
+        self.exec_process(id, exec, &process(args, tty), stdin).await
+    }
+
+    async fn exec_process(
+        &self,
+        id: &str,
+        exec: &str,
+        process: &serde_json::Value,
+        stdin: bool,
+    ) -> ttrpc::Result<api::Empty> {
+        let tty = process["terminal"].as_bool().unwrap();
+        let mark = |wanted: bool| if wanted { STDIO_WANTED.to_owned() } else { String::new() };
         let mut req = api::ExecProcessRequest::new();
         (req.id, req.exec_id, req.terminal) = (id.into(), exec.into(), tty);
-        req.stdout = STDIO_WANTED.to_owned();
-        req.stderr = if tty { String::new() } else { STDIO_WANTED.to_owned() };
-        req.stdin = if stdin { STDIO_WANTED.to_owned() } else { String::new() };
+        (req.stdin, req.stdout, req.stderr) = (mark(stdin), mark(true), mark(!tty));
         let spec = Any {
             type_url: "types.containerd.io/opencontainers/runtime-spec/1/Process".into(),
-            value: process(args, tty).to_string().into_bytes(),
+            value: process.to_string().into_bytes(),
             ..Default::default()
         };
         req.spec = MessageField::some(spec);
@@ -103,7 +117,22 @@ impl Pod {
 
     /// Runs a command in a container; its exit code and output.
     pub(crate) async fn run(&self, id: &str, exec: &str, args: &[&str]) -> (u32, String) {
-        self.exec(id, exec, args, false, false).await.unwrap();
+        self.run_with(id, exec, args, &["CAP_KILL"]).await
+    }
+
+    /// The same with these capabilities.
+    pub(crate) async fn run_with(
+        &self,
+        id: &str,
+        exec: &str,
+        args: &[&str],
+        capabilities: &[&str],
+    ) -> (u32, String) {
+        let mut process = process(args, false);
+        for set in ["bounding", "effective", "permitted"] {
+            process["capabilities"][set] = capabilities.into();
+        }
+        self.exec_process(id, exec, &process, false).await.unwrap();
         let output = self.vm.output(id, exec, Stream::Stdout);
         self.start(id, exec).await.unwrap();
         let status = self.wait(id, exec).await.unwrap();

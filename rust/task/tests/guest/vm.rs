@@ -300,7 +300,7 @@ pub(crate) fn bundle(given: &Given, vm: &Vm, id: &str, args: &[&str], terminal: 
     fs::set_permissions(dir.join("rootfs/bin/busybox"), fs::Permissions::from_mode(0o755)).unwrap();
     for name in [
         "sh", "cat", "sleep", "dd", "wc", "md5sum", "ip", "hostname", "stty", "id", "tty", "ps", "true",
-        "yes",
+        "yes", "ls",
     ] {
         let link = dir.join("rootfs/bin").join(name);
         if !link.exists() {
