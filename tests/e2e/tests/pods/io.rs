@@ -40,14 +40,20 @@ pub(crate) async fn exec_reads_stdin_to_its_end(lab: Arc<Lab>) -> Result<()> {
             .stderr(Stdio::piped())
             .spawn()?;
         let mut stdin = child.stdin.take().context("no stdin")?;
-        let writing = sent.clone();
-        let writer = tokio::spawn(async move { stdin.write_all(&writing).await });
+        let mut stdout = child.stdout.take().context("no stdout")?;
+        let mut back = vec![0; sent.len()];
+        // All of it comes back before the end is sent: `ctr` forgets an end that it reads before its Exec is answered.
+        let echo = async { tokio::try_join!(stdin.write_all(&sent), stdout.read_exact(&mut back)) };
+        timeout(SOON, echo).await.map_err(|_| anyhow!("{name}: cat does not echo"))??;
+        ensure!(back == sent, "{name}: what came back is something else");
+        drop(stdin);
         // `cat` ends only when its standard input does.
-        let out =
-            timeout(SOON, child.wait_with_output()).await.map_err(|_| anyhow!("cat never saw the end"))??;
-        writer.await??;
-        ensure!(out.status.success(), "{}: {}", out.status, String::from_utf8_lossy(&out.stderr));
-        ensure!(out.stdout == sent, "{name}: {} bytes came back of {size}", out.stdout.len());
+        let out = timeout(SOON, child.wait_with_output()).await;
+        let out = out.map_err(|_| anyhow!("{name}: cat never saw the end"))??;
+        ensure!(out.status.success(), "{name}: {}: {}", out.status, String::from_utf8_lossy(&out.stderr));
+        let mut rest = Vec::new();
+        stdout.read_to_end(&mut rest).await?;
+        ensure!(rest.is_empty(), "{name}: {} more bytes came than were sent", rest.len());
     }
     pod.remove().await
 }
