@@ -103,6 +103,12 @@ impl Output {
     }
 }
 
+/// Reads what nobody asked for, so that the process can go on writing it.
+pub async fn discard(source: Fd, mut exited: watch::Receiver<Option<Exit>>) {
+    let (mut source, mut buffer) = (Source::new(source), vec![0; 4096]);
+    while source.read(&mut buffer, &mut exited).await > 0 {}
+}
+
 /// Reads one frame and sends it, or sends the end. False when the connection is done with.
 async fn deliver(
     source: &mut Option<Source>,
@@ -141,4 +147,26 @@ async fn finish(connection: &mut Connection) -> bool {
         let _ = timeout(CLOSE_DEADLINE, closed(connection)).await;
     }
     false
+}
+
+#[cfg(test)]
+mod tests {
+    use rustix::pipe::pipe;
+    use tokio::io::Interest;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn what_nobody_asked_for_does_not_hold_the_writer_up() {
+        let (read, write) = pipe().unwrap();
+        let writer = std::thread::spawn(move || {
+            for _ in 0..100 {
+                rustix::io::write(&write, &[b'x'; 4096]).unwrap();
+            }
+        });
+        let (_sender, exited) = watch::channel(None);
+        let source = Fd::new(read, Interest::READABLE, false).unwrap();
+        timeout(Duration::from_secs(20), discard(source, exited)).await.unwrap();
+        writer.join().unwrap();
+    }
 }

@@ -18,7 +18,7 @@ use tokio::{io::Interest, sync::watch};
 use super::{
     console::ConsoleSocket,
     fd::Fd,
-    output::Output,
+    output::{Output, discard},
     registry::{Key, Registry, Slot},
     stdin::Input,
 };
@@ -177,8 +177,15 @@ impl ProcessIo {
         if let Some(slot) = slots.stdin {
             tokio::spawn(Input::new(stdin, slot, self.close_stdin.subscribe()).run());
         }
-        if let Some(slot) = slots.stdout {
-            tokio::spawn(Output::new(stdout, slot, exited.clone()).run());
+        match (slots.stdout, stdout) {
+            (Some(slot), stdout) => {
+                tokio::spawn(Output::new(stdout, slot, exited.clone()).run());
+            }
+            // Only a terminal is there without being asked for.
+            (None, Some(terminal)) => {
+                tokio::spawn(discard(terminal, exited.clone()));
+            }
+            (None, None) => {}
         }
         if let Some(slot) = slots.stderr {
             tokio::spawn(Output::new(stderr, slot, exited.clone()).run());

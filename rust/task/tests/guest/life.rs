@@ -176,7 +176,7 @@ pub(crate) async fn control(pod: &Pod) {
 /// The agent holds no more descriptors after many processes than after one.
 pub(crate) async fn no_leaks(pod: &Pod) {
     let bundle = bundle(&pod.given, &pod.vm, "fds", &["sleep", "1000"], false);
-    let file = pod.vm.dir.path().join("shared/fds/config.json");
+    let file = pod.vm.shared("fds").join("config.json");
     let mut spec: serde_json::Value = serde_json::from_slice(&std::fs::read(&file).unwrap()).unwrap();
     let proc = serde_json::json!({"destination": "/tmp", "type": "bind", "source": "/proc", "options": ["bind", "ro"]});
     spec["mounts"].as_array_mut().unwrap().push(proc);

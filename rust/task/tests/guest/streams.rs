@@ -18,7 +18,7 @@ pub(crate) async fn big_output(pod: &Pod) {
     let id = "big";
     let pattern: Vec<u8> = (0..16_384u32).map(|n| (n % 251) as u8).collect();
     bundle(&pod.given, &pod.vm, id, &["true"], false);
-    std::fs::write(pod.vm.dir.path().join("shared/big/rootfs/tmp/block"), &pattern).unwrap();
+    std::fs::write(pod.vm.shared(id).join("rootfs/tmp/block"), &pattern).unwrap();
     pod.create(id, &["sh", "-c", script], false, false).await.unwrap();
     let at = Instant::now();
     pod.start(id, "").await.unwrap();

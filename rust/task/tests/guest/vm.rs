@@ -8,7 +8,7 @@ use std::{
         fs::PermissionsExt,
         net::{UnixListener, UnixStream},
     },
-    path::Path,
+    path::{Path, PathBuf},
     process::{Child, Command, Stdio},
     time::{Duration, Instant},
 };
@@ -30,7 +30,7 @@ pub(crate) const MAC: &str = "02:00:00:00:00:01";
 
 /// A running virtual machine.
 pub(crate) struct Vm {
-    pub(crate) dir: TempDir,
+    dir: TempDir,
     pub(crate) token: String,
     processes: Vec<Child>,
     /// The connection that the agent opened.
@@ -106,6 +106,11 @@ impl Vm {
 
     pub(crate) fn console(&self) -> String {
         fs::read_to_string(self.dir.path().join("console.log")).unwrap_or_default()
+    }
+
+    /// A container's folder in the shared one, as the host sees it.
+    pub(crate) fn shared(&self, id: &str) -> PathBuf {
+        self.dir.path().join("shared").join(id)
     }
 
     /// Waits for QEMU to end.
@@ -292,7 +297,7 @@ fn qemu(given: &Given, kind: Kind, dir: &Path, cmdline: &str) -> Child {
 
 /// A bundle in the shared folder, with a root file system of BusyBox's; returns its path in the guest.
 pub(crate) fn bundle(given: &Given, vm: &Vm, id: &str, args: &[&str], terminal: bool) -> String {
-    let dir = vm.dir.path().join("shared").join(id);
+    let dir = vm.shared(id);
     for name in ["bin", "dev", "proc", "sys", "tmp", "etc"] {
         fs::create_dir_all(dir.join("rootfs").join(name)).unwrap();
     }
