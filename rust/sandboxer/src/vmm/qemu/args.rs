@@ -253,10 +253,12 @@ fn append(config: &VmConfig, spec: &VmSpec) -> String {
     };
     let level = format!("task.log_level={}", config.task_log_level);
     let (verbose, debug) = if config.debug { ("", "task.debug") } else { ("quiet", "") };
-    let clock = match config.accel {
-        Accel::Kvm => "",
-        // An emulated clock is what it claims to be; finding that out takes the guest 40 ms.
-        Accel::Tcg => "no_timer_check tsc=reliable",
+    let clock = match (config.accel, spec.vcpus) {
+        (Accel::Kvm, _) => "",
+        // An emulated clock is what it claims to be; finding that out takes the guest 40 ms. One processor can do without
+        // the timer of its APIC, whose speed takes a quarter of a second to find out; several need it for short sleeps.
+        (Accel::Tcg, 1) => "no_timer_check tsc=reliable nolapic_timer",
+        (Accel::Tcg, _) => "no_timer_check tsc=reliable",
     };
     // virtiofsd writes to the guest's memory behind QEMU's back, so emulation would go on executing its translations of
     // what a page held before it was used again. A page that the guest itself has cleared has none.
@@ -266,7 +268,8 @@ fn append(config: &VmConfig, spec: &VmSpec) -> String {
     };
     let words = [
         root,
-        "console=hvc0 reboot=t panic=-1",
+        // noreplace-smp: else the kernel of a guest with one processor rewrites thousands of lock prefixes.
+        "console=hvc0 reboot=t panic=-1 noreplace-smp",
         clock,
         clear,
         verbose,

@@ -1,6 +1,7 @@
 //! QEMU, version 8 or later.
 
 mod args;
+mod clock;
 mod qmp;
 mod start;
 
@@ -20,8 +21,8 @@ use kuasar_common::{
 use tokio::{net::UnixStream, process::Command, sync::OnceCell, time::timeout};
 
 use super::{
-    Bus, DeviceAddress, DeviceInfo, Hypervisor, PreflightError, ReadyGuest, ReadyListener, Vm, VmConfig,
-    VmError, VmExit, VmRecord, VmSpec, VsockHub, logs, preflight,
+    Accel, Bus, DeviceAddress, DeviceInfo, Hypervisor, PreflightError, ReadyGuest, ReadyListener, Vm,
+    VmConfig, VmError, VmExit, VmRecord, VmSpec, VsockHub, logs, preflight,
     supervisor::{Outcome, Supervisor},
 };
 use crate::process::Process;
@@ -43,18 +44,27 @@ const VERSION_DEADLINE: Duration = Duration::from_secs(10);
 pub struct Qemu {
     config: VmConfig,
     hub: OnceCell<VsockHub>,
+    clock: OnceCell<String>,
 }
 
 impl Qemu {
     /// QEMU with a configuration that [`Hypervisor::preflight`] checks.
     #[must_use]
     pub const fn new(config: VmConfig) -> Self {
-        Self { config, hub: OnceCell::const_new() }
+        Self { config, hub: OnceCell::const_new(), clock: OnceCell::const_new() }
     }
 
     /// The listener for the calls of guests on the kernel's vsock, made for the first of them.
     async fn hub(&self) -> std::io::Result<&VsockHub> {
         self.hub.get_or_try_init(|| async { VsockHub::listen() }).await
+    }
+
+    /// Kernel parameters about the host's clock; a guest under KVM asks its hypervisor. Measured once.
+    async fn clock(&self) -> &str {
+        match self.config.accel {
+            Accel::Kvm => "",
+            Accel::Tcg => self.clock.get_or_init(clock::parameter).await,
+        }
     }
 }
 
@@ -69,10 +79,12 @@ impl Hypervisor for Qemu {
         let path = config.path.clone();
         let checked = tokio::task::spawn_blocking(move || preflight::check(&config)).await;
         checked.unwrap_or_else(|e| Err(PreflightError::Refused(e.to_string())))?;
-        version(&path).await
+        let (version, _) = tokio::join!(version(&path), self.clock());
+        version
     }
 
-    async fn start(&self, spec: VmSpec) -> Result<Arc<dyn Vm>, VmError> {
+    async fn start(&self, mut spec: VmSpec) -> Result<Arc<dyn Vm>, VmError> {
+        spec.kernel_params = format!("{} {}", self.clock().await, spec.kernel_params);
         Ok(Arc::new(start::start(self, spec).await?))
     }
 

@@ -67,7 +67,7 @@ fn pmem_virtiofs_vhost_user_and_a_card() {
              -machine q35,accel=tcg,memory-backend=ram,acpi=off,hpet=off,usb=off,graphics=off,vmport=off,sata=off,\
              smbus=off,i8042=off -cpu max -smp cpus=2,sockets=2,cores=1,threads=1 \
              -m 256M,slots=1,maxmem=1280M -kernel /k/vmlinux \
-             -append root=/dev/pmem0p1 rootflags=dax ro rootfstype=ext4 console=hvc0 reboot=t panic=-1 \
+             -append root=/dev/pmem0p1 rootflags=dax ro rootfstype=ext4 console=hvc0 reboot=t panic=-1 noreplace-smp \
              no_timer_check tsc=reliable init_on_alloc=1 quiet task.sharefs_type=virtiofs task.log_level=info loglevel=1 task.x=1 \
              -object memory-backend-memfd,id=ram,size=256M,share=on \
              -object memory-backend-file,id=image,mem-path={escaped},size=6291456,share=on,readonly=on \
@@ -99,7 +99,7 @@ fn initrd_9p_and_the_kernels_vsock() {
          -sandbox on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny \
          -machine q35,accel=kvm,memory-backend=ram,acpi=off,hpet=off,usb=off,graphics=off,vmport=off,sata=off,\
          smbus=off,i8042=off -cpu host -smp cpus=1,sockets=1,cores=1,threads=1 -m 256M -kernel /k/vmlinux \
-         -initrd /k/kuasar.initrd -append console=hvc0 reboot=t panic=-1 task.sharefs_type=9p task.log_level=info \
+         -initrd /k/kuasar.initrd -append console=hvc0 reboot=t panic=-1 noreplace-smp task.sharefs_type=9p task.log_level=info \
          task.debug -object memory-backend-memfd,id=ram,size=256M,share=on \
          -chardev socket,id=qmp,fd=3,server=on,wait=off -chardev socket,id=console,fd=4,server=on,wait=off \
          -mon chardev=qmp,mode=control -fsdev local,id=share,path=/run/p1/shared,security_model=none,multidevs=remap \
