@@ -76,7 +76,7 @@ impl Relay {
             return Err(guest_error(&doing, CallError::Dead));
         }
         let process = &container.init;
-        let files = Files::open(&process.wanted).map_err(|e| stdio_error(&doing, &e))?;
+        let files = Files::open(&process.wanted, false).map_err(|e| stdio_error(&doing, &e))?;
         self.pay_release(id).await.map_err(host_error)?;
         let prepare = prepare_request(&create);
         let (prepared, stdio) = tokio::join!(
@@ -194,7 +194,7 @@ impl Relay {
     ) -> Answer {
         let (id, exec_id) = (exec.id.clone(), exec.exec_id.clone());
         let failed = |e| stdio_error(doing, &e);
-        let files = Files::open(&process.wanted).map_err(failed)?;
+        let files = Files::open(&process.wanted, true).map_err(failed)?;
         let stdio = Stdio::connect(files, &self.guest, &container.id, &exec_id, &process.life).await;
         let stdio = stdio.map_err(failed)?;
         (exec.stdin, exec.stdout, exec.stderr) = marks(&process.wanted);

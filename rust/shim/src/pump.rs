@@ -84,7 +84,7 @@ async fn patiently<T>(life: &Life, io: impl Future<Output = io::Result<T>>) -> R
     }
 }
 
-/// Copies a process's input until `close`, or until the process is over.
+/// Copies a process's input until `close`, until nobody can write any more, or until the process is over.
 pub(crate) async fn input(
     mut source: pipe::Receiver,
     port: Port,
@@ -148,17 +148,28 @@ async fn input_frames(
             }
         }
         match next_frame(source, closing) {
-            Ok(Some(frame)) => *unsent = frame,
-            Ok(None) if closing => *unsent = header(0).to_vec(),
-            Ok(None) => {}
+            Ok(Next::Frame(frame)) => *unsent = frame,
+            Ok(_) if closing => *unsent = header(0).to_vec(),
+            Ok(Next::Gone) => closing = true,
+            Ok(Next::Nothing) => {}
             Err(e) => return Stop::Host(e),
         }
     }
 }
 
-/// What the fifo holds right now as a frame, or nothing. When `closing`, the fifo itself is asked: tokio's readiness may
+/// What a fifo holds right now.
+enum Next {
+    /// Bytes, as a frame.
+    Frame(Vec<u8>),
+    /// Nothing yet.
+    Nothing,
+    /// Nothing, and nobody who could write.
+    Gone,
+}
+
+/// What the fifo holds right now. When `closing`, the fifo itself is asked: tokio's readiness may
 /// not yet know of bytes that were written before containerd closed.
-fn next_frame(source: &pipe::Receiver, closing: bool) -> io::Result<Option<Vec<u8>>> {
+fn next_frame(source: &pipe::Receiver, closing: bool) -> io::Result<Next> {
     let mut frame = vec![0; HEADER + CHUNK];
     let room = frame.get_mut(HEADER..).unwrap_or_default();
     let got = if closing {
@@ -167,13 +178,13 @@ fn next_frame(source: &pipe::Receiver, closing: bool) -> io::Result<Option<Vec<u
         source.try_read(room)
     };
     match got {
-        Ok(0) => Ok(None),
+        Ok(0) => Ok(Next::Gone),
         Ok(got) => {
             frame.truncate(HEADER + got);
             frame.get_mut(..HEADER).unwrap_or_default().copy_from_slice(&header(got));
-            Ok(Some(frame))
+            Ok(Next::Frame(frame))
         }
-        Err(e) if e.kind() == io::ErrorKind::WouldBlock => Ok(None),
+        Err(e) if e.kind() == io::ErrorKind::WouldBlock => Ok(Next::Nothing),
         Err(e) => Err(e),
     }
 }

@@ -2,6 +2,7 @@
 //!
 //! A fifo is opened for reading *and* writing, which on Linux is the same as holding both ends: an absent or restarted
 //! reader gives no EPIPE, a writer that went away no EOF, and what nobody reads waits in the pipe and then in the guest.
+//! Only an exec's input ends with its writer, too: no client comes back to an exec, and `ctr` may never say CloseIO.
 
 use std::{
     fs::{File, OpenOptions},
@@ -113,9 +114,9 @@ impl Sink {
     }
 }
 
-/// Opens containerd's stdin.
-fn open_source(path: &str) -> Result<pipe::Receiver, StdioError> {
-    let open = pipe::OpenOptions::new().read_write(true).open_receiver(path);
+/// Opens containerd's stdin; unless `kept`, it ends when its writer goes away.
+fn open_source(path: &str, kept: bool) -> Result<pipe::Receiver, StdioError> {
+    let open = pipe::OpenOptions::new().read_write(kept).open_receiver(path);
     open.map_err(|source| StdioError::Open { stream: Stream::Stdin, path: path.to_owned(), source })
 }
 
@@ -169,11 +170,11 @@ pub(crate) struct Files {
 }
 
 impl Files {
-    /// Opens what is wanted. Nobody is waited for.
-    pub(crate) fn open(wanted: &Wanted) -> Result<Self, StdioError> {
+    /// Opens what is wanted, for a container's own process or for an exec. Nobody is waited for.
+    pub(crate) fn open(wanted: &Wanted, exec: bool) -> Result<Self, StdioError> {
         let sink = |stream| wanted.path(stream).map(|path| Sink::open(stream, path)).transpose();
         Ok(Self {
-            stdin: wanted.path(Stream::Stdin).map(open_source).transpose()?,
+            stdin: wanted.path(Stream::Stdin).map(|path| open_source(path, !exec)).transpose()?,
             stdout: sink(Stream::Stdout)?,
             stderr: sink(Stream::Stderr)?,
         })

@@ -300,19 +300,12 @@ async fn exec_with_stdin_to_its_end() {
     let state = pod.state(CID, "e1").await.unwrap();
     assert_eq!((state.pid, state.stdin, state.stdout), (1000, input.clone(), out.clone()));
 
-    // Containerd writes, goes away, comes back: no end of input until CloseIO, and all of what was written before it.
+    // The end comes with the writer's, and CloseIO after it is no error.
     let mut stdin = pod.guest.stream(CID, "e1", Stream::Stdin).await;
-    let mut writer = pipe::OpenOptions::new().open_sender(&input).unwrap();
-    writer.write_all(b"one").await.unwrap();
-    drop(writer);
-    assert_eq!(receive(&mut stdin).await, b"one");
     let data = vec![b'x'; 60_000];
     let mut writer = pipe::OpenOptions::new().open_sender(&input).unwrap();
     writer.write_all(&data).await.unwrap();
     drop(writer);
-    let close =
-        api::CloseIORequest { id: CID.into(), exec_id: "e1".into(), stdin: true, ..Default::default() };
-    pod.task.close_io(context::Context::default(), &close).await.unwrap();
     let mut got = Vec::new();
     loop {
         match receive(&mut stdin).await {
@@ -321,6 +314,9 @@ async fn exec_with_stdin_to_its_end() {
         }
     }
     assert!(got == data, "{} of {} bytes", got.len(), data.len());
+    let close =
+        api::CloseIORequest { id: CID.into(), exec_id: "e1".into(), stdin: true, ..Default::default() };
+    pod.task.close_io(context::Context::default(), &close).await.unwrap();
     drop(stdin);
 
     let mut stdout = pod.guest.stream(CID, "e1", Stream::Stdout).await;
@@ -332,6 +328,29 @@ async fn exec_with_stdin_to_its_end() {
     assert_eq!(pod.delete(CID, "e1").await.unwrap().exit_status, 7);
     assert_eq!(code(pod.delete(CID, "e1").await).0, Code::NOT_FOUND);
     assert_eq!(pod.state(CID, "").await.unwrap().status.enum_value(), Ok(Status::RUNNING));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn stdin_of_a_container_outlives_its_writers_until_close_io() {
+    let pod = Pod::new().await;
+    let input = pod.fifo("in");
+    let request = api::CreateTaskRequest { stdin: input.clone(), ..pod.create_request(CID, "") };
+    soon("Create", pod.task.create(context::Context::default(), &request)).await.unwrap();
+    pod.start(CID, "").await.unwrap();
+    let mut stdin = pod.guest.stream(CID, "", Stream::Stdin).await;
+    // As when containerd is restarted.
+    for words in ["one", "two"] {
+        let mut writer = pipe::OpenOptions::new().open_sender(&input).unwrap();
+        writer.write_all(words.as_bytes()).await.unwrap();
+        drop(writer);
+        assert_eq!(receive(&mut stdin).await, words.as_bytes());
+    }
+    let mut writer = pipe::OpenOptions::new().open_sender(&input).unwrap();
+    writer.write_all(b"last").await.unwrap();
+    let close = api::CloseIORequest { id: CID.into(), stdin: true, ..Default::default() };
+    pod.task.close_io(context::Context::default(), &close).await.unwrap();
+    assert_eq!(receive(&mut stdin).await, b"last");
+    assert!(receive(&mut stdin).await.is_empty());
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
