@@ -128,7 +128,9 @@ fn what_cannot_be_done_is_said() {
     let mut network = Network::new().unwrap();
     let error = network.configure_links(&[link("eth0", "02:00:00:00:00:99", &[])]).unwrap_err();
     assert!(matches!(error, TaskError::NotFound(_)));
-    assert!(error.to_string().contains("there are: lo"), "{error}");
+    let text = error.to_string();
+    assert!(text.starts_with("link eth0 with hardware address 02:00:00:00:00:99 (there are: "), "{text}");
+    assert!(text.contains("a 02:00:00:00:00:01"), "{text}");
     let error = network.add_routes(&routes(&[route("", "10.0.0.1", "eth9")])).unwrap_err().to_string();
     assert_eq!(error, "link \"eth9\" not found");
     network.configure_links(&[link("a", "02:00:00:00:00:01", &[])]).unwrap();

@@ -70,12 +70,13 @@ impl Network {
         for link in links {
             let existing = self.links()?;
             let Some(found) = existing.iter().find(|existing| existing.mac == link.mac) else {
-                let macs: Vec<String> =
-                    existing.iter().map(|e| format!("{} {:02x?}", e.name, e.mac)).collect();
+                let there: Vec<String> =
+                    existing.iter().map(|link| format!("{} {}", link.name, mac_text(&link.mac))).collect();
                 return Err(TaskError::NotFound(format!(
-                    "link with hardware address {:02x?} (there are: {})",
-                    link.mac,
-                    macs.join(", ")
+                    "link {} with hardware address {} (there are: {})",
+                    link.name,
+                    mac_text(&link.mac),
+                    there.join(", ")
                 )));
             };
             self.rename(&existing, found, &link.name)?;
@@ -229,6 +230,11 @@ fn existing(message: RouteNetlinkMessage) -> Option<Existing> {
         }
     }
     Some(existing)
+}
+
+fn mac_text(mac: &[u8]) -> String {
+    let bytes: Vec<String> = mac.iter().map(|byte| format!("{byte:02x}")).collect();
+    bytes.join(":")
 }
 
 fn index(links: &[Existing], name: &str) -> Result<u32, TaskError> {

@@ -136,7 +136,11 @@ async fn sandbox(pod: &Pod) {
     assert_eq!(missing.0, Code::NOT_FOUND);
     let events = client.get_events(pod.vm.context(), &Empty::new()).await;
     assert_eq!(code(events).0, Code::UNIMPLEMENTED);
-    assert!(missing.1.contains("net0"), "{}", missing.1);
+    assert!(
+        missing.1.contains("02:00:00:00:00:99") && missing.1.contains("net0 02:00:00:00:00:01"),
+        "{}",
+        missing.1
+    );
 }
 
 async fn shutdown(pod: &Pod) {
