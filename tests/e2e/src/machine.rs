@@ -35,8 +35,8 @@ const STAGE: &str = "KUASAR_LAB_STAGE";
 const ROOT: &str = "KUASAR_LAB_ROOT";
 const OUTER: &str = "KUASAR_LAB_OUTER";
 
-/// Where libcni keeps results; it cannot be told otherwise.
-const CNI_CACHE: &str = "/var/lib/cni";
+/// The parent of the folder where libcni keeps results, which cannot be told otherwise.
+const VAR_LIB: &str = "/var/lib";
 
 /// Names below `/run` of the host that stay visible, where they exist: programs of NixOS, and name resolution.
 const KEPT_IN_RUN: [&str; 4] = ["current-system", "booted-system", "wrappers", "systemd/resolve"];
@@ -96,7 +96,6 @@ fn outer() -> Result<ExitCode> {
         bail!("this needs root (namespaces, mounts, tap devices): run it as root");
     }
     let root = tempfile::Builder::new().prefix("klab-").tempdir().context("making the temporary root")?;
-    let made_cni_cache = fs::create_dir(CNI_CACHE).is_ok();
     end_signals().thread_block().context("blocking signals")?;
     let mut child = Command::new("unshare")
         .args(["--mount", "--net", "--pid", "--fork", "--kill-child=KILL", "--propagation", "slave", "--"])
@@ -109,10 +108,6 @@ fn outer() -> Result<ExitCode> {
         .context("running unshare (of util-linux)")?;
     end_on_signal(pid_of(child.id()));
     let status = child.wait().context("waiting for the private machine");
-    if made_cni_cache {
-        // Somebody else may use it by now; then it stays.
-        let _ = fs::remove_dir(CNI_CACHE);
-    }
     leaks::remove_cgroups(&cgroup_name(root.path()));
     let path = root.path().to_owned();
     root.close().with_context(|| format!("removing the temporary root {}", path.display()))?;
@@ -181,16 +176,27 @@ fn furnish(root: &Path) -> Result<()> {
         .context("keeping the host's network namespace")?;
     mount(Some("proc"), "/proc", Some("proc"), MsFlags::empty(), none).context("mounting /proc")?;
     furnish_run(root)?;
-    if Path::new(CNI_CACHE).is_dir() {
-        mount(Some("tmpfs"), CNI_CACHE, Some("tmpfs"), MsFlags::empty(), none)
-            .context("mounting CNI's cache")?;
-    }
+    cover_var_lib(root)?;
+    // Changes of the host still arrive, ours never go out; within, mounts propagate as on any host with systemd. Last,
+    // for until here a bind mount must not be a peer of what it was made from.
+    mount(none, "/", none, MsFlags::MS_REC | MsFlags::MS_SHARED, none).context("sharing mounts")?;
     let status =
         Command::new("ip").args(["link", "set", "lo", "up"]).status().context("running ip (of iproute2)")?;
     if !status.success() {
         bail!("bringing up the loopback interface: ip ended with {status}");
     }
     Ok(())
+}
+
+/// What is written below `/var/lib` goes to the temporary root.
+fn cover_var_lib(root: &Path) -> Result<()> {
+    let (upper, work) = (root.join("var-lib/upper"), root.join("var-lib/work"));
+    for folder in [&upper, &work] {
+        fs::create_dir_all(folder).with_context(|| format!("creating {}", folder.display()))?;
+    }
+    let options = format!("lowerdir={VAR_LIB},upperdir={},workdir={}", upper.display(), work.display());
+    mount(Some("overlay"), VAR_LIB, Some("overlay"), MsFlags::empty(), Some(&*options))
+        .with_context(|| format!("covering {VAR_LIB}"))
 }
 
 /// A `/run` of its own, with the few names of the host's that programs need.
