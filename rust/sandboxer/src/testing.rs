@@ -60,6 +60,8 @@ pub(crate) enum Fault {
     RefusesSetup,
     /// The VMM cannot be started.
     NoVmm,
+    /// The VM ends before its guest calls.
+    Dies,
 }
 
 /// Starts sleeping processes.
@@ -77,6 +79,7 @@ struct FakeVm {
     dir: PathBuf,
     process: Arc<Process>,
     ready: AsyncMutex<Option<ReadyListener>>,
+    dies: bool,
 }
 
 #[async_trait]
@@ -107,7 +110,8 @@ impl Hypervisor for FakeHypervisor {
         if self.fault != Fault::Silent {
             tokio::spawn(guest.run(socket));
         }
-        Ok(Arc::new(FakeVm { dir: spec.dir, process, ready: AsyncMutex::new(Some(listener)) }))
+        let dies = self.fault == Fault::Dies;
+        Ok(Arc::new(FakeVm { dir: spec.dir, process, ready: AsyncMutex::new(Some(listener)), dies }))
     }
 
     async fn adopt(&self, record: VmRecord) -> Result<Option<Arc<dyn Vm>>, VmError> {
@@ -116,6 +120,7 @@ impl Hypervisor for FakeHypervisor {
             dir: record.dir,
             process: Arc::new(process),
             ready: AsyncMutex::new(None),
+            dies: false,
         })))
     }
 }
@@ -146,6 +151,10 @@ impl Vm for FakeVm {
 
     async fn ready(&self, deadline: Duration) -> Result<ReadyGuest, VmError> {
         let listener = self.ready.lock().await.take().expect("once");
+        if self.dies {
+            let (step, why) = ("waiting for the guest's agent", "the VM has ended".to_owned());
+            return Err(VmError::Start { step, why, log: "; console.log: Kernel panic".to_owned() });
+        }
         timeout(deadline, listener.accept())
             .await
             .map_err(|_| VmError::Deadline { doing: "waiting for READY", deadline, log: String::new() })?

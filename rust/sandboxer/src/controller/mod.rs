@@ -65,7 +65,7 @@ impl From<PodError> for Status {
             PodError::Invalid(_) => Self::invalid_argument(text),
             PodError::Refused(_) => Self::failed_precondition(text),
             PodError::Cancelled(_) => Self::cancelled(text),
-            PodError::Start { .. } | PodError::End { .. } => Self::internal(text),
+            PodError::Start { .. } | PodError::StartVm(_) | PodError::End { .. } => Self::internal(text),
         }
     }
 }

@@ -194,6 +194,12 @@ async fn a_start_that_fails_names_the_step_and_leaves_nothing() {
     for (fault, parts) in [
         (Fault::NoVmm, vec!["starting the sandbox: starting the VM: no VMM today"]),
         (
+            Fault::Dies,
+            vec![
+                "starting the sandbox: starting the VM: waiting for the guest's agent: the VM has ended; console",
+            ],
+        ),
+        (
             Fault::RefusesSetup,
             vec!["setting the guest up", "setting the sysctl x: no such file", "console.log: Kernel panic"],
         ),

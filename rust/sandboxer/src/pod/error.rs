@@ -38,6 +38,9 @@ pub enum PodError {
         /// Empty, or the last lines of the log that may explain it.
         log: String,
     },
+    /// The VM or its guest did not come up; the driver names the step itself.
+    #[error("starting the sandbox: {0}")]
+    StartVm(VmError),
     /// Something of a pod could not be ended or removed; it is kept, and the request can be repeated.
     #[error("{doing}: {source}")]
     End {

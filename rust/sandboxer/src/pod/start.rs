@@ -49,7 +49,6 @@ impl Pod {
                 Ok(self.view())
             }
             Err(error) => {
-                tracing::error!(%error, "the sandbox does not start");
                 self.set_ended(Exit { code: 255, at: SystemTime::now() });
                 // containerd does not call again for a sandbox that failed to start.
                 if let Err(error) = self.remove_all(&mut work).await {
@@ -194,7 +193,10 @@ impl Pod {
 }
 
 fn step<T, E: Into<StepError>>(step: &'static str, done: Result<T, E>) -> Result<T, PodError> {
-    done.map_err(|error| PodError::Start { step, source: error.into(), log: String::new() })
+    done.map_err(|error| match error.into() {
+        StepError::Vm(error @ VmError::Start { .. }) => PodError::StartVm(error),
+        source => PodError::Start { step, source, log: String::new() },
+    })
 }
 
 async fn greet(vm: &dyn Vm, token: &str, deadline: Deadline) -> Result<ReadyGuest, StepError> {
