@@ -163,8 +163,14 @@ mod tests {
     #[test]
     fn generators_print_what_the_programs_read() {
         assert_eq!((bool_to_on_off(&true), bool_to_on_off(&false)), ("on".into(), "off".into()));
-        assert_eq!((bool_to_socket_server(&true), bool_to_socket_server(&false)), ("server".into(), "".into()));
-        assert_eq!((bool_to_socket_nowait(&true), bool_to_socket_nowait(&false)), ("nowait".into(), "".into()));
+        assert_eq!(
+            (bool_to_socket_server(&true), bool_to_socket_server(&false)),
+            ("server".into(), "".into())
+        );
+        assert_eq!(
+            (bool_to_socket_nowait(&true), bool_to_socket_nowait(&false)),
+            ("nowait".into(), "".into())
+        );
         assert_eq!((vec_to_string(&[4, 5, 6]), vec_to_string::<i32>(&[])), ("4:5:6".into(), "".into()));
         assert_eq!((fds_to_vectors(&[1, 2, 3]), fds_to_vectors::<i32>(&[])), ("8".into(), "2".into()));
         assert_eq!(escape_commas("/a,b,,c"), "/a,,b,,,,c");
