@@ -15,6 +15,7 @@ use std::{
 use anyhow::{Context, Result, anyhow, bail};
 use tokio::{
     process::{Child, Command},
+    sync::Mutex,
     time::{Instant, sleep},
 };
 
@@ -44,7 +45,7 @@ pub struct Lab {
     /// The client.
     pub cri: Cri,
     containerd: Child,
-    daemons: Vec<Daemon>,
+    daemons: Mutex<Vec<Daemon>>,
     pods: AtomicU32,
 }
 
@@ -76,7 +77,8 @@ impl Lab {
         let mut containerd = start_containerd(&machine, &paths)?;
         listening(&mut containerd, Path::new(SOCKET), &log_of(&machine, "containerd")).await?;
         let cri = Cri::connect(Path::new(SOCKET)).await?;
-        let lab = Self { machine, paths, cri, containerd, daemons, pods: AtomicU32::new(0) };
+        let lab =
+            Self { machine, paths, cri, containerd, daemons: Mutex::new(daemons), pods: AtomicU32::new(0) };
         lab.ready().await?;
         Ok(lab)
     }
@@ -95,6 +97,38 @@ impl Lab {
             }
             sleep(Duration::from_millis(50)).await;
         }
+    }
+
+    /// Kills a daemon as the kernel does when memory runs out: nothing of it can clean up.
+    ///
+    /// # Errors
+    /// When there is no such daemon.
+    pub async fn kill_daemon(&self, handler: &str) -> Result<()> {
+        let mut daemons = self.daemons.lock().await;
+        let daemon = daemons.iter_mut().find(|daemon| daemon.handler == handler).context("no such daemon")?;
+        daemon.child.kill().await.with_context(|| format!("killing the daemon of {handler}"))
+    }
+
+    /// Starts a daemon again that was killed.
+    ///
+    /// # Errors
+    /// When it does not come up; the text shows the end of its log.
+    pub async fn restart_daemon(&self, handler: &str) -> Result<()> {
+        let (handler, keys) = VARIANTS.iter().find(|(name, _)| *name == handler).context("no such daemon")?;
+        let mut daemon = start_daemon(&self.machine, &self.paths, handler, keys)?;
+        // A killed daemon's socket file is still there; what it serves is known by an answer.
+        let end = Instant::now() + PATIENCE;
+        while tokio::net::UnixStream::connect(socket_of(handler)).await.is_err() {
+            let ended = daemon.child.try_wait().context("looking after the daemon")?;
+            if ended.is_some() || Instant::now() >= end {
+                bail!("the daemon of {handler} does not come back: {}", self.log(handler));
+            }
+            sleep(Duration::from_millis(50)).await;
+        }
+        let mut daemons = self.daemons.lock().await;
+        daemons.retain(|daemon| daemon.handler != *handler);
+        daemons.push(daemon);
+        Ok(())
     }
 
     /// Makes the test images and imports them.
@@ -202,7 +236,7 @@ impl Lab {
             Err(e) => wrong.push(said("listing", "pods", &e)),
         }
         wrong.extend(end("containerd", &mut self.containerd).await.err().map(|e| e.to_string()));
-        for daemon in &mut self.daemons {
+        for daemon in self.daemons.get_mut() {
             wrong.extend(end(daemon.handler, &mut daemon.child).await.err().map(|e| e.to_string()));
             // Lock files stay by design, and only empty folders go: what a daemon forgot must be seen.
             let socket = socket_of(daemon.handler);

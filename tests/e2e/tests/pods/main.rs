@@ -3,6 +3,7 @@
 mod io;
 mod life;
 mod network;
+mod restart;
 
 use std::process::ExitCode;
 
@@ -25,6 +26,7 @@ use network::{
     guest_kernel_is_not_the_hosts, guest_runs_from_the_initrd, guest_runs_without_virtiofsd,
     pod_answers_at_its_ip,
 };
+use restart::a_killed_daemon_finds_its_pods_again;
 
 fn main() -> ExitCode {
     suite::with_lab(
@@ -46,6 +48,7 @@ fn main() -> ExitCode {
             guest_runs_without_virtiofsd,
             guest_runs_from_the_initrd,
             a_host_network_pod_is_refused,
+            a_killed_daemon_finds_its_pods_again,
         ],
     )
 }
