@@ -110,13 +110,14 @@ pub async fn run(environment: Environment, listen: &Path) -> Result<(), DaemonEr
     if let Err(error) = sd_notify::notify(false, &[sd_notify::NotifyState::Ready]) {
         tracing::warn!(%error, "telling systemd that the daemon is ready");
     }
-    let server = Server::builder().add_service(Controller::new(pods).into_server());
+    let server = Server::builder().add_service(Controller::new(pods.clone()).into_server());
     tokio::select! {
         // Not a graceful shutdown: calls of Wait would keep the daemon for the life of their pods.
         served = server.serve_with_incoming(incoming) => served?,
         _ = term.recv() => tracing::info!("SIGTERM: leaving, sandboxes go on"),
         _ = int.recv() => tracing::info!("SIGINT: leaving, sandboxes go on"),
     }
+    pods.leave();
     // containerd gets "unavailable" instead of a refused connection to a socket that nobody serves.
     let _ = fs::remove_file(listen);
     Ok(())

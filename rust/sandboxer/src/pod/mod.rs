@@ -21,12 +21,16 @@ mod store;
 use std::{
     collections::BTreeMap,
     path::{Path, PathBuf},
-    sync::Arc,
+    sync::{Arc, PoisonError},
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
 use kuasar_common::constants::pod_files;
-use tokio::sync::{Mutex, watch};
+use tokio::{
+    sync::{Mutex, watch},
+    task::AbortHandle,
+};
+use tracing::Instrument;
 
 pub use self::{
     caller::{Caller, CallerGuard},
@@ -96,6 +100,7 @@ pub struct Pod {
     view: watch::Sender<View>,
     work: Mutex<Work>,
     storage: Mutex<Storage>,
+    watchers: std::sync::Mutex<Vec<AbortHandle>>,
 }
 
 /// What a pod holds of the host; behind its lock.
@@ -126,8 +131,22 @@ impl Pod {
             view: watch::Sender::new(view),
             work: Mutex::new(Work { spec, ..Work::default() }),
             storage: Mutex::new(Storage::new(&dir)),
+            watchers: std::sync::Mutex::default(),
             dir,
         })
+    }
+
+    /// Runs something beside the pod until it ends or the pod is left to another daemon.
+    fn beside(&self, task: impl Future<Output = ()> + Send + 'static) {
+        let task = tokio::spawn(task.in_current_span()).abort_handle();
+        self.watchers.lock().unwrap_or_else(PoisonError::into_inner).push(task);
+    }
+
+    /// From here on this daemon notices nothing of the pod's processes and writes nothing of them: the next one does.
+    pub(super) fn leave(&self) {
+        for watcher in self.watchers.lock().unwrap_or_else(PoisonError::into_inner).drain(..) {
+            watcher.abort();
+        }
     }
 
     /// The pod's id.

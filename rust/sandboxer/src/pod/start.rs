@@ -9,7 +9,6 @@ use std::{
 };
 
 use kuasar_common::constants::pod_files;
-use tracing::Instrument;
 
 use super::{
     Caller, Exit, Phase, Pod, PodError, StepError, View, Work, cgroup, host::HostServer, log, relay, setup,
@@ -164,7 +163,7 @@ impl Pod {
                 tracing::warn!(%error, "recording the end of the VM");
             }
         };
-        tokio::spawn(ended.in_current_span());
+        self.beside(ended);
         let pod = self.clone();
         let relay_ended = async move {
             let code = relay.wait().await;
@@ -180,14 +179,14 @@ impl Pod {
                 }
             }
         };
-        tokio::spawn(relay_ended.in_current_span());
+        self.beside(relay_ended);
         if let Some(mut agent) = agent {
             let fatal = async move {
                 if let Some(reason) = agent.fatal().await {
                     tracing::error!(?reason, "the guest's agent gives up");
                 }
             };
-            tokio::spawn(fatal.in_current_span());
+            self.beside(fatal);
         }
     }
 }

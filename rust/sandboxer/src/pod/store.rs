@@ -53,6 +53,13 @@ impl Pods {
         self.lock().insert(pod.id().to_owned(), pod);
     }
 
+    /// Leaves all pods, which go on, to the next daemon.
+    pub fn leave(&self) {
+        for pod in self.lock().values() {
+            pod.leave();
+        }
+    }
+
     /// How many there are.
     #[must_use]
     pub fn len(&self) -> usize {
