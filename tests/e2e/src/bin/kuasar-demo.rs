@@ -116,7 +116,9 @@ async fn show(args: &Args, lab: &Lab, steps: &Steps) -> Result<ExitCode> {
         return shell(lab).await;
     }
     let pod = steps.step("run the pod: network, VM, kernel, agent", lab.pod("demo", &args.handler)).await?;
-    let script = format!("{}\ncode=$?\nwhile [ ! -e {SEEN} ]; do sleep 0.1; done\nexit $code", args.cmd);
+    // In a shell of its own: the command may say `exit`.
+    let script =
+        format!("(\n{}\n)\ncode=$?\nwhile [ ! -e {SEEN} ]; do sleep 0.1; done\nexit $code", args.cmd);
     let command = ["/bin/sh", "-c", &script];
     let id =
         steps.step("create and start the container", pod.container("demo", &args.image, &command)).await?;
