@@ -209,40 +209,33 @@ pub(crate) fn write_frame(connection: &mut UnixStream, bytes: &[u8]) {
     connection.write_all(bytes).unwrap();
 }
 
-fn vsock(given: &Given, dir: &Path) -> Child {
-    let socket = dir.join("vhost-vsock.sock");
-    let log = fs::File::create(dir.join("vsock.log")).unwrap();
-    let child = Command::new(&given.vsock)
-        .arg("--vm")
-        .arg(format!("guest-cid=3,socket={},uds-path={}", socket.display(), dir.join("vsock.sock").display()))
-        .stdin(Stdio::null())
-        .stdout(log.try_clone().unwrap())
-        .stderr(log)
-        .spawn()
-        .unwrap();
+/// Starts a program that serves a device for QEMU, and waits for its socket.
+fn serve(command: &mut Command, socket: &Path, log: &Path) -> Child {
+    let log = fs::File::create(log).unwrap();
+    let child = command.stdin(Stdio::null()).stdout(log.try_clone().unwrap()).stderr(log).spawn().unwrap();
     while !socket.exists() {
         std::thread::sleep(Duration::from_millis(2));
     }
     child
 }
 
+fn vsock(given: &Given, dir: &Path) -> Child {
+    let socket = dir.join("vhost-vsock.sock");
+    let mut command = Command::new(&given.vsock);
+    command.arg("--vm").arg(format!(
+        "guest-cid=3,socket={},uds-path={}",
+        socket.display(),
+        dir.join("vsock.sock").display()
+    ));
+    serve(&mut command, &socket, &dir.join("vsock.log"))
+}
+
 fn virtiofsd(given: &Given, dir: &Path) -> Child {
     let socket = dir.join("virtiofs.sock");
-    let log = fs::File::create(dir.join("virtiofsd.log")).unwrap();
-    let child = Command::new(given.virtiofsd.as_ref().unwrap())
-        .args(["--sandbox=none", "--socket-path"])
-        .arg(&socket)
-        .arg("--shared-dir")
-        .arg(dir.join("shared"))
-        .stdin(Stdio::null())
-        .stdout(log.try_clone().unwrap())
-        .stderr(log)
-        .spawn()
-        .unwrap();
-    while !socket.exists() {
-        std::thread::sleep(Duration::from_millis(2));
-    }
-    child
+    let mut command = Command::new(given.virtiofsd.as_ref().unwrap());
+    command.args(["--sandbox=none", "--socket-path"]).arg(&socket);
+    command.arg("--shared-dir").arg(dir.join("shared"));
+    serve(&mut command, &socket, &dir.join("virtiofsd.log"))
 }
 
 fn qemu(given: &Given, kind: Kind, dir: &Path, cmdline: &str) -> Child {
