@@ -88,20 +88,18 @@ pub(crate) async fn exit_codes_arrive(lab: Arc<Lab>) -> Result<()> {
     pod.remove().await
 }
 
+/// What a user must be told of `/bin/nothing-here`, whether it was started or exec'd.
+fn explains_missing_command(text: &str) -> Result<()> {
+    ensure!(text.contains("/bin/nothing-here"), "it does not name the command: {text}");
+    ensure!(text.contains("no such file or directory"), "it does not say why: {text}");
+    Ok(())
+}
+
 pub(crate) async fn exec_of_a_command_that_does_not_exist(lab: Arc<Lab>) -> Result<()> {
     let pod = lab.pod("noexec", handler()).await?;
     let id = pod.container("idle", BUSYBOX, IDLE).await?;
     let error = lab.cri.exec(&id, &["/bin/nothing-here"]).await.err().context("exec of nothing worked")?;
-    ensure!(
-        error.message().contains("/bin/nothing-here"),
-        "it does not name the command: {}",
-        error.message()
-    );
-    ensure!(
-        error.message().contains("no such file or directory"),
-        "it does not say why: {}",
-        error.message()
-    );
+    explains_missing_command(error.message())?;
     let out = lab.cri.exec(&id, &["echo", "still here"]).await?;
     ensure!(out.stdout == "still here\n", "the container suffered: {out:?}");
     pod.remove().await
@@ -111,16 +109,7 @@ pub(crate) async fn a_command_that_does_not_exist(lab: Arc<Lab>) -> Result<()> {
     let pod = lab.pod("nostart", handler()).await?;
     let id = pod.create(lab::container("nothing", BUSYBOX, &["/bin/nothing-here"])).await?;
     let error = lab.cri.start(&id).await.err().context("starting nothing worked")?;
-    ensure!(
-        error.message().contains("/bin/nothing-here"),
-        "it does not name the command: {}",
-        error.message()
-    );
-    ensure!(
-        error.message().contains("no such file or directory"),
-        "it does not say why: {}",
-        error.message()
-    );
+    explains_missing_command(error.message())?;
     let status = lab.cri.status(&id).await?;
     ensure!(status.state() == ContainerState::ContainerExited, "it is {:?}", status.state());
     ensure!(status.reason == "StartError", "its reason is {:?}", status.reason);
