@@ -1,25 +1,25 @@
 //! What the kernel counts for a container: cgroup v2 files, read as they are and sent as containerd's metrics.
 
 use std::{
-    fs,
-    path::{Path, PathBuf},
+    fs::{self, File},
+    io::{self, Read, Seek},
+    path::Path,
+    time::Duration,
 };
 
 use containerd_shim_protos::cgroups_v2::metrics::{
     CPUStat, IOEntry, IOStat, MemoryEvents, MemoryStat, Metrics, PidsStat,
 };
 use protobuf::MessageField;
+use tokio::{
+    io::{Interest, unix::AsyncFd},
+    time::timeout,
+};
 
 /// Deepest folders below a container's own that are looked for processes.
 const MAX_DEPTH: u32 = 8;
-
-/// The folder of a process's cgroup below `root`.
-#[must_use]
-pub fn of_process(root: &Path, pid: i32) -> Option<PathBuf> {
-    let text = fs::read_to_string(format!("/proc/{pid}/cgroup")).ok()?;
-    let path = text.lines().find_map(|line| line.strip_prefix("0::/"))?;
-    (!path.is_empty()).then(|| root.join(path))
-}
+/// How long killed processes may take to be gone.
+const EMPTY_DEADLINE: Duration = Duration::from_secs(10);
 
 /// All processes of a cgroup and those below it.
 #[must_use]
@@ -44,6 +44,48 @@ fn collect(cgroup: &Path, depth: u32, pids: &mut Vec<i32>) {
 #[must_use]
 pub fn kill(cgroup: &Path) -> bool {
     fs::write(cgroup.join("cgroup.kill"), "1").is_ok()
+}
+
+/// Kills everything in a cgroup and removes it with all below it. No error if there is none.
+///
+/// # Errors
+/// When something in it does not die.
+pub async fn remove(cgroup: &Path) -> io::Result<()> {
+    if !cgroup.exists() {
+        return Ok(());
+    }
+    let _ = kill(cgroup);
+    let emptied = timeout(EMPTY_DEADLINE, emptied(cgroup)).await;
+    emptied.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()))?;
+    remove_below(cgroup, MAX_DEPTH)
+}
+
+/// Ends when no process is left in a cgroup or below it.
+async fn emptied(cgroup: &Path) -> io::Result<()> {
+    let file = File::open(cgroup.join("cgroup.events"))?;
+    // SAFETY: the file owns its descriptor, and is closed with the registration and not before.
+    let events = unsafe { AsyncFd::register_with_interest(file, Interest::PRIORITY) }?;
+    loop {
+        // Reading arms the next event.
+        let mut text = String::new();
+        (&mut events.get_ref()).rewind()?;
+        (&mut events.get_ref()).read_to_string(&mut text)?;
+        if Flat(text).get("populated") == 0 {
+            return Ok(());
+        }
+        events.ready(Interest::PRIORITY).await?.clear_ready();
+    }
+}
+
+fn remove_below(cgroup: &Path, depth: u32) -> io::Result<()> {
+    if let Some(depth) = depth.checked_sub(1) {
+        for entry in fs::read_dir(cgroup)?.flatten() {
+            if entry.file_type().is_ok_and(|kind| kind.is_dir()) {
+                remove_below(&entry.path(), depth)?;
+            }
+        }
+    }
+    fs::remove_dir(cgroup)
 }
 
 /// Everything containerd knows of in a cgroup; `None` if the cgroup is gone. Files of controllers that are not enabled

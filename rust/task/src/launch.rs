@@ -1,33 +1,26 @@
 //! How a process comes to life: streams, the OCI runtime, its pid, and who sees it end.
 
-use std::{fs, path::Path};
+use std::{
+    fs,
+    path::{Path, PathBuf},
+};
 
-use serde::Deserialize;
 use serde_json::Value;
 
 use crate::{
     cgroup,
+    container::{Container, Exec},
     error::TaskError,
+    hooks,
     process::Process,
     runc::{ChildStdio, RuncError},
+    spec,
     stdio::{
         console::ConsoleSocket,
         process_io::{Pipes, ProcessIo},
     },
-    tasks::{Container, Context, Exec, write},
+    tasks::{Context, write},
 };
-
-/// The parts of an OCI spec that concern the agent.
-#[derive(Deserialize)]
-struct Spec {
-    process: Option<SpecProcess>,
-}
-
-#[derive(Deserialize)]
-struct SpecProcess {
-    #[serde(default)]
-    terminal: bool,
-}
 
 /// What a process is launched with.
 enum Streams {
@@ -38,21 +31,66 @@ enum Streams {
 /// Lets the runtime make a container.
 pub(crate) async fn create(context: &Context, container: &Container) -> Result<(), TaskError> {
     let init = &container.init;
-    let bundle = Path::new(&container.bundle);
-    check_spec(bundle, init.stdio.terminal)?;
+    let spec = read_spec(container)?;
+    hooks::check(&spec, Path::new("/"))?;
+    let _ = container.cgroup.set(cgroup_of(context, &spec));
+    let bundle = write_bundle(context, container, &spec)?;
     let pid_file = context.work.join(format!("{}.pid", container.id));
     let (streams, child) = prepare(context, init)?;
     let console = console_path(&streams);
     let guard = context.reaper.spawning();
-    let created = context.runc.create(&container.id, bundle, &pid_file, console, child).await;
+    let created = context.runc.create(&container.id, &bundle, &pid_file, console, child).await;
     let pid = settle(created, &pid_file)?;
     init.set_pid(pid);
-    if let Some(cgroup) = cgroup::of_process(&context.cgroups, pid) {
-        let _ = container.cgroup.set(cgroup);
-    }
     context.reaper.watch(pid, init.exit_sender());
     drop(guard);
     connect(init, streams).await
+}
+
+/// Removes whatever [`create`] or the runtime left of a container that is not, or no longer, wanted.
+pub(crate) async fn clean(context: &Context, container: &Container) {
+    if let Err(error) = context.runc.delete(&container.id, true).await {
+        log::warn!("cleaning up after container {}: {error}", container.id);
+        // It did not get to it, so what it would have done is done here.
+        let _ = fs::remove_dir_all(context.runc.root.join(&container.id));
+    }
+    if let Some(cgroup) = container.cgroup.get()
+        && let Err(error) = cgroup::remove(cgroup).await
+    {
+        log::warn!("removing the cgroup of container {}: {error}", container.id);
+    }
+    forget_bundle(context, container);
+}
+
+/// Removes the agent's own folder of a container.
+pub(crate) fn forget_bundle(context: &Context, container: &Container) {
+    let _ = fs::remove_dir_all(bundle_dir(context, container));
+}
+
+fn bundle_dir(context: &Context, container: &Container) -> PathBuf {
+    context.work.join(format!("{}.bundle", container.id))
+}
+
+fn cgroup_of(context: &Context, spec: &Value) -> PathBuf {
+    let path = spec.pointer("/linux/cgroupsPath").and_then(Value::as_str).unwrap_or_default();
+    context.cgroups.join(path.trim_start_matches('/'))
+}
+
+fn read_spec(container: &Container) -> Result<Value, TaskError> {
+    let bundle = Path::new(&container.bundle);
+    let path = bundle.join("config.json");
+    let json =
+        fs::read(&path).map_err(TaskError::io(format!("reading the container's spec {}", path.display())))?;
+    let terminal = container.init.stdio.terminal;
+    spec::rewrite(&json, spec::Target { container: &container.id, bundle, terminal })
+}
+
+/// The runtime gets a bundle of the agent's own: the host's stays as it is.
+fn write_bundle(context: &Context, container: &Container, spec: &Value) -> Result<PathBuf, TaskError> {
+    let dir = bundle_dir(context, container);
+    fs::create_dir_all(&dir).map_err(TaskError::io(format!("making {}", dir.display())))?;
+    write(&dir.join("config.json"), spec.to_string().as_bytes())?;
+    Ok(dir)
 }
 
 /// Lets the runtime run a process in a container.
@@ -77,39 +115,6 @@ pub(crate) async fn exec(
     context.reaper.watch(pid, process.exit_sender());
     drop(guard);
     connect(process, streams).await
-}
-
-/// The JSON of an OCI process as the runtime gets it: without what only the host has, and with the terminal that the
-/// request asks for.
-pub(crate) fn process_spec(json: &[u8], terminal: bool) -> Result<Vec<u8>, TaskError> {
-    let refuse = |why: String| TaskError::InvalidArgument(format!("the process to execute: {why}"));
-    let mut spec: Value = serde_json::from_slice(json).map_err(|error| refuse(error.to_string()))?;
-    let Some(fields) = spec.as_object_mut() else {
-        return Err(refuse("it is not a JSON object".to_owned()));
-    };
-    if fields.get("args").and_then(Value::as_array).is_none_or(Vec::is_empty) {
-        return Err(refuse("it has no args".to_owned()));
-    }
-    fields.remove("apparmorProfile");
-    fields.remove("selinuxLabel");
-    fields.insert("terminal".to_owned(), Value::Bool(terminal));
-    serde_json::to_vec(&spec).map_err(|error| refuse(error.to_string()))
-}
-
-fn check_spec(bundle: &Path, terminal: bool) -> Result<(), TaskError> {
-    let path = bundle.join("config.json");
-    let doing = || format!("reading the container's spec {}", path.display());
-    let text = fs::read(&path).map_err(TaskError::io(doing()))?;
-    let spec: Spec = serde_json::from_slice(&text)
-        .map_err(|error| TaskError::InvalidArgument(format!("{}: {error}", doing())))?;
-    let wants = spec.process.is_some_and(|process| process.terminal);
-    if wants != terminal {
-        return Err(TaskError::InvalidArgument(format!(
-            "{}: its process.terminal is {wants}, the request's terminal is {terminal}",
-            doing()
-        )));
-    }
-    Ok(())
 }
 
 fn prepare(context: &Context, process: &Process) -> Result<(Streams, ChildStdio), TaskError> {
@@ -151,43 +156,4 @@ async fn connect(process: &Process, streams: Streams) -> Result<(), TaskError> {
         },
     }
     .map_err(TaskError::io("connecting the standard streams of a process"))
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn host_labels_are_dropped_and_the_terminal_is_the_request_s() {
-        let json =
-            br#"{"args":["sh"],"apparmorProfile":"x","selinuxLabel":"y","terminal":true,"cwd":"/","new":{"a":1}}"#;
-        let spec: Value = serde_json::from_slice(&process_spec(json, false).unwrap()).unwrap();
-        assert_eq!(spec, serde_json::json!({"args":["sh"],"terminal":false,"cwd":"/","new":{"a":1}}));
-    }
-
-    #[test]
-    fn what_is_no_process_is_refused() {
-        for (bad, why) in [
-            (&b"{"[..], "EOF while parsing"),
-            (b"[]", "it is not a JSON object"),
-            (b"{}", "it has no args"),
-            (b"{\"args\":[]}", "it has no args"),
-        ] {
-            let error = process_spec(bad, false).unwrap_err().to_string();
-            assert!(error.starts_with("the process to execute: ") && error.contains(why), "{error}");
-        }
-    }
-
-    #[test]
-    fn a_missing_or_torn_spec_is_named() {
-        let dir = tempfile::tempdir().unwrap();
-        let error = check_spec(dir.path(), false).unwrap_err().to_string();
-        assert!(error.contains("config.json") && error.contains("No such file"), "{error}");
-        fs::write(dir.path().join("config.json"), "{\"process\":").unwrap();
-        assert!(matches!(check_spec(dir.path(), false), Err(TaskError::InvalidArgument(_))));
-        fs::write(dir.path().join("config.json"), "{\"process\":{\"terminal\":true}}").unwrap();
-        let error = check_spec(dir.path(), false).unwrap_err().to_string();
-        assert!(error.contains("process.terminal is true"), "{error}");
-        check_spec(dir.path(), true).unwrap();
-    }
 }

@@ -2,7 +2,9 @@
 
 use std::{
     ffi::OsString,
-    fs, io,
+    fs::{self, File},
+    io::{self, Read, Seek, SeekFrom},
+    os::unix::process::CommandExt,
     path::{Path, PathBuf},
     process::{Command, Stdio},
     sync::{
@@ -12,16 +14,17 @@ use std::{
     time::Duration,
 };
 
-use rustix::process::{Pid, Signal, kill_process};
+use rustix::process::{Pid, Signal, kill_process_group};
 use serde::Deserialize;
 use tokio::{sync::watch, time::timeout};
 
 use crate::reaper::{Exit, Reaper};
 
-/// Longest that one call of the runtime may take. Generous, because emulated guests are slow; a hung one is killed.
-const DEADLINE: Duration = Duration::from_secs(60);
+/// Longest that one call of the runtime may take. Generous, because emulated guests are slow; a hung one is killed. Two of
+/// them fit into the time that the host gives a call.
+pub const DEADLINE: Duration = Duration::from_secs(50);
 /// Most of a log file that is looked at.
-const MAX_LOG: usize = 64 * 1024;
+const MAX_LOG: u64 = 64 * 1024;
 
 /// Why the runtime did not do it.
 #[derive(Debug, thiserror::Error)]
@@ -45,10 +48,12 @@ pub enum RuncError {
         message: String,
     },
     /// It was killed at its deadline.
-    #[error("OCI runtime {command} did not end within {} s and was killed", DEADLINE.as_secs())]
+    #[error("OCI runtime {command} did not end within {} s and was killed", deadline.as_secs())]
     Timeout {
         /// First word of what it was to do.
         command: &'static str,
+        /// How long it was given.
+        deadline: Duration,
     },
 }
 
@@ -83,6 +88,8 @@ pub struct Runc {
     pub reaper: Arc<Reaper>,
     /// Numbers the log files.
     pub calls: AtomicU64,
+    /// Longest that one call may take: [`DEADLINE`].
+    pub deadline: Duration,
 }
 
 impl Runc {
@@ -216,7 +223,9 @@ impl Runc {
             .env("PATH", "/usr/sbin:/usr/bin:/sbin:/bin")
             .stdin(stdio.stdin)
             .stdout(stdio.stdout)
-            .stderr(stdio.stderr);
+            .stderr(stdio.stderr)
+            // So that what it started, hooks for instance, can be killed with it.
+            .process_group(0);
         // Nothing is awaited between the two, and the agent has one thread: its reaper cannot see the exit before.
         let guard = self.reaper.spawning();
         let child = process.spawn().map_err(|source| RuncError::Spawn {
@@ -236,16 +245,16 @@ impl Runc {
         command: &'static str,
         (pid, mut exited): (i32, watch::Receiver<Option<Exit>>),
     ) -> Result<Exit, RuncError> {
-        let ended = timeout(DEADLINE, exited.wait_for(Option::is_some)).await;
+        let ended = timeout(self.deadline, exited.wait_for(Option::is_some)).await;
         if let Ok(Ok(exit)) = ended
             && let Some(exit) = *exit
         {
             return Ok(exit);
         }
         if let Some(pid) = Pid::from_raw(pid) {
-            let _ = kill_process(pid, Signal::KILL);
+            let _ = kill_process_group(pid, Signal::KILL);
         }
-        Err(RuncError::Timeout { command })
+        Err(RuncError::Timeout { command, deadline: self.deadline })
     }
 }
 
@@ -264,8 +273,11 @@ struct LogLine {
 
 /// The last error in a log of the runtime.
 fn last_error(log: &Path) -> Option<String> {
-    let text = fs::read(log).ok()?;
-    let tail = text.get(text.len().saturating_sub(MAX_LOG)..)?;
+    let mut log = File::open(log).ok()?;
+    let length = log.metadata().ok()?.len();
+    log.seek(SeekFrom::Start(length.saturating_sub(MAX_LOG))).ok()?;
+    let mut tail = Vec::new();
+    log.take(MAX_LOG).read_to_end(&mut tail).ok()?;
     tail.split(|byte| *byte == b'\n')
         .rev()
         .filter_map(|line| serde_json::from_slice::<LogLine>(line).ok())
@@ -292,6 +304,11 @@ mod tests {
             ),
         )
         .unwrap();
-        assert_eq!(last_error(&log).unwrap(), "exec: \"nosuch\": executable file not found in $PATH");
+        let found = last_error(&log).unwrap();
+        assert_eq!(found, "exec: \"nosuch\": executable file not found in $PATH");
+        // However much was written before.
+        let noise = "{\"level\":\"warning\",\"msg\":\"w\"}\n".repeat(5000);
+        fs::write(&log, noise + "{\"level\":\"fatal\",\"msg\":\"the end\"}\n").unwrap();
+        assert_eq!(last_error(&log).unwrap(), "the end");
     }
 }

@@ -19,10 +19,11 @@ use tokio::time::timeout;
 use ttrpc::r#async::TtrpcContext;
 
 use crate::{
+    container::Container,
     error::TaskError,
     netlink::{Network, plan},
     sandbox,
-    tasks::{Container, Tasks},
+    tasks::Tasks,
 };
 
 /// How long killed containers may take to be gone.

@@ -12,17 +12,20 @@ use tokio::time::{Duration, timeout};
 use ttrpc::r#async::TtrpcContext;
 
 use crate::{
-    error::TaskError,
-    process::Phase,
-    reaper::Exit,
-    stdio::process_io::StdioSpec,
-    tasks::{Target, Tasks},
+    container::Target, error::TaskError, process::Phase, reaper::Exit, stdio::process_io::StdioSpec,
+    tasks::Tasks,
 };
 
 /// Type of what Stats answers; containerd knows this name only, without the usual prefix.
 const METRICS_TYPE: &str = "io.containerd.cgroups.v2.Metrics";
-/// Longest that any call but Wait may take: several calls of the OCI runtime, each with its own deadline.
-const DEADLINE: Duration = Duration::from_secs(150);
+/// Longest that a call may take that the OCI runtime works for: its turn at the container and two runs of the runtime, each
+/// of which has a deadline of its own. The other calls, but Wait, never wait at all.
+const DEADLINE: Duration = Duration::from_secs(110);
+
+const CHECKPOINT: &str =
+    "checkpointing a container inside a microVM (its image has no CRIU; stop it and start another)";
+const RESTORE: &str =
+    "restoring a container from a checkpoint inside a microVM (its image has no CRIU; start it anew)";
 
 /// The service.
 #[derive(Clone)]
@@ -37,17 +40,18 @@ impl TaskService {
         Self { tasks }
     }
 
-    /// Does the work in a task of its own, so that a caller who goes away, or a panic, leaves nothing half done.
+    /// Does the work in a task of its own, so that a caller who goes away, a deadline, or a panic leaves nothing half done:
+    /// the work goes on to its own end.
     async fn run<T, F>(&self, work: impl FnOnce(Arc<Tasks>) -> F) -> Result<T, ttrpc::Error>
     where
         T: Send + 'static,
         F: Future<Output = Result<T, TaskError>> + Send + 'static,
     {
-        let work = tokio::spawn(timeout(DEADLINE, work(Arc::clone(&self.tasks))));
-        match work.await {
+        let work = tokio::spawn(work(Arc::clone(&self.tasks)));
+        match timeout(DEADLINE, work).await {
             Ok(Ok(result)) => Ok(result?),
-            Ok(Err(_)) => Err(TaskError::Deadline("the call".to_owned()).into()),
-            Err(error) => Err(TaskError::Internal(error.to_string()).into()),
+            Ok(Err(error)) => Err(TaskError::Internal(error.to_string()).into()),
+            Err(_) => Err(TaskError::Deadline("the call".to_owned()).into()),
         }
     }
 
@@ -101,7 +105,7 @@ impl Task for TaskService {
         req: api::CreateTaskRequest,
     ) -> ttrpc::Result<api::CreateTaskResponse> {
         if !req.checkpoint.is_empty() {
-            return Err(TaskError::Unimplemented("restoring from a checkpoint").into());
+            return Err(TaskError::Unimplemented(RESTORE).into());
         }
         if !req.rootfs.is_empty() {
             let why =
@@ -146,7 +150,7 @@ impl Task for TaskService {
     }
 
     async fn checkpoint(&self, _: &TtrpcContext, _: api::CheckpointTaskRequest) -> ttrpc::Result<api::Empty> {
-        Err(TaskError::Unimplemented("checkpointing a container").into())
+        Err(TaskError::Unimplemented(CHECKPOINT).into())
     }
 
     async fn kill(&self, _: &TtrpcContext, req: api::KillRequest) -> ttrpc::Result<api::Empty> {

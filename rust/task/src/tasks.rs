@@ -1,27 +1,26 @@
 //! The pod's containers and what can be done with them.
 
 use std::{
-    collections::{BTreeMap, HashMap},
+    collections::HashMap,
     fs,
     path::{Path, PathBuf},
-    sync::{
-        Arc, Mutex, MutexGuard, OnceLock, PoisonError,
-        atomic::{AtomicBool, Ordering},
-    },
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::{Duration, SystemTime},
 };
 
-use containerd_shim_protos::cgroups_v2::metrics::Metrics;
-use rustix::process::Pid;
-use tokio::{sync::RwLock, time::timeout};
+use tokio::{
+    sync::{RwLockReadGuard, RwLockWriteGuard},
+    time::timeout,
+};
 
 use crate::{
-    cgroup,
+    container::{Container, Exec, Target},
     error::TaskError,
     launch,
-    process::{Phase, Process, signal_pid},
+    process::{Phase, Process},
     reaper::{Exit, Reaper},
     runc::Runc,
+    spec,
     stdio::{
         process_io::{ProcessIo, StdioSpec},
         registry::Registry,
@@ -30,6 +29,8 @@ use crate::{
 
 /// How long a killed process may take to be gone.
 const KILL_DEADLINE: Duration = Duration::from_secs(10);
+/// How long a call waits for its turn at a container: what is before it may be a hung runtime, which is killed first.
+const GATE_DEADLINE: Duration = Duration::from_secs(55);
 /// Longest id of a container or exec; containerd allows 76.
 const MAX_ID: usize = 128;
 /// Exit status of a process that could not be started, as containerd's own shims report it.
@@ -47,110 +48,6 @@ pub struct Context {
     pub work: PathBuf,
     /// Where cgroup v2 is mounted.
     pub cgroups: PathBuf,
-}
-
-/// A container.
-pub struct Container {
-    /// Its id.
-    pub id: String,
-    /// Its bundle's path in the guest.
-    pub bundle: String,
-    /// Its own process.
-    pub init: Process,
-    execs: Mutex<BTreeMap<String, Arc<Exec>>>,
-    /// Taken for writing by what changes the container, for reading by what starts a process in it.
-    pub(crate) gate: RwLock<()>,
-    pub(crate) cgroup: OnceLock<PathBuf>,
-    last_metrics: Mutex<Option<Metrics>>,
-    gone: AtomicBool,
-}
-
-/// A process that was added to a container.
-pub struct Exec {
-    /// The process.
-    pub process: Process,
-    /// Its OCI description, as JSON.
-    pub spec: Vec<u8>,
-}
-
-/// One of a container's processes.
-#[derive(Clone)]
-pub enum Target {
-    /// The container's own.
-    Init(Arc<Container>),
-    /// An added one.
-    Exec(Arc<Exec>),
-}
-
-impl Target {
-    /// The process itself.
-    #[must_use]
-    pub fn process(&self) -> &Process {
-        match self {
-            Self::Init(container) => &container.init,
-            Self::Exec(exec) => &exec.process,
-        }
-    }
-}
-
-impl Container {
-    fn new(context: &Context, id: &str, bundle: &str, stdio: StdioSpec) -> Self {
-        let io = ProcessIo::new(&context.streams, id, "", &stdio);
-        Self {
-            id: id.to_owned(),
-            bundle: bundle.to_owned(),
-            init: Process::new(stdio, io),
-            execs: Mutex::default(),
-            gate: RwLock::default(),
-            cgroup: OnceLock::new(),
-            last_metrics: Mutex::default(),
-            gone: AtomicBool::new(false),
-        }
-    }
-
-    fn execs(&self) -> MutexGuard<'_, BTreeMap<String, Arc<Exec>>> {
-        self.execs.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn check_exists(&self) -> Result<(), TaskError> {
-        if self.gone.load(Ordering::Relaxed) { Err(no_container(&self.id)) } else { Ok(()) }
-    }
-
-    /// All its processes; its own is there even when it has ended.
-    #[must_use]
-    pub fn pids(&self) -> Vec<i32> {
-        let mut pids = self.cgroup.get().map(|cgroup| cgroup::processes(cgroup)).unwrap_or_default();
-        if pids.is_empty() {
-            pids.push(self.init.pid());
-        }
-        pids
-    }
-
-    /// What the kernel counts for it; the last known values when it does not any more.
-    #[must_use]
-    pub fn metrics(&self) -> Metrics {
-        let mut last = self.last_metrics.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(metrics) = self.cgroup.get().and_then(|cgroup| cgroup::metrics(cgroup)) {
-            *last = Some(metrics);
-        }
-        last.clone().unwrap_or_default()
-    }
-
-    /// Sends a signal to every process of it.
-    ///
-    /// # Errors
-    /// When the number is no signal's.
-    pub fn kill_all(&self, signal: u32) -> Result<(), TaskError> {
-        let cgroup = self.cgroup.get();
-        if signal == 9 && cgroup.is_some_and(|cgroup| cgroup::kill(cgroup)) {
-            return Ok(());
-        }
-        let pids = cgroup.map(|cgroup| cgroup::processes(cgroup)).unwrap_or_default();
-        if pids.is_empty() {
-            return self.init.kill(signal);
-        }
-        pids.into_iter().filter_map(Pid::from_raw).try_for_each(|pid| signal_pid(pid, signal))
-    }
 }
 
 /// All containers.
@@ -214,15 +111,13 @@ impl Tasks {
             table.insert(id.to_owned(), Arc::clone(&container));
             container
         };
-        let _gate = container.gate.write().await;
+        let _gate = changing(&container).await?;
         match launch::create(&self.context, &container).await {
             Ok(()) => Ok(container.init.pid_u32()),
             Err(error) => {
                 container.init.io.start_nothing(&container.init.exited());
+                launch::clean(&self.context, &container).await;
                 self.forget(&container);
-                if let Err(error) = self.context.runc.delete(id, true).await {
-                    log::warn!("cleaning up after container {id} was not created: {error}");
-                }
                 Err(error)
             }
         }
@@ -236,8 +131,7 @@ impl Tasks {
         let container = self.container(id)?;
         match self.target(id, exec_id)? {
             Target::Init(_) => {
-                let _gate = container.gate.write().await;
-                container.check_exists()?;
+                let _gate = changing(&container).await?;
                 begin(&container.init, id)?;
                 let started = self.context.runc.start(id).await;
                 let next = if started.is_ok() { Phase::Running } else { Phase::Created };
@@ -247,8 +141,7 @@ impl Tasks {
                 Ok(container.init.pid_u32())
             }
             Target::Exec(exec) => {
-                let _gate = container.gate.read().await;
-                container.check_exists()?;
+                let _gate = joining(&container).await?;
                 begin(&exec.process, exec_id)?;
                 if let Err(error) = launch::exec(&self.context, &container, exec_id, &exec).await {
                     exec.process.io.start_nothing(&exec.process.exited());
@@ -272,7 +165,7 @@ impl Tasks {
         if container.init.phase() == Phase::Stopped {
             return Err(TaskError::FailedPrecondition(format!("container {id} is not running")));
         }
-        let spec = launch::process_spec(spec, stdio.terminal)?;
+        let spec = spec::process(spec, stdio.terminal)?;
         let mut execs = container.execs();
         if execs.contains_key(exec_id) {
             return Err(TaskError::AlreadyExists(format!("process {exec_id} of container {id}")));
@@ -296,8 +189,7 @@ impl Tasks {
             container.execs().remove(exec_id);
             return Ok((exec.process.pid_u32(), ended(&exec.process)));
         }
-        let _gate = container.gate.write().await;
-        container.check_exists()?;
+        let _gate = changing(&container).await?;
         match container.init.phase() {
             Phase::Stopped => {}
             Phase::Created => self.kill_created(&container).await?,
@@ -306,6 +198,7 @@ impl Tasks {
         // For the last time: its cgroup goes with it.
         let _ = container.metrics();
         self.context.runc.delete(id, true).await?;
+        launch::forget_bundle(&self.context, &container);
         self.forget(&container);
         Ok((container.init.pid_u32(), ended(&container.init)))
     }
@@ -326,8 +219,7 @@ impl Tasks {
     /// When it does not run, or the runtime fails.
     pub async fn freeze(&self, id: &str, freeze: bool) -> Result<(), TaskError> {
         let container = self.container(id)?;
-        let _gate = container.gate.write().await;
-        container.check_exists()?;
+        let _gate = changing(&container).await?;
         let (from, to) =
             if freeze { (Phase::Running, Phase::Paused) } else { (Phase::Paused, Phase::Running) };
         if container.init.phase() != from {
@@ -345,8 +237,7 @@ impl Tasks {
     /// When it has ended, or the runtime fails.
     pub async fn update(&self, id: &str, resources: &[u8]) -> Result<(), TaskError> {
         let container = self.container(id)?;
-        let _gate = container.gate.write().await;
-        container.check_exists()?;
+        let _gate = changing(&container).await?;
         if container.init.phase() == Phase::Stopped {
             return Err(TaskError::FailedPrecondition(format!("container {id} is not running")));
         }
@@ -358,9 +249,27 @@ impl Tasks {
     }
 
     fn forget(&self, container: &Container) {
-        container.gone.store(true, Ordering::Relaxed);
+        container.set_gone();
         self.table().remove(&container.id);
     }
+}
+
+/// A call's turn at a container that it changes.
+async fn changing(container: &Container) -> Result<RwLockWriteGuard<'_, ()>, TaskError> {
+    let gate = timeout(GATE_DEADLINE, container.gate.write()).await.map_err(|_| busy(container))?;
+    container.check_exists()?;
+    Ok(gate)
+}
+
+/// A call's turn at a container that it starts a process in.
+async fn joining(container: &Container) -> Result<RwLockReadGuard<'_, ()>, TaskError> {
+    let gate = timeout(GATE_DEADLINE, container.gate.read()).await.map_err(|_| busy(container))?;
+    container.check_exists()?;
+    Ok(gate)
+}
+
+fn busy(container: &Container) -> TaskError {
+    TaskError::Deadline(format!("what is being done to container {}", container.id))
 }
 
 fn begin(process: &Process, name: &str) -> Result<(), TaskError> {
@@ -379,7 +288,7 @@ fn ended(process: &Process) -> Exit {
     process.exit().unwrap_or(Exit { code: NEVER_RAN, at: SystemTime::now() })
 }
 
-fn no_container(id: &str) -> TaskError {
+pub(crate) fn no_container(id: &str) -> TaskError {
     TaskError::NotFound(format!("container {id}"))
 }
 

@@ -49,6 +49,8 @@ id=${words[1]}
 fail() { echo "{\"level\":\"error\",\"msg\":\"$1\",\"time\":\"t\"}" >> "$log"; exit 1; }
 case ${words[0]} in
     create)
+        # The agent's bundle names the root file system in the host's, whose scripts stand for it.
+        bundle=$(sed 's/.*"path":"\([^"]*\)\/rootfs".*/\1/' "$bundle/config.json")
         [ -e "$bundle/fail" ] && fail "$(cat "$bundle/fail")"
         mkfifo "$root/$id.start"
         bash -c "read x < '$root/$id.start'; exec bash '$bundle/run'" &
@@ -95,6 +97,7 @@ impl Host {
                 no_pivot: true,
                 reaper: Arc::clone(&reaper),
                 calls: AtomicU64::new(0),
+                deadline: vmm_task::runc::DEADLINE,
             },
             reaper,
             streams: Arc::clone(&streams),
@@ -107,7 +110,8 @@ impl Host {
     fn bundle(&self, id: &str, script: &str) -> String {
         let bundle = self.dir.path().join(id);
         fs::create_dir_all(&bundle).unwrap();
-        fs::write(bundle.join("config.json"), r#"{"process":{"terminal":false}}"#).unwrap();
+        fs::write(bundle.join("config.json"), r#"{"process":{"args":["x"]},"root":{"path":"rootfs"}}"#)
+            .unwrap();
         fs::write(bundle.join("run"), script).unwrap();
         bundle.display().to_string()
     }

@@ -1,0 +1,131 @@
+//! One container: its processes, its cgroup, what may be done to it at the same time.
+
+use std::{
+    collections::BTreeMap,
+    path::PathBuf,
+    sync::{
+        Arc, Mutex, MutexGuard, OnceLock, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
+};
+
+use containerd_shim_protos::cgroups_v2::metrics::Metrics;
+use rustix::process::Pid;
+use tokio::sync::RwLock;
+
+use crate::{
+    cgroup,
+    error::TaskError,
+    process::{Process, signal_pid},
+    stdio::process_io::{ProcessIo, StdioSpec},
+    tasks::{Context, no_container},
+};
+
+/// A container.
+pub struct Container {
+    /// Its id.
+    pub id: String,
+    /// Its bundle's path in the guest.
+    pub bundle: String,
+    /// Its own process.
+    pub init: Process,
+    execs: Mutex<BTreeMap<String, Arc<Exec>>>,
+    /// Taken for writing by what changes the container, for reading by what starts a process in it.
+    pub(crate) gate: RwLock<()>,
+    pub(crate) cgroup: OnceLock<PathBuf>,
+    last_metrics: Mutex<Option<Metrics>>,
+    gone: AtomicBool,
+}
+
+/// A process that was added to a container.
+pub struct Exec {
+    /// The process.
+    pub process: Process,
+    /// Its OCI description, as JSON.
+    pub spec: Vec<u8>,
+}
+
+/// One of a container's processes.
+#[derive(Clone)]
+pub enum Target {
+    /// The container's own.
+    Init(Arc<Container>),
+    /// An added one.
+    Exec(Arc<Exec>),
+}
+
+impl Target {
+    /// The process itself.
+    #[must_use]
+    pub fn process(&self) -> &Process {
+        match self {
+            Self::Init(container) => &container.init,
+            Self::Exec(exec) => &exec.process,
+        }
+    }
+}
+
+impl Container {
+    pub(crate) fn new(context: &Context, id: &str, bundle: &str, stdio: StdioSpec) -> Self {
+        let io = ProcessIo::new(&context.streams, id, "", &stdio);
+        Self {
+            id: id.to_owned(),
+            bundle: bundle.to_owned(),
+            init: Process::new(stdio, io),
+            execs: Mutex::default(),
+            gate: RwLock::default(),
+            cgroup: OnceLock::new(),
+            last_metrics: Mutex::default(),
+            gone: AtomicBool::new(false),
+        }
+    }
+
+    pub(crate) fn execs(&self) -> MutexGuard<'_, BTreeMap<String, Arc<Exec>>> {
+        self.execs.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(crate) fn check_exists(&self) -> Result<(), TaskError> {
+        if self.gone.load(Ordering::Relaxed) { Err(no_container(&self.id)) } else { Ok(()) }
+    }
+
+    /// Ends what waits for its turn in vain.
+    pub(crate) fn set_gone(&self) {
+        self.gone.store(true, Ordering::Relaxed);
+    }
+
+    /// All its processes; its own is there even when it has ended.
+    #[must_use]
+    pub fn pids(&self) -> Vec<i32> {
+        let mut pids = self.cgroup.get().map(|cgroup| cgroup::processes(cgroup)).unwrap_or_default();
+        if pids.is_empty() {
+            pids.push(self.init.pid());
+        }
+        pids
+    }
+
+    /// What the kernel counts for it; the last known values when it does not any more.
+    #[must_use]
+    pub fn metrics(&self) -> Metrics {
+        let mut last = self.last_metrics.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(metrics) = self.cgroup.get().and_then(|cgroup| cgroup::metrics(cgroup)) {
+            *last = Some(metrics);
+        }
+        last.clone().unwrap_or_default()
+    }
+
+    /// Sends a signal to every process of it.
+    ///
+    /// # Errors
+    /// When the number is no signal's.
+    pub fn kill_all(&self, signal: u32) -> Result<(), TaskError> {
+        let cgroup = self.cgroup.get();
+        if signal == 9 && cgroup.is_some_and(|cgroup| cgroup::kill(cgroup)) {
+            return Ok(());
+        }
+        let pids = cgroup.map(|cgroup| cgroup::processes(cgroup)).unwrap_or_default();
+        if pids.is_empty() {
+            return self.init.kill(signal);
+        }
+        pids.into_iter().filter_map(Pid::from_raw).try_for_each(|pid| signal_pid(pid, signal))
+    }
+}

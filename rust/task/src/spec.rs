@@ -1,0 +1,232 @@
+//! The OCI spec that the host sends, checked, and made into the one that the runtime gets.
+//!
+//! The host has rewritten it for the guest already; what is left is what only the guest knows, and what it does not take
+//! from anybody: where the containers' cgroups are, which programs exist. A function on JSON, so that fields unknown to
+//! the agent survive.
+
+use std::path::{Component, Path};
+
+use serde_json::{Map, Value, json};
+
+use crate::error::TaskError;
+
+/// Cgroup of all containers, as specs name it.
+pub const CGROUPS: &str = "/kuasar";
+/// Labels of the host's security modules, which the guest does not have, in the process and beside it.
+const HOST_LABELS: [&str; 2] = ["apparmorProfile", "selinuxLabel"];
+
+/// What a spec is for.
+#[derive(Clone, Copy, Debug)]
+pub struct Target<'a> {
+    /// Container id.
+    pub container: &'a str,
+    /// Its bundle's path in the guest.
+    pub bundle: &'a Path,
+    /// The request wants a terminal.
+    pub terminal: bool,
+}
+
+type Object = Map<String, Value>;
+
+/// Reads a container's spec and makes of it what the runtime gets.
+///
+/// # Errors
+/// When it is none, does not fit the request, or asks for what a container must not have; the message names the field.
+pub fn rewrite(json: &[u8], target: Target) -> Result<Value, TaskError> {
+    let mut spec: Value = serde_json::from_slice(json).map_err(|error| refuse(&error.to_string()))?;
+    let fields = spec.as_object_mut().ok_or_else(|| refuse("it is not a JSON object"))?;
+    set_process(object(fields, "process")?, target.terminal)?;
+    set_root(object(fields, "root")?, target.bundle)?;
+    if !fields.contains_key("linux") {
+        fields.insert("linux".to_owned(), json!({}));
+    }
+    let linux = object(fields, "linux")?;
+    linux.remove("mountLabel");
+    set_cgroup(linux, target.container)?;
+    Ok(spec)
+}
+
+/// The JSON of an OCI process as the runtime gets it: without what only the host has, and with the terminal that the
+/// request asks for.
+///
+/// # Errors
+/// When it is no process.
+pub fn process(json: &[u8], terminal: bool) -> Result<Vec<u8>, TaskError> {
+    let refuse = |why: String| TaskError::InvalidArgument(format!("the process to execute: {why}"));
+    let mut spec: Value = serde_json::from_slice(json).map_err(|error| refuse(error.to_string()))?;
+    let Some(fields) = spec.as_object_mut() else {
+        return Err(refuse("it is not a JSON object".to_owned()));
+    };
+    if !has_args(fields) {
+        return Err(refuse("it has no args".to_owned()));
+    }
+    clear_labels(fields);
+    fields.insert("terminal".to_owned(), Value::Bool(terminal));
+    serde_json::to_vec(&spec).map_err(|error| refuse(error.to_string()))
+}
+
+fn refuse(why: &str) -> TaskError {
+    TaskError::InvalidArgument(format!("the container's spec: {why}"))
+}
+
+fn object<'a>(fields: &'a mut Object, name: &str) -> Result<&'a mut Object, TaskError> {
+    match fields.get_mut(name) {
+        Some(Value::Object(object)) => Ok(object),
+        Some(_) => Err(refuse(&format!("{name} is not a JSON object"))),
+        None => Err(refuse(&format!("it has no {name}"))),
+    }
+}
+
+fn has_args(process: &Object) -> bool {
+    process.get("args").and_then(Value::as_array).is_some_and(|args| !args.is_empty())
+}
+
+fn clear_labels(process: &mut Object) {
+    for label in HOST_LABELS {
+        process.remove(label);
+    }
+}
+
+fn set_process(process: &mut Object, terminal: bool) -> Result<(), TaskError> {
+    if !has_args(process) {
+        return Err(refuse("process has no args"));
+    }
+    let wants = process.get("terminal").and_then(Value::as_bool).unwrap_or(false);
+    if wants != terminal {
+        return Err(refuse(&format!("process.terminal is {wants}, the request's terminal is {terminal}")));
+    }
+    clear_labels(process);
+    Ok(())
+}
+
+/// The runtime reads the spec from a folder of the agent's, so the root file system's path must not depend on it.
+fn set_root(root: &mut Object, bundle: &Path) -> Result<(), TaskError> {
+    let path = root.get("path").and_then(Value::as_str).unwrap_or_default();
+    if path.is_empty() {
+        return Err(refuse("root.path is empty"));
+    }
+    let path = bundle.join(path);
+    root.insert("path".to_owned(), json!(path.to_string_lossy()));
+    Ok(())
+}
+
+/// Containers' cgroups are where the agent looks for them, and nowhere near its own.
+fn set_cgroup(linux: &mut Object, container: &str) -> Result<(), TaskError> {
+    let given = linux.get("cgroupsPath").and_then(Value::as_str).unwrap_or_default();
+    if given.is_empty() {
+        linux.insert("cgroupsPath".to_owned(), json!(format!("{CGROUPS}/{container}")));
+        return Ok(());
+    }
+    let below = Path::new(given).strip_prefix(CGROUPS).ok();
+    let plain = |below: &Path| {
+        below.components().next().is_some()
+            && below.components().all(|part| matches!(part, Component::Normal(_)))
+    };
+    if below.is_some_and(plain) && !given.contains('\0') {
+        return Ok(());
+    }
+    Err(refuse(&format!("linux.cgroupsPath {given:?} is not below {CGROUPS}")))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn target() -> Target<'static> {
+        Target { container: "c", bundle: Path::new("/b"), terminal: false }
+    }
+
+    fn spec() -> Value {
+        json!({
+            "process": {"args": ["sh"], "apparmorProfile": "x", "selinuxLabel": "y", "new": {"a": 1}},
+            "root": {"path": "rootfs", "readonly": true},
+            "linux": {"mountLabel": "z", "seccomp": {"defaultAction": "SCMP_ACT_ERRNO"}},
+            "annotations": {"k": "v"},
+        })
+    }
+
+    fn rewritten(spec: &Value) -> Result<Value, String> {
+        rewrite(spec.to_string().as_bytes(), target()).map_err(|error| error.to_string())
+    }
+
+    #[test]
+    fn what_only_the_host_has_is_dropped_and_the_rest_kept() {
+        let once = rewritten(&spec()).unwrap();
+        assert_eq!(
+            once,
+            json!({
+                "process": {"args": ["sh"], "new": {"a": 1}},
+                "root": {"path": "/b/rootfs", "readonly": true},
+                "linux": {"cgroupsPath": "/kuasar/c", "seccomp": {"defaultAction": "SCMP_ACT_ERRNO"}},
+                "annotations": {"k": "v"},
+            })
+        );
+        assert_eq!(rewritten(&once).unwrap(), once, "it is stable");
+    }
+
+    #[test]
+    fn paths_of_the_host_s_choice_are_kept() {
+        let mut spec = spec();
+        spec["root"]["path"] = json!("/run/kuasar/state/c/rootfs");
+        spec["linux"]["cgroupsPath"] = json!("/kuasar/pod/c");
+        let spec = rewritten(&spec).unwrap();
+        assert_eq!(spec["root"]["path"], "/run/kuasar/state/c/rootfs");
+        assert_eq!(spec["linux"]["cgroupsPath"], "/kuasar/pod/c");
+    }
+
+    #[test]
+    fn cgroups_elsewhere_are_refused() {
+        for bad in ["/", "/kuasar", "/kuasar/", "/kuasar/../x", "/other/c", "kuasar/c", "/kuasar/a\0b"] {
+            let mut spec = spec();
+            spec["linux"]["cgroupsPath"] = json!(bad);
+            let error = rewritten(&spec).unwrap_err();
+            assert!(error.ends_with("is not below /kuasar"), "{error}");
+        }
+    }
+
+    #[test]
+    fn what_is_no_spec_is_refused_by_the_field() {
+        for (change, why) in [
+            (json!([]), "it is not a JSON object"),
+            (json!({}), "it has no process"),
+            (json!({"process": {"args": ["sh"]}}), "it has no root"),
+            (json!({"process": 1}), "process is not a JSON object"),
+            (json!({"process": {}}), "process has no args"),
+            (json!({"process": {"args": []}}), "process has no args"),
+            (
+                json!({"process": {"args": ["sh"], "terminal": true}}),
+                "process.terminal is true, the request's terminal is false",
+            ),
+            (json!({"process": {"args": ["sh"]}, "root": {}}), "root.path is empty"),
+            (
+                json!({"process": {"args": ["sh"]}, "root": {"path": "r"}, "linux": 7}),
+                "linux is not a JSON object",
+            ),
+        ] {
+            assert_eq!(rewritten(&change).unwrap_err(), format!("the container's spec: {why}"));
+        }
+        let error = rewrite(b"{\"process\":", target()).unwrap_err().to_string();
+        assert!(error.contains("EOF while parsing"), "{error}");
+    }
+
+    #[test]
+    fn host_labels_are_dropped_and_the_terminal_is_the_request_s() {
+        let json =
+            br#"{"args":["sh"],"apparmorProfile":"x","selinuxLabel":"y","terminal":true,"cwd":"/","new":{"a":1}}"#;
+        let spec: Value = serde_json::from_slice(&process(json, false).unwrap()).unwrap();
+        assert_eq!(spec, json!({"args":["sh"],"terminal":false,"cwd":"/","new":{"a":1}}));
+    }
+
+    #[test]
+    fn what_is_no_process_is_refused() {
+        for (bad, why) in [
+            (&b"{"[..], "EOF while parsing"),
+            (b"[]", "it is not a JSON object"),
+            (b"{}", "it has no args"),
+            (b"{\"args\":[]}", "it has no args"),
+        ] {
+            let error = process(bad, false).unwrap_err().to_string();
+            assert!(error.starts_with("the process to execute: ") && error.contains(why), "{error}");
+        }
+    }
+}
