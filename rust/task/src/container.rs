@@ -5,7 +5,7 @@ use std::{
     path::PathBuf,
     sync::{
         Arc, Mutex, MutexGuard, OnceLock, PoisonError,
-        atomic::{AtomicBool, Ordering},
+        atomic::{AtomicBool, AtomicU64, Ordering},
     },
 };
 
@@ -16,10 +16,27 @@ use tokio::sync::RwLock;
 use crate::{
     cgroup,
     error::TaskError,
+    events::Events,
+    metrics,
     process::{Process, signal_pid},
     stdio::process_io::{ProcessIo, StdioSpec},
     tasks::{Context, no_container},
 };
+
+const SIGKILL: u32 = 9;
+
+/// What a container is made from.
+#[derive(Clone, Debug, Default)]
+pub struct NewContainer {
+    /// Its id.
+    pub id: String,
+    /// Its bundle's path in the guest.
+    pub bundle: String,
+    /// containerd's namespace that it belongs to.
+    pub namespace: String,
+    /// Standard streams of its first process.
+    pub stdio: StdioSpec,
+}
 
 /// A container.
 pub struct Container {
@@ -27,6 +44,8 @@ pub struct Container {
     pub id: String,
     /// Its bundle's path in the guest.
     pub bundle: String,
+    /// containerd's namespace that it belongs to.
+    pub namespace: String,
     /// Its own process.
     pub init: Process,
     execs: Mutex<BTreeMap<String, Arc<Exec>>>,
@@ -34,6 +53,8 @@ pub struct Container {
     pub(crate) gate: RwLock<()>,
     pub(crate) cgroup: OnceLock<PathBuf>,
     last_metrics: Mutex<Option<Metrics>>,
+    /// How many of the kernel's kills for want of memory are known.
+    oom_kills: AtomicU64,
     gone: AtomicBool,
 }
 
@@ -66,16 +87,18 @@ impl Target {
 }
 
 impl Container {
-    pub(crate) fn new(context: &Context, id: &str, bundle: &str, stdio: StdioSpec) -> Self {
-        let io = ProcessIo::new(&context.streams, id, "", &stdio);
+    pub(crate) fn new(context: &Context, new: NewContainer) -> Self {
+        let io = ProcessIo::new(&context.streams, &new.id, "", &new.stdio);
         Self {
-            id: id.to_owned(),
-            bundle: bundle.to_owned(),
-            init: Process::new(stdio, io),
+            id: new.id,
+            bundle: new.bundle,
+            namespace: new.namespace,
+            init: Process::new(new.stdio, io),
             execs: Mutex::default(),
             gate: RwLock::default(),
             cgroup: OnceLock::new(),
             last_metrics: Mutex::default(),
+            oom_kills: AtomicU64::new(0),
             gone: AtomicBool::new(false),
         }
     }
@@ -107,24 +130,32 @@ impl Container {
     #[must_use]
     pub fn metrics(&self) -> Metrics {
         let mut last = self.last_metrics.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(metrics) = self.cgroup.get().and_then(|cgroup| cgroup::metrics(cgroup)) {
+        if let Some(metrics) = self.cgroup.get().and_then(|cgroup| metrics::read(cgroup)) {
             *last = Some(metrics);
         }
         last.clone().unwrap_or_default()
     }
 
-    /// Sends a signal to every process of it.
+    /// Publishes that the kernel killed something in it for want of memory, unless that is known already. What was killed
+    /// between two looks is one event.
+    pub fn check_memory(&self, events: &Events) {
+        let Some(kills) = self.cgroup.get().and_then(|cgroup| cgroup::oom_kills(cgroup)) else { return };
+        if self.oom_kills.fetch_max(kills, Ordering::Relaxed) < kills {
+            events.out_of_memory(self);
+        }
+    }
+
+    /// Sends a signal to every process of it, also to what outlives its own in a PID namespace that it shares.
     ///
     /// # Errors
-    /// When the number is no signal's.
+    /// When nothing of it lives, or the number is no signal's.
     pub fn kill_all(&self, signal: u32) -> Result<(), TaskError> {
-        let cgroup = self.cgroup.get();
-        if signal == 9 && cgroup.is_some_and(|cgroup| cgroup::kill(cgroup)) {
-            return Ok(());
-        }
-        let pids = cgroup.map(|cgroup| cgroup::processes(cgroup)).unwrap_or_default();
+        let pids = self.cgroup.get().map(|cgroup| cgroup::processes(cgroup)).unwrap_or_default();
         if pids.is_empty() {
             return self.init.kill(signal);
+        }
+        if signal == SIGKILL && self.cgroup.get().is_some_and(|cgroup| cgroup::kill(cgroup)) {
+            return Ok(());
         }
         pids.into_iter().filter_map(Pid::from_raw).try_for_each(|pid| signal_pid(pid, signal))
     }

@@ -3,6 +3,7 @@
 use std::{
     fs,
     path::{Path, PathBuf},
+    sync::Arc,
 };
 
 use serde_json::Value;
@@ -29,7 +30,7 @@ enum Streams {
 }
 
 /// Lets the runtime make a container.
-pub(crate) async fn create(context: &Context, container: &Container) -> Result<(), TaskError> {
+pub(crate) async fn create(context: &Context, container: &Arc<Container>) -> Result<(), TaskError> {
     let init = &container.init;
     let spec = read_spec(container)?;
     hooks::check(&spec, Path::new("/"))?;
@@ -44,11 +45,13 @@ pub(crate) async fn create(context: &Context, container: &Container) -> Result<(
     init.set_pid(pid);
     context.reaper.watch(pid, init.exit_sender());
     drop(guard);
+    context.oom.watch(container, &context.events);
     connect(init, streams).await
 }
 
 /// Removes whatever [`create`] or the runtime left of a container that is not, or no longer, wanted.
 pub(crate) async fn clean(context: &Context, container: &Container) {
+    context.oom.forget(container);
     if let Err(error) = context.runc.delete(&container.id, true).await {
         log::warn!("cleaning up after container {}: {error}", container.id);
         // It did not get to it, so what it would have done is done here.

@@ -2,7 +2,7 @@
 
 use std::sync::{
     Arc, Mutex, PoisonError,
-    atomic::{AtomicI32, Ordering},
+    atomic::{AtomicBool, AtomicI32, Ordering},
 };
 
 use rustix::process::{Pid, Signal, kill_process};
@@ -23,6 +23,8 @@ pub enum Phase {
     Starting,
     /// Was started.
     Running,
+    /// Is being frozen.
+    Pausing,
     /// Is frozen.
     Paused,
     /// Has ended.
@@ -38,6 +40,7 @@ pub struct Process {
     exit: ExitSender,
     pid: AtomicI32,
     phase: Mutex<Phase>,
+    announced: AtomicBool,
 }
 
 impl Process {
@@ -50,6 +53,7 @@ impl Process {
             exit: Arc::new(watch::Sender::new(None)),
             pid: AtomicI32::new(0),
             phase: Mutex::new(Phase::Created),
+            announced: AtomicBool::new(false),
         }
     }
 
@@ -95,6 +99,18 @@ impl Process {
             return Phase::Stopped;
         }
         *self.phase.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Whether its start is under way, or was when it ended.
+    #[must_use]
+    pub fn is_starting(&self) -> bool {
+        *self.phase.lock().unwrap_or_else(PoisonError::into_inner) == Phase::Starting
+    }
+
+    /// True for the first who asks: they announce its exit.
+    #[must_use]
+    pub fn announce(&self) -> bool {
+        !self.announced.swap(true, Ordering::Relaxed)
     }
 
     /// Moves on from `from` to `to`; false if it is elsewhere.

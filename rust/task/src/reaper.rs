@@ -7,9 +7,10 @@
 use std::{
     collections::HashMap,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
-    time::SystemTime,
+    time::{SystemTime, UNIX_EPOCH},
 };
 
+use protobuf::{MessageField, well_known_types::timestamp::Timestamp};
 use rustix::process::{Pid, WaitOptions, WaitStatus, test_kill_process, wait};
 use tokio::{
     signal::unix::{Signal, SignalKind, signal},
@@ -23,6 +24,16 @@ pub struct Exit {
     pub code: u32,
     /// When it was seen.
     pub at: SystemTime,
+}
+
+/// When a process ended, as protocols want it.
+#[must_use]
+pub fn timestamp(exit: &Exit) -> MessageField<Timestamp> {
+    let since = exit.at.duration_since(UNIX_EPOCH).unwrap_or_default();
+    let mut timestamp = Timestamp::new();
+    timestamp.seconds = i64::try_from(since.as_secs()).unwrap_or(i64::MAX);
+    timestamp.nanos = i32::try_from(since.subsec_nanos()).unwrap_or(0);
+    MessageField::some(timestamp)
 }
 
 /// Where the exit of one process is announced; `None` until then.

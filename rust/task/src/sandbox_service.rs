@@ -6,8 +6,9 @@ use async_trait::async_trait;
 use kuasar_common::{
     api::{
         sandbox::{
-            CheckRequest, Envelope, ExecVMProcessRequest, ExecVMProcessResponse, SetupSandboxRequest,
-            ShutdownRequest, SyncClockPacket, UpdateInterfacesRequest, UpdateRoutesRequest,
+            CheckRequest, Envelope, ExecVMProcessRequest, ExecVMProcessResponse, GetEventsRequest,
+            SetupSandboxRequest, ShutdownRequest, SyncClockPacket, UpdateInterfacesRequest,
+            UpdateRoutesRequest,
         },
         sandbox_ttrpc::SandboxService,
     },
@@ -138,8 +139,8 @@ impl SandboxService for Sandbox {
         Err(TaskError::Unimplemented("running a process outside containers").into())
     }
 
-    async fn get_events(&self, _: &TtrpcContext, _: Empty) -> ttrpc::Result<Envelope> {
-        Err(TaskError::Unimplemented("asking for events").into())
+    async fn get_events(&self, _: &TtrpcContext, req: GetEventsRequest) -> ttrpc::Result<Envelope> {
+        Ok(self.tasks.context.events.next(req.after).await?)
     }
 
     async fn shutdown(&self, _: &TtrpcContext, req: ShutdownRequest) -> ttrpc::Result<Empty> {

@@ -100,6 +100,8 @@ async fn serve(
             deadline: runc::DEADLINE,
         },
         reaper,
+        events: Arc::default(),
+        oom: Arc::default(),
         streams: Arc::clone(&streams),
         work: boot::WORK.into(),
         cgroups: boot::CGROUPS.into(),

@@ -1,18 +1,19 @@
 //! containerd's Task API, version 3, for the containers of this VM.
 
-use std::{future::Future, sync::Arc, time::UNIX_EPOCH};
+use std::{future::Future, sync::Arc};
 
 use async_trait::async_trait;
 use containerd_shim_protos::{api, shim_async::Task};
-use protobuf::{
-    EnumOrUnknown, Message, MessageField,
-    well_known_types::{any::Any, timestamp::Timestamp},
-};
+use protobuf::{EnumOrUnknown, Message, MessageField, well_known_types::any::Any};
 use tokio::time::{Duration, timeout};
 use ttrpc::r#async::TtrpcContext;
 
 use crate::{
-    container::Target, error::TaskError, process::Phase, reaper::Exit, stdio::process_io::StdioSpec,
+    container::{NewContainer, Target},
+    error::TaskError,
+    process::Phase,
+    reaper::timestamp,
+    stdio::process_io::StdioSpec,
     tasks::Tasks,
 };
 
@@ -22,6 +23,9 @@ const METRICS_TYPE: &str = "io.containerd.cgroups.v2.Metrics";
 /// of which has a deadline of its own. The other calls, but Wait, never wait at all.
 const DEADLINE: Duration = Duration::from_secs(110);
 
+/// Where containerd says in which of its namespaces a call is made, and the one that Kubernetes' containers are in.
+const NAMESPACE_METADATA: &str = "containerd-namespace-ttrpc";
+const DEFAULT_NAMESPACE: &str = "k8s.io";
 const CHECKPOINT: &str =
     "checkpointing a container inside a microVM (its image has no CRIU; stop it and start another)";
 const RESTORE: &str =
@@ -60,18 +64,17 @@ impl TaskService {
     }
 }
 
-fn timestamp(exit: &Exit) -> MessageField<Timestamp> {
-    let since = exit.at.duration_since(UNIX_EPOCH).unwrap_or_default();
-    let mut timestamp = Timestamp::new();
-    timestamp.seconds = i64::try_from(since.as_secs()).unwrap_or(i64::MAX);
-    timestamp.nanos = i32::try_from(since.subsec_nanos()).unwrap_or(0);
-    MessageField::some(timestamp)
+/// containerd's namespace that a call is made in.
+fn namespace(context: &TtrpcContext) -> String {
+    let given = context.metadata.get(NAMESPACE_METADATA).and_then(|values| values.first());
+    given.map_or(DEFAULT_NAMESPACE, String::as_str).to_owned()
 }
 
 fn status(phase: Phase) -> EnumOrUnknown<api::Status> {
     EnumOrUnknown::new(match phase {
         Phase::Created | Phase::Starting => api::Status::CREATED,
         Phase::Running => api::Status::RUNNING,
+        Phase::Pausing => api::Status::PAUSING,
         Phase::Paused => api::Status::PAUSED,
         Phase::Stopped => api::Status::STOPPED,
     })
@@ -101,7 +104,7 @@ impl Task for TaskService {
 
     async fn create(
         &self,
-        _: &TtrpcContext,
+        context: &TtrpcContext,
         req: api::CreateTaskRequest,
     ) -> ttrpc::Result<api::CreateTaskResponse> {
         if !req.checkpoint.is_empty() {
@@ -114,8 +117,8 @@ impl Task for TaskService {
         }
         let stdio =
             StdioSpec { stdin: req.stdin, stdout: req.stdout, stderr: req.stderr, terminal: req.terminal };
-        let (id, bundle) = (req.id, req.bundle);
-        let pid = self.run(|tasks| async move { tasks.create(&id, &bundle, stdio).await }).await?;
+        let new = NewContainer { id: req.id, bundle: req.bundle, namespace: namespace(context), stdio };
+        let pid = self.run(|tasks| async move { tasks.create(new).await }).await?;
         Ok(api::CreateTaskResponse { pid, ..Default::default() })
     }
 
@@ -156,9 +159,7 @@ impl Task for TaskService {
     async fn kill(&self, _: &TtrpcContext, req: api::KillRequest) -> ttrpc::Result<api::Empty> {
         let target = self.target(&req.id, &req.exec_id)?;
         match &target {
-            Target::Init(container) if req.all && container.init.exit().is_none() => {
-                container.kill_all(req.signal)?;
-            }
+            Target::Init(container) if req.all => container.kill_all(req.signal)?,
             target => target.process().kill(req.signal)?,
         }
         Ok(api::Empty::new())

@@ -14,9 +14,11 @@ use tokio::{
 };
 
 use crate::{
-    container::{Container, Exec, Target},
+    container::{Container, Exec, NewContainer, Target},
     error::TaskError,
+    events::Events,
     launch,
+    oom::OomWatch,
     process::{Phase, Process},
     reaper::{Exit, Reaper},
     runc::Runc,
@@ -42,6 +44,10 @@ pub struct Context {
     pub runc: Runc,
     /// Sees processes end.
     pub reaper: Arc<Reaper>,
+    /// What happens to them, for the host.
+    pub events: Arc<Events>,
+    /// Sees the kernel kill for want of memory.
+    pub oom: Arc<OomWatch>,
     /// Knows the connections of their streams.
     pub streams: Arc<Registry>,
     /// A folder for small files of ours, on a tmpfs.
@@ -100,20 +106,24 @@ impl Tasks {
     ///
     /// # Errors
     /// When the id is taken or the runtime fails; nothing is left then.
-    pub async fn create(&self, id: &str, bundle: &str, stdio: StdioSpec) -> Result<u32, TaskError> {
-        check_id(id)?;
+    pub async fn create(&self, new: NewContainer) -> Result<u32, TaskError> {
+        check_id(&new.id)?;
         let container = {
             let mut table = self.table();
-            if table.contains_key(id) {
-                return Err(TaskError::AlreadyExists(format!("container {id}")));
+            if table.contains_key(&new.id) {
+                return Err(TaskError::AlreadyExists(format!("container {}", new.id)));
             }
-            let container = Arc::new(Container::new(&self.context, id, bundle, stdio));
-            table.insert(id.to_owned(), Arc::clone(&container));
+            let container = Arc::new(Container::new(&self.context, new));
+            table.insert(container.id.clone(), Arc::clone(&container));
             container
         };
         let _gate = changing(&container).await?;
         match launch::create(&self.context, &container).await {
-            Ok(()) => Ok(container.init.pid_u32()),
+            Ok(()) => {
+                self.context.events.created(&container);
+                tokio::spawn(watch_init(Arc::clone(&self.context), Arc::clone(&container)));
+                Ok(container.init.pid_u32())
+            }
             Err(error) => {
                 container.init.io.start_nothing(&container.init.exited());
                 launch::clean(&self.context, &container).await;
@@ -134,9 +144,13 @@ impl Tasks {
                 let _gate = changing(&container).await?;
                 begin(&container.init, id)?;
                 let started = self.context.runc.start(id).await;
+                if started.is_ok() {
+                    self.context.events.started(&container);
+                }
                 let next = if started.is_ok() { Phase::Running } else { Phase::Created };
                 // It may have ended already, which is as good.
                 let _ = container.init.advance(Phase::Starting, next);
+                init_ended(&self.context, &container);
                 started?;
                 Ok(container.init.pid_u32())
             }
@@ -150,6 +164,13 @@ impl Tasks {
                     return Err(error);
                 }
                 let _ = exec.process.advance(Phase::Starting, Phase::Running);
+                self.context.events.exec_started(&container, exec_id, &exec.process);
+                tokio::spawn(watch_exec(
+                    Arc::clone(&self.context),
+                    Arc::clone(&container),
+                    exec_id.to_owned(),
+                    Arc::clone(&exec),
+                ));
                 Ok(exec.process.pid_u32())
             }
         }
@@ -172,6 +193,8 @@ impl Tasks {
         }
         let io = ProcessIo::new(&self.context.streams, id, exec_id, &stdio);
         execs.insert(exec_id.to_owned(), Arc::new(Exec { process: Process::new(stdio, io), spec }));
+        drop(execs);
+        self.context.events.exec_added(&container, exec_id);
         Ok(())
     }
 
@@ -186,6 +209,7 @@ impl Tasks {
             if matches!(exec.process.phase(), Phase::Starting | Phase::Running) {
                 return Err(TaskError::FailedPrecondition(format!("process {exec_id} is running")));
             }
+            self.context.events.exited(&container, exec_id, &exec.process);
             container.execs().remove(exec_id);
             return Ok((exec.process.pid_u32(), ended(&exec.process)));
         }
@@ -195,12 +219,14 @@ impl Tasks {
             Phase::Created => self.kill_created(&container).await?,
             _ => return Err(TaskError::FailedPrecondition(format!("container {id} is running"))),
         }
-        // For the last time: its cgroup goes with it.
-        let _ = container.metrics();
+        init_ended(&self.context, &container);
+        self.context.oom.forget(&container);
         self.context.runc.delete(id, true).await?;
         launch::forget_bundle(&self.context, &container);
         self.forget(&container);
-        Ok((container.init.pid_u32(), ended(&container.init)))
+        let exit = ended(&container.init);
+        self.context.events.deleted(&container, &exit);
+        Ok((container.init.pid_u32(), exit))
     }
 
     async fn kill_created(&self, container: &Container) -> Result<(), TaskError> {
@@ -220,14 +246,19 @@ impl Tasks {
     pub async fn freeze(&self, id: &str, freeze: bool) -> Result<(), TaskError> {
         let container = self.container(id)?;
         let _gate = changing(&container).await?;
-        let (from, to) =
-            if freeze { (Phase::Running, Phase::Paused) } else { (Phase::Paused, Phase::Running) };
-        if container.init.phase() != from {
+        let (from, meanwhile, to) = if freeze {
+            (Phase::Running, Phase::Pausing, Phase::Paused)
+        } else {
+            (Phase::Paused, Phase::Paused, Phase::Running)
+        };
+        if !container.init.advance(from, meanwhile) {
             let state = if freeze { "running" } else { "paused" };
             return Err(TaskError::FailedPrecondition(format!("container {id} is not {state}")));
         }
-        self.context.runc.freeze(id, freeze).await?;
-        let _ = container.init.advance(from, to);
+        let done = self.context.runc.freeze(id, freeze).await;
+        let _ = container.init.advance(meanwhile, if done.is_ok() { to } else { from });
+        done?;
+        self.context.events.frozen(&container, freeze);
         Ok(())
     }
 
@@ -251,6 +282,33 @@ impl Tasks {
     fn forget(&self, container: &Container) {
         container.set_gone();
         self.table().remove(&container.id);
+    }
+}
+
+/// Sees a container's own process end.
+async fn watch_init(context: Arc<Context>, container: Arc<Container>) {
+    if container.init.exited().wait_for(Option::is_some).await.is_ok() && !container.init.is_starting() {
+        init_ended(&context, &container);
+    }
+}
+
+/// Tells what there is to tell once a container's own process has ended, in the order in which it is expected: that it was
+/// started, why it ended, that it did. Whoever is at [`Phase::Starting`] calls this when the start has been told.
+fn init_ended(context: &Context, container: &Container) {
+    if container.init.exit().is_none() {
+        return;
+    }
+    // Kept for as long as the container is: its cgroup goes before.
+    let _ = container.metrics();
+    container.check_memory(&context.events);
+    context.events.exited(container, "", &container.init);
+}
+
+/// Sees an added process end.
+async fn watch_exec(context: Arc<Context>, container: Arc<Container>, exec_id: String, exec: Arc<Exec>) {
+    if exec.process.exited().wait_for(Option::is_some).await.is_ok() {
+        container.check_memory(&context.events);
+        context.events.exited(&container, &exec_id, &exec.process);
     }
 }
 

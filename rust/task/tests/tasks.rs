@@ -11,14 +11,20 @@ use std::{
     time::{Duration, Instant},
 };
 
+use containerd_shim_protos::events::task::{
+    TaskCreate, TaskDelete, TaskExecAdded, TaskExecStarted, TaskExit, TaskOOM, TaskStart,
+};
 use kuasar_common::{
+    api::sandbox::Envelope,
     constants::STDIO_WANTED,
     stdio::{HEADER, Stream, payload_len},
 };
+use protobuf::Message;
 use rustix::process::set_child_subreaper;
 use tempfile::TempDir;
 use tokio::io::{AsyncReadExt, AsyncWriteExt, BufReader, DuplexStream, duplex};
 use vmm_task::{
+    container::NewContainer,
     error::TaskError,
     process::Phase,
     reaper::Reaper,
@@ -47,10 +53,13 @@ while [ $# -gt 0 ]; do
 done
 id=${words[1]}
 fail() { echo "{\"level\":\"error\",\"msg\":\"$1\",\"time\":\"t\"}" >> "$log"; exit 1; }
+# With a child, as one that waits for a hook has.
+hang() { sleep 1000 & echo $$ $! > "$1"; wait; }
 case ${words[0]} in
     create)
         # The agent's bundle names the root file system in the host's, whose scripts stand for it.
         bundle=$(sed 's/.*"path":"\([^"]*\)\/rootfs".*/\1/' "$bundle/config.json")
+        [ -e "$bundle/hang" ] && hang "$bundle/hung"
         [ -e "$bundle/fail" ] && fail "$(cat "$bundle/fail")"
         mkfifo "$root/$id.start"
         bash -c "read x < '$root/$id.start'; exec bash '$bundle/run'" &
@@ -59,16 +68,19 @@ case ${words[0]} in
     exec)
         script=$(sed 's/.*"args":\["\([^"]*\)"\].*/\1/' "$process")
         [ "$script" = nosuch ] && fail 'exec: nosuch: executable file not found in $PATH'
-        [ "$script" = hang ] && exec sleep 1000
+        [ "$script" = hang ] && hang "$root/$id.hung"
         # An orphan at once, whose exit no shell can collect.
         setsid --fork bash -c "echo \$\$ > '$pid_file'; $script"
         while [ ! -s "$pid_file" ]; do sleep 0.01; done
         # Longer than what was started lives: its exit comes before anybody knows it.
         sleep 0.3 ;;
-    delete) rm -f "$root/$id.start" ;;
+    delete) rm -f "$root/$id.start" "$root/$id.hung" ;;
 esac
 exit 0
 "#;
+
+/// When a runtime that hangs is given up. Everything else here takes a fraction of it.
+const HUNG_FOR: Duration = Duration::from_secs(8);
 
 struct Host {
     dir: TempDir,
@@ -97,9 +109,11 @@ impl Host {
                 no_pivot: true,
                 reaper: Arc::clone(&reaper),
                 calls: AtomicU64::new(0),
-                deadline: vmm_task::runc::DEADLINE,
+                deadline: HUNG_FOR,
             },
             reaper,
+            events: Arc::default(),
+            oom: Arc::default(),
             streams: Arc::clone(&streams),
             work: dir.path().join("work"),
             cgroups: dir.path().join("none"),
@@ -117,7 +131,17 @@ impl Host {
     }
 
     async fn create(&self, id: &str, script: &str) -> Result<u32, TaskError> {
-        self.tasks.create(id, &self.bundle(id, script), stdio()).await
+        self.create_from(id, &self.bundle(id, script)).await
+    }
+
+    async fn create_from(&self, id: &str, bundle: &str) -> Result<u32, TaskError> {
+        let new = NewContainer {
+            id: id.to_owned(),
+            bundle: bundle.to_owned(),
+            namespace: "ns".to_owned(),
+            stdio: stdio(),
+        };
+        self.tasks.create(new).await
     }
 
     async fn wait(&self, id: &str, exec: &str) -> u32 {
@@ -131,6 +155,23 @@ impl Host {
         let key = Key { container: id.into(), exec: exec.into(), stream };
         self.streams.attach(key, BufReader::new(Box::new(ours))).unwrap();
         theirs
+    }
+
+    /// What was published about a container.
+    async fn events(&self, id: &str) -> Vec<Envelope> {
+        let events = &self.tasks.context.events;
+        let mut all = Vec::new();
+        let mut last = 0;
+        while let Ok(event) = tokio::time::timeout(Duration::ZERO, events.next(Some(last))).await {
+            let event = event.unwrap();
+            assert_eq!(event.sequence, last + 1);
+            last = event.sequence;
+            // Field 1 of every event is the container's id.
+            if TaskOOM::parse_from_bytes(&event.event.value).unwrap().container_id == id {
+                all.push(event);
+            }
+        }
+        all
     }
 
     fn leftovers(&self) -> Vec<String> {
@@ -169,6 +210,7 @@ async fn containers_live() {
     execs(&host).await;
     failures(&host).await;
     slow_reader(&host).await;
+    tokio::join!(hung_create(&host), hung_exec(&host));
     assert_eq!(host.leftovers(), Vec::<String>::new());
     assert!(host.tasks.all().is_empty());
 }
@@ -177,17 +219,33 @@ async fn life(host: &Host) {
     let pid = host.create("c", "echo hello; exit 42").await.unwrap();
     let container = host.tasks.container("c").unwrap();
     assert_eq!((container.init.phase(), container.init.pid_u32()), (Phase::Created, pid));
-    let again = host.tasks.create("c", "/another", stdio()).await;
+    let again = host.create_from("c", "/another").await;
     assert!(matches!(again, Err(TaskError::AlreadyExists(_))));
     assert_eq!(container.pids(), [container.init.pid()]);
     assert_eq!(host.tasks.start("c", "").await.unwrap(), pid);
     assert_eq!(host.wait("c", "").await, 42);
     assert_eq!(container.init.phase(), Phase::Stopped);
+    assert_eq!(container.namespace, "ns");
     assert!(matches!(host.tasks.start("c", "").await, Err(TaskError::FailedPrecondition(_))));
     assert!(matches!(container.init.kill(9), Err(TaskError::NotFound(_))));
     assert_eq!(read_all(host.connect("c", "", Stream::Stdout)).await, b"hello\n");
     let (deleted, exit) = host.tasks.delete("c", "").await.unwrap();
     assert_eq!((deleted, exit.code), (pid, 42));
+    let events = host.events("c").await;
+    let topics: Vec<_> = events.iter().map(|event| event.topic.as_str()).collect();
+    assert_eq!(topics, ["/tasks/create", "/tasks/start", "/tasks/exit", "/tasks/delete"]);
+    assert!(events.iter().all(|event| event.namespace == "ns"));
+    let created = TaskCreate::parse_from_bytes(&events[0].event.value).unwrap();
+    assert_eq!(
+        (created.pid, created.bundle.as_str(), created.io.stdout.as_str()),
+        (pid, &*container.bundle, STDIO_WANTED)
+    );
+    assert_eq!(TaskStart::parse_from_bytes(&events[1].event.value).unwrap().pid, pid);
+    let exited = TaskExit::parse_from_bytes(&events[2].event.value).unwrap();
+    assert_eq!((exited.id.as_str(), exited.pid, exited.exit_status), ("c", pid, 42));
+    assert!(exited.exited_at.seconds > 1_500_000_000);
+    let deleted = TaskDelete::parse_from_bytes(&events[3].event.value).unwrap();
+    assert_eq!((deleted.id.as_str(), deleted.pid, deleted.exit_status), ("", pid, 42));
     assert!(matches!(host.tasks.delete("c", "").await, Err(TaskError::NotFound(_))));
 }
 
@@ -228,23 +286,46 @@ async fn execs(host: &Host) {
     let late = host.tasks.add_exec("e", "late", stdio(), &process("true"));
     assert!(matches!(late, Err(TaskError::FailedPrecondition(_))));
     host.tasks.delete("e", "").await.unwrap();
+    let events = host.events("e").await;
+    let topics: Vec<_> = events.iter().map(|event| event.topic.trim_start_matches("/tasks/")).collect();
+    let ran = ["exec-added", "exec-started", "exit"];
+    // Two that never ran: one failed, one was deleted before.
+    let expected =
+        [&["create", "start"][..], &ran, &ran, &ran, &["exec-added", "exec-added", "exit", "delete"]]
+            .concat();
+    assert_eq!(topics, expected);
+    let added = TaskExecAdded::parse_from_bytes(&events[2].event.value).unwrap();
+    let started = TaskExecStarted::parse_from_bytes(&events[3].event.value).unwrap();
+    let exited = TaskExit::parse_from_bytes(&events[4].event.value).unwrap();
+    assert_eq!((&*added.exec_id, &*started.exec_id, &*exited.id), ("x0", "x0", "x0"));
+    assert_eq!((exited.exit_status, exited.pid), (5, started.pid));
 }
 
 async fn failures(host: &Host) {
     let bundle = host.bundle("f", "");
     fs::write(Path::new(&bundle).join("fail"), "mounting x: no such device").unwrap();
     let reader = host.connect("f", "", Stream::Stdout);
-    let error = host.tasks.create("f", &bundle, stdio()).await.unwrap_err();
+    let error = host.create_from("f", &bundle).await.unwrap_err();
     assert_eq!(error.to_string(), "OCI runtime create failed: mounting x: no such device");
     assert_eq!(read_all(reader).await, b"");
     assert!(matches!(host.tasks.container("f"), Err(TaskError::NotFound(_))));
     // Nothing is left of it, so the id is free.
     fs::remove_file(Path::new(&bundle).join("fail")).unwrap();
+    assert!(host.events("f").await.is_empty(), "it never was");
     host.create("f", "exit 0").await.unwrap();
     // Never started: deleting kills it.
     assert_eq!(host.tasks.delete("f", "").await.unwrap().1.code, 137);
-    let error = host.tasks.create("f2", "/nonexistent", stdio()).await.unwrap_err().to_string();
+    let error = host.create_from("f2", "/nonexistent").await.unwrap_err().to_string();
     assert!(error.contains("/nonexistent/config.json: No such file"), "{error}");
+    let bundle = host.bundle("f3", "");
+    let hook = r#"{"process":{"args":["x"]},"root":{"path":"rootfs"},"hooks":{"prestart":[{"path":"/opt/gpu/hook"}]}}"#;
+    fs::write(Path::new(&bundle).join("config.json"), hook).unwrap();
+    let error = host.create_from("f3", &bundle).await.unwrap_err().to_string();
+    assert!(
+        error.starts_with("hooks.prestart[0] of the container's spec cannot run: /opt/gpu/hook"),
+        "{error}"
+    );
+    assert!(matches!(host.tasks.container("f3"), Err(TaskError::NotFound(_))));
 }
 
 /// One that does not read stops only whoever writes to it.
@@ -271,4 +352,77 @@ async fn slow_reader(host: &Host) {
     let mut nobody = host.connect("in", "", Stream::Stdin);
     nobody.write_all(b"x").await.unwrap();
     host.tasks.delete("in", "").await.unwrap();
+}
+
+/// Processes whose numbers the stand-in left in a file, once it has.
+async fn hung_processes(file: &Path) -> Vec<i32> {
+    loop {
+        let text = fs::read_to_string(file).unwrap_or_default();
+        if text.ends_with('\n') {
+            return text.split_whitespace().map(|pid| pid.parse().unwrap()).collect();
+        }
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+}
+
+async fn gone(pids: &[i32]) {
+    for pid in pids {
+        while Path::new(&format!("/proc/{pid}")).exists() {
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    }
+}
+
+/// Another container's whole life.
+async fn other(host: &Host, id: &str) {
+    host.create(id, "exit 12").await.unwrap();
+    host.tasks.start(id, "").await.unwrap();
+    assert_eq!(host.wait(id, "").await, 12);
+    host.tasks.delete(id, "").await.unwrap();
+}
+
+/// A runtime that hangs stops its own container only, and that not for ever.
+async fn hung_create(host: &Host) {
+    let bundle = host.bundle("hung", "exit 0");
+    fs::write(Path::new(&bundle).join("hang"), "").unwrap();
+    let tasks = Arc::clone(&host.tasks);
+    let new = NewContainer { id: "hung".into(), bundle: bundle.clone(), ..Default::default() };
+    let creating = tokio::spawn(async move { tasks.create(new).await });
+    let pids = hung_processes(&Path::new(&bundle).join("hung")).await;
+    other(host, "other").await;
+    // What asks about it is answered meanwhile.
+    let hung = host.tasks.container("hung").unwrap();
+    assert_eq!((hung.init.phase(), hung.init.pid()), (Phase::Created, 0));
+    assert!(matches!(hung.kill_all(9), Err(TaskError::FailedPrecondition(_))));
+    let _ = hung.metrics();
+    assert!(!creating.is_finished(), "all that happened while the runtime hung");
+    let error = creating.await.unwrap().unwrap_err();
+    assert_eq!(error.to_string(), "OCI runtime create did not end within 8 s and was killed");
+    gone(&pids).await;
+    fs::remove_file(Path::new(&bundle).join("hang")).unwrap();
+    other(host, "hung").await;
+}
+
+/// So does one that hangs while it starts a process; the container's others, and its end, do not wait for it.
+async fn hung_exec(host: &Host) {
+    host.create("h", "sleep 1000").await.unwrap();
+    host.tasks.start("h", "").await.unwrap();
+    host.tasks.add_exec("h", "x", stdio(), &process("hang")).unwrap();
+    let tasks = Arc::clone(&host.tasks);
+    let starting = tokio::spawn(async move { tasks.start("h", "x").await });
+    let pids = hung_processes(&host.dir.path().join("root/h.hung")).await;
+    host.tasks.add_exec("h", "y", stdio(), &process("exit 5")).unwrap();
+    host.tasks.start("h", "y").await.unwrap();
+    assert_eq!(host.wait("h", "y").await, 5);
+    host.tasks.container("h").unwrap().kill_all(9).unwrap();
+    assert_eq!(host.wait("h", "").await, 137);
+    assert!(!starting.is_finished(), "all that happened while the runtime hung");
+    // Its turn comes when the runtime was given up, whoever waits for it.
+    let tasks = Arc::clone(&host.tasks);
+    let deleting = tokio::spawn(async move { tasks.delete("h", "").await });
+    let error = starting.await.unwrap().unwrap_err();
+    assert_eq!(error.to_string(), "OCI runtime exec did not end within 8 s and was killed");
+    assert_eq!(host.wait("h", "x").await, 255);
+    gone(&pids).await;
+    assert_eq!(deleting.await.unwrap().unwrap().1.code, 137);
 }
