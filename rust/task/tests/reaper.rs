@@ -19,6 +19,20 @@ fn spawn(script: &str) -> i32 {
     i32::try_from(child.id()).unwrap()
 }
 
+/// Processes that end at once, in all and at a time.
+const MANY: u32 = 10_000;
+const BATCH: u32 = 500;
+
+/// A child that ends with the lowest byte of `n`.
+fn fork(n: u32) -> i32 {
+    // SAFETY: the child does nothing but end, which is safe whatever other threads of this program were about.
+    match unsafe { nix::unistd::fork() }.unwrap() {
+        nix::unistd::ForkResult::Parent { child } => child.as_raw(),
+        // SAFETY: it ends the process, which is all there is to it.
+        nix::unistd::ForkResult::Child => unsafe { nix::libc::_exit((n % 256).cast_signed()) },
+    }
+}
+
 async fn exit(mut exited: watch::Receiver<Option<Exit>>) -> u32 {
     let exit = timeout(Duration::from_secs(20), exited.wait_for(Option::is_some));
     exit.await.expect("the exit was lost").unwrap().unwrap().code
@@ -48,6 +62,31 @@ async fn no_exit_is_lost() {
     reaper.watch(pid, Arc::new(sender));
     assert_eq!(exited.borrow().unwrap().code, 7);
     drop(guard);
+
+    // Very many short lives, every one with its own code. Half of them are known at once, the others when they have ended.
+    for batch in 0..MANY / BATCH {
+        let guard = reaper.spawning();
+        let (mut waiting, mut unknown) = (Vec::new(), Vec::new());
+        for n in batch * BATCH..(batch + 1) * BATCH {
+            let (pid, code) = (fork(n), n % 256);
+            if n % 2 == 0 {
+                let (sender, exited) = watch::channel(None);
+                reaper.watch(pid, Arc::new(sender));
+                waiting.push((code, exited));
+            } else {
+                unknown.push((code, pid));
+            }
+        }
+        for (code, exited) in waiting {
+            assert_eq!(exit(exited).await, code);
+        }
+        for (code, pid) in unknown {
+            let (sender, exited) = watch::channel(None);
+            reaper.watch(pid, Arc::new(sender));
+            assert_eq!(exit(exited).await, code);
+        }
+        drop(guard);
+    }
 
     // An orphan, as a container's process is when its runtime has ended; many of them, side by side.
     let dir = tempfile::tempdir().unwrap();
