@@ -7,6 +7,8 @@
 
 mod given;
 mod life;
+mod limits;
+mod load;
 mod pod;
 mod streams;
 mod vm;
