@@ -66,12 +66,7 @@ pub fn rewrite(spec: &mut Value, target: &Target) -> Result<Vec<Bind>, SpecError
     // The UTS namespace is the pod's; runc refuses a hostname without one of the container's own.
     spec.remove("hostname");
     spec.remove("domainname");
-    if spec.get("hooks").and_then(Value::as_object).is_some_and(|hooks| !hooks.is_empty()) {
-        return Err(refused(
-            "hooks",
-            "programs of the host cannot run in the VM; remove the CDI device or NRI plugin that adds them",
-        ));
-    }
+    // Hooks stay: the agent refuses those whose programs the guest does not have, which only it can know.
     if let Some(process) = spec.get_mut("process").and_then(Value::as_object_mut) {
         clear_labels(process);
     }

@@ -201,7 +201,7 @@ mod tests {
         storage.release("c1").unwrap();
         assert!(!pod.join("shared/c1").exists() && pod.join("shared/c2/config.json").exists());
         // A spec that is refused leaves nothing behind.
-        fs::write(bundle.join("config.json"), r#"{"hooks": {"prestart": [{}]}}"#).unwrap();
+        fs::write(bundle.join("config.json"), r#"{"linux": {"namespaces": [{"type": "user"}]}}"#).unwrap();
         let error = storage
             .prepare(&Target { container: "c3", pod_pid: 1 }, &bundle, &[image("image1")])
             .unwrap_err();
