@@ -82,6 +82,9 @@ pub(crate) async fn exit_codes_arrive(lab: Arc<Lab>) -> Result<()> {
     }
     // The kernel ends PID 1 of a container only with SIGKILL from outside: what a kubelet does after the grace period.
     let stubborn = pod.container("stubborn", BUSYBOX, &["/bin/sleep", "1000"]).await?;
+    // The start is over a moment before runc becomes the program; until then SIGTERM ends runc, with its code 2.
+    let out = lab.cri.exec(&stubborn, &["/bin/true"]).await?;
+    ensure!(out.code == 0, "exec of /bin/true gave {}", out.code);
     lab.cri.stop(&stubborn, 1).await?;
     let status = lab.cri.ended(&stubborn, SOON).await?;
     ensure!(status.exit_code == 137, "a killed container's exit code is {}", status.exit_code);
