@@ -126,6 +126,15 @@ impl Container {
         pids
     }
 
+    /// The exec id of each added process that runs, by pid.
+    #[must_use]
+    pub fn exec_pids(&self) -> BTreeMap<i32, String> {
+        let execs = self.execs();
+        let running =
+            execs.iter().filter(|(_, exec)| exec.process.pid() > 0 && exec.process.exit().is_none());
+        running.map(|(id, exec)| (exec.process.pid(), id.clone())).collect()
+    }
+
     /// What the kernel counts for it; the last known values when it does not any more.
     #[must_use]
     pub fn metrics(&self) -> Metrics {

@@ -105,13 +105,17 @@ impl Runc {
         console: Option<&Path>,
         stdio: ChildStdio,
     ) -> Result<(), RuncError> {
+        self.call("create", self.create_args(id, bundle, pid_file, console), stdio).await
+    }
+
+    fn create_args(&self, id: &str, bundle: &Path, pid_file: &Path, console: Option<&Path>) -> Vec<OsString> {
         let mut args = vec!["--bundle".into(), bundle.into(), "--pid-file".into(), pid_file.into()];
         if self.no_pivot {
             args.push("--no-pivot".into());
         }
         push_console(&mut args, console);
         args.push(id.into());
-        self.call("create", args, stdio).await
+        args
     }
 
     /// Lets the container's first process go on.
@@ -288,6 +292,24 @@ fn last_error(log: &Path) -> Option<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn only_an_initramfs_is_not_pivoted_away_from() {
+        let path = Path::new("/x");
+        let mut runc = Runc {
+            program: path.into(),
+            root: path.into(),
+            logs: path.into(),
+            no_pivot: false,
+            reaper: Reaper::new(),
+            calls: AtomicU64::new(0),
+            deadline: DEADLINE,
+        };
+        assert_eq!(runc.create_args("c", path, path, None), ["--bundle", "/x", "--pid-file", "/x", "c"]);
+        runc.no_pivot = true;
+        let args = runc.create_args("c", path, path, Some(path));
+        assert_eq!(args[4..], ["--no-pivot", "--console-socket", "/x", "c"]);
+    }
 
     #[test]
     fn the_last_error_is_found_among_other_lines() {

@@ -65,6 +65,35 @@ pub fn process(json: &[u8], terminal: bool) -> Result<Vec<u8>, TaskError> {
     serde_json::to_vec(&spec).map_err(|error| refuse(error.to_string()))
 }
 
+/// New limits of a container, OCI `LinuxResources` as JSON, as the runtime gets them: the host sends them as containerd made
+/// them, so what names the host's processors, memory nodes and disks goes, as it does from the spec.
+///
+/// # Errors
+/// When they are none, or limit what the guest does not have.
+pub fn resources(json: &[u8]) -> Result<Vec<u8>, TaskError> {
+    let refuse = |why: String| TaskError::InvalidArgument(format!("the resources to set: {why}"));
+    let mut resources: Value = serde_json::from_slice(json).map_err(|error| refuse(error.to_string()))?;
+    let Some(fields) = resources.as_object_mut() else {
+        return Err(refuse("they are not a JSON object".to_owned()));
+    };
+    for (part, names) in [("cpu", ["cpus", "mems"]), ("memory", ["swap", "swappiness"])] {
+        if let Some(part) = fields.get_mut(part).and_then(Value::as_object_mut) {
+            names.iter().for_each(|name| drop(part.remove(*name)));
+        }
+    }
+    let huge = fields.remove("hugepageLimits");
+    let wanted = |limit: &&Value| limit.get("limit").and_then(Value::as_u64).unwrap_or(0) > 0;
+    if let Some(limit) = huge.as_ref().and_then(Value::as_array).into_iter().flatten().find(wanted) {
+        let size = limit.get("pageSize").and_then(Value::as_str).unwrap_or("?");
+        return Err(refuse(format!(
+            "hugepageLimits: the VM has no huge pages of {size}; remove the hugepages-* limits from the container"
+        )));
+    }
+    fields.remove("blockIO");
+    fields.remove("rdma");
+    serde_json::to_vec(&resources).map_err(|error| refuse(error.to_string()))
+}
+
 fn refuse(why: &str) -> TaskError {
     TaskError::InvalidArgument(format!("the container's spec: {why}"))
 }
@@ -215,6 +244,22 @@ mod tests {
             br#"{"args":["sh"],"apparmorProfile":"x","selinuxLabel":"y","terminal":true,"cwd":"/","new":{"a":1}}"#;
         let spec: Value = serde_json::from_slice(&process(json, false).unwrap()).unwrap();
         assert_eq!(spec, json!({"args":["sh"],"terminal":false,"cwd":"/","new":{"a":1}}));
+    }
+
+    #[test]
+    fn new_limits_lose_what_only_the_host_has() {
+        let json = br#"{"cpu":{"quota":1,"cpus":"4-7","mems":"0"},"memory":{"limit":2,"swap":2,"new":3},
+            "hugepageLimits":[{"pageSize":"2MB","limit":0}],"blockIO":{"weight":9},"rdma":{},"pids":{"limit":4}}"#;
+        let set: Value = serde_json::from_slice(&resources(json).unwrap()).unwrap();
+        assert_eq!(set, json!({"cpu": {"quota": 1}, "memory": {"limit": 2, "new": 3}, "pids": {"limit": 4}}));
+        for (bad, why) in [
+            (&b"{"[..], "EOF while parsing"),
+            (b"7", "they are not a JSON object"),
+            (br#"{"hugepageLimits":[{"pageSize":"2MB","limit":9}]}"#, "the VM has no huge pages of 2MB"),
+        ] {
+            let error = resources(bad).unwrap_err().to_string();
+            assert!(error.starts_with("the resources to set: ") && error.contains(why), "{error}");
+        }
     }
 
     #[test]

@@ -3,7 +3,7 @@
 use std::{future::Future, sync::Arc};
 
 use async_trait::async_trait;
-use containerd_shim_protos::{api, shim_async::Task};
+use containerd_shim_protos::{api, shim::oci::ProcessDetails, shim_async::Task};
 use protobuf::{EnumOrUnknown, Message, MessageField, well_known_types::any::Any};
 use tokio::time::{Duration, timeout};
 use ttrpc::r#async::TtrpcContext;
@@ -19,6 +19,8 @@ use crate::{
 
 /// Type of what Stats answers; containerd knows this name only, without the usual prefix.
 const METRICS_TYPE: &str = "io.containerd.cgroups.v2.Metrics";
+/// Type of what Pids says of an added process.
+const PROCESS_TYPE: &str = "containerd.runc.v1.ProcessDetails";
 /// Longest that a call may take that the OCI runtime works for: its turn at the container and two runs of the runtime, each
 /// of which has a deadline of its own. The other calls, but Wait, never wait at all.
 const DEADLINE: Duration = Duration::from_secs(110);
@@ -68,6 +70,13 @@ impl TaskService {
 fn namespace(context: &TtrpcContext) -> String {
     let given = context.metadata.get(NAMESPACE_METADATA).and_then(|values| values.first());
     given.map_or(DEFAULT_NAMESPACE, String::as_str).to_owned()
+}
+
+/// What Pids says of a process that Exec added.
+fn process_details(exec_id: String) -> Result<Any, TaskError> {
+    let details = ProcessDetails { exec_id, ..Default::default() };
+    let value = details.write_to_bytes().map_err(|error| TaskError::Internal(error.to_string()))?;
+    Ok(Any { type_url: PROCESS_TYPE.to_owned(), value, ..Default::default() })
 }
 
 fn status(phase: Phase) -> EnumOrUnknown<api::Status> {
@@ -135,10 +144,16 @@ impl Task for TaskService {
     }
 
     async fn pids(&self, _: &TtrpcContext, req: api::PidsRequest) -> ttrpc::Result<api::PidsResponse> {
-        let pids = self.tasks.container(&req.id)?.pids();
-        let infos = pids.into_iter().filter_map(|pid| u32::try_from(pid).ok());
+        let container = self.tasks.container(&req.id)?;
+        let mut execs = container.exec_pids();
         let mut response = api::PidsResponse::new();
-        response.processes = infos.map(|pid| api::ProcessInfo { pid, ..Default::default() }).collect();
+        for pid in container.pids() {
+            let mut info = api::ProcessInfo { pid: u32::try_from(pid).unwrap_or(0), ..Default::default() };
+            if let Some(exec_id) = execs.remove(&pid) {
+                info.info = MessageField::some(process_details(exec_id)?);
+            }
+            response.processes.push(info);
+        }
         Ok(response)
     }
 

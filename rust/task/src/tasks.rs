@@ -267,13 +267,14 @@ impl Tasks {
     /// # Errors
     /// When it has ended, or the runtime fails.
     pub async fn update(&self, id: &str, resources: &[u8]) -> Result<(), TaskError> {
+        let resources = spec::resources(resources)?;
         let container = self.container(id)?;
         let _gate = changing(&container).await?;
         if container.init.phase() == Phase::Stopped {
             return Err(TaskError::FailedPrecondition(format!("container {id} is not running")));
         }
         let file = self.context.work.join(format!("{id}.resources.json"));
-        write(&file, resources)?;
+        write(&file, &resources)?;
         let updated = self.context.runc.update(id, &file).await;
         let _ = fs::remove_file(&file);
         Ok(updated?)

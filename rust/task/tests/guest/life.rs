@@ -156,11 +156,24 @@ pub(crate) async fn control(pod: &Pod) {
     let pause = api::PauseRequest { id: "ctl".into(), ..Default::default() };
     pod.task.pause(pod.vm.context(), &pause).await.unwrap();
     assert_eq!(pod.state("ctl", "").await.unwrap().status, EnumOrUnknown::new(api::Status::PAUSED));
+    pod.exec("ctl", "late", &["sleep", "1000"], false, false).await.unwrap();
+    assert!(code(pod.start("ctl", "late").await).1.contains("paused"));
+    pod.delete("ctl", "late").await.unwrap();
     let resume = api::ResumeRequest { id: "ctl".into(), ..Default::default() };
     pod.task.resume(pod.vm.context(), &resume).await.unwrap();
     assert_eq!(pod.state("ctl", "").await.unwrap().status, EnumOrUnknown::new(api::Status::RUNNING));
+    pod.exec("ctl", "named", &["sleep", "1000"], false, false).await.unwrap();
+    let named = pod.start("ctl", "named").await.unwrap();
+    let pids = api::PidsRequest { id: "ctl".into(), ..Default::default() };
+    let pids = pod.task.pids(pod.vm.context(), &pids).await.unwrap().processes;
+    let info = &pids.iter().find(|process| process.pid == named).unwrap().info;
+    assert_eq!(
+        (info.type_url.as_str(), &info.value[2..]),
+        ("containerd.runc.v1.ProcessDetails", &b"named"[..])
+    );
     let mut update = api::UpdateTaskRequest { id: "ctl".into(), ..Default::default() };
-    let resources = br#"{"memory":{"limit":33554432}}"#.to_vec();
+    // Processors that the host has and the guest has not.
+    let resources = br#"{"memory":{"limit":33554432},"cpu":{"cpus":"30-31"}}"#.to_vec();
     update.resources = MessageField::some(Any { value: resources, ..Default::default() });
     pod.task.update(pod.vm.context(), &update).await.unwrap();
     let stats = api::StatsRequest { id: "ctl".into(), ..Default::default() };
@@ -170,7 +183,12 @@ pub(crate) async fn control(pod: &Pod) {
     assert_eq!(code(pod.kill("ctl", "", 99, false).await).0, Code::INVALID_ARGUMENT);
     pod.kill("ctl", "", 15, false).await.unwrap();
     assert_eq!(pod.wait("ctl", "").await.unwrap(), 9);
-    pod.delete("ctl", "").await.unwrap();
+    // A caller who gives up changes nothing: the work goes on, and the next one waits for it.
+    let mut impatient = pod.vm.context();
+    impatient.timeout_nano = 1_000_000;
+    let delete = api::DeleteRequest { id: "ctl".into(), ..Default::default() };
+    assert!(pod.task.delete(impatient, &delete).await.is_err());
+    assert_eq!(code(pod.delete("ctl", "").await).0, Code::NOT_FOUND);
 }
 
 /// The agent holds no more descriptors after many processes than after one.
