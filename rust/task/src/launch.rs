@@ -49,24 +49,27 @@ pub(crate) async fn create(context: &Context, container: &Arc<Container>) -> Res
     connect(init, streams).await
 }
 
-/// Removes whatever [`create`] or the runtime left of a container that is not, or no longer, wanted.
-pub(crate) async fn clean(context: &Context, container: &Container) {
+/// Removes a container: what runs in it, what the runtime keeps of it, what the agent does. If the runtime does not do its
+/// part, the agent does: a container that cannot be deleted would stay for ever.
+pub(crate) async fn remove(context: &Context, container: &Container) -> Result<(), TaskError> {
     context.oom.forget(container);
+    let cgroup = container.cgroup.get();
+    // In a PID namespace that it shares, more of it may live than its own process.
+    let _ = cgroup.is_some_and(|cgroup| cgroup::kill(cgroup));
     if let Err(error) = context.runc.delete(&container.id, true).await {
-        log::warn!("cleaning up after container {}: {error}", container.id);
-        // It did not get to it, so what it would have done is done here.
+        log::warn!("container {}: {error}; removing it without", container.id);
         let _ = fs::remove_dir_all(context.runc.root.join(&container.id));
     }
-    if let Some(cgroup) = container.cgroup.get()
-        && let Err(error) = cgroup::remove(cgroup).await
-    {
-        log::warn!("removing the cgroup of container {}: {error}", container.id);
+    if let Some(cgroup) = cgroup {
+        let doing = format!("removing the cgroup of container {}", container.id);
+        cgroup::remove(cgroup).await.map_err(TaskError::io(doing))?;
     }
     forget_bundle(context, container);
+    Ok(())
 }
 
 /// Removes the agent's own folder of a container.
-pub(crate) fn forget_bundle(context: &Context, container: &Container) {
+fn forget_bundle(context: &Context, container: &Container) {
     let _ = fs::remove_dir_all(bundle_dir(context, container));
 }
 

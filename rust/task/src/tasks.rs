@@ -126,7 +126,9 @@ impl Tasks {
             }
             Err(error) => {
                 container.init.io.start_nothing(&container.init.exited());
-                launch::clean(&self.context, &container).await;
+                if let Err(error) = launch::remove(&self.context, &container).await {
+                    log::warn!("container {} was not created, and: {error}", container.id);
+                }
                 self.forget(&container);
                 Err(error)
             }
@@ -220,9 +222,7 @@ impl Tasks {
             _ => return Err(TaskError::FailedPrecondition(format!("container {id} is running"))),
         }
         init_ended(&self.context, &container);
-        self.context.oom.forget(&container);
-        self.context.runc.delete(id, true).await?;
-        launch::forget_bundle(&self.context, &container);
+        launch::remove(&self.context, &container).await?;
         self.forget(&container);
         let exit = ended(&container.init);
         self.context.events.deleted(&container, &exit);
