@@ -24,11 +24,11 @@ use protobuf::{Message, MessageField, well_known_types::any::Any};
 use tokio::sync::watch;
 
 use crate::{
+    clock::now_ns,
     container::Container,
     error::TaskError,
     process::Process,
     reaper::{Exit, timestamp},
-    sandbox::now_ns,
 };
 
 /// Most events that are kept: some minutes of a busy pod, and a few hundred KiB at most.

@@ -1,4 +1,4 @@
-//! What makes a VM a certain pod: names, sysctls, clock, `/dev/shm`.
+//! What makes a VM a certain pod: names, sysctls, `/dev/shm`.
 
 use std::{
     ffi::CString,
@@ -8,10 +8,8 @@ use std::{
 };
 
 use rustix::{
-    fs::Timespec,
     mount::{MountFlags, mount_bind, mount_remount},
     system::sethostname,
-    time::{ClockId, clock_gettime, clock_settime},
 };
 
 use crate::error::TaskError;
@@ -20,7 +18,6 @@ use crate::error::TaskError;
 const RESOLV_CONF: &str = "/run/kuasar/resolv.conf";
 /// Where programs of the guest look for it.
 const ETC_RESOLV_CONF: &str = "/etc/resolv.conf";
-const NANOS: i64 = 1_000_000_000;
 
 /// Sets the VM's host name. Empty leaves it.
 ///
@@ -111,43 +108,6 @@ pub fn set_shm_size(bytes: u64) -> Result<(), TaskError> {
         .map_err(TaskError::io(format!("setting the size of /dev/shm to {bytes} bytes")))
 }
 
-/// Nanoseconds since 1970 by the guest's clock.
-#[must_use]
-pub fn now_ns() -> i64 {
-    let now = clock_gettime(ClockId::Realtime);
-    now.tv_sec.saturating_mul(NANOS).saturating_add(now.tv_nsec)
-}
-
-/// Sets the guest's clock; 0 leaves it.
-///
-/// # Errors
-/// When the time is before 1970, or the kernel's.
-pub fn set_clock(ns: i64) -> Result<(), TaskError> {
-    if ns == 0 {
-        return Ok(());
-    }
-    let time = clock_time(ns)?;
-    clock_settime(ClockId::Realtime, time).map_err(TaskError::io(format!("setting the clock to {ns} ns")))
-}
-
-/// Moves the guest's clock by a number of nanoseconds, forward or back.
-///
-/// # Errors
-/// As [`set_clock`].
-pub fn shift_clock(delta_ns: i64) -> Result<(), TaskError> {
-    let shifted = now_ns().checked_add(delta_ns);
-    let shifted =
-        shifted.ok_or_else(|| TaskError::InvalidArgument(format!("clock delta {delta_ns} ns overflows")))?;
-    set_clock(shifted)
-}
-
-fn clock_time(ns: i64) -> Result<Timespec, TaskError> {
-    if ns < 0 {
-        return Err(TaskError::InvalidArgument(format!("clock {ns} ns is before 1970")));
-    }
-    Ok(Timespec { tv_sec: ns.div_euclid(NANOS), tv_nsec: ns.rem_euclid(NANOS) })
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -165,14 +125,5 @@ mod tests {
             let error = sysctl_path(bad).unwrap_err().to_string();
             assert!(error.ends_with("is not the name of a sysctl"), "{error}");
         }
-    }
-
-    #[test]
-    fn clocks_are_split_into_seconds_and_nanoseconds() {
-        let time = clock_time(1_700_000_000_123_456_789).unwrap();
-        assert_eq!((time.tv_sec, time.tv_nsec), (1_700_000_000, 123_456_789));
-        assert!(clock_time(-1).is_err());
-        assert!(shift_clock(i64::MAX).unwrap_err().to_string().contains("overflows"));
-        assert!(shift_clock(i64::MIN + 1).unwrap_err().to_string().contains("before 1970"));
     }
 }

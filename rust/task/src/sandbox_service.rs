@@ -20,6 +20,7 @@ use tokio::time::timeout;
 use ttrpc::r#async::TtrpcContext;
 
 use crate::{
+    clock,
     container::Container,
     error::TaskError,
     netlink::{Network, plan},
@@ -79,7 +80,7 @@ fn setup(req: &SetupSandboxRequest) -> Result<(), TaskError> {
     let links: Vec<plan::Link> = plan::all(&req.interfaces)?;
     let routes: Vec<plan::Route> = plan::all(&req.routes)?;
     let neighbours: Vec<plan::Neighbour> = plan::all(&req.neighbours)?;
-    sandbox::set_clock(req.clock_ns)?;
+    clock::set(req.clock_ns)?;
     sandbox::set_hostname(&req.hostname)?;
     sandbox::set_resolv_conf(&req.resolv_conf)?;
     sandbox::set_shm_size(req.shm_size)?;
@@ -107,11 +108,11 @@ impl SandboxService for Sandbox {
 
     async fn sync_clock(&self, _: &TtrpcContext, req: SyncClockPacket) -> ttrpc::Result<SyncClockPacket> {
         let mut answer = req;
-        answer.ClientArriveTime = sandbox::now_ns();
+        answer.ClientArriveTime = clock::now_ns();
         if answer.Delta != 0 {
-            sandbox::shift_clock(answer.Delta)?;
+            clock::correct(answer.Delta)?;
         }
-        answer.ServerSendTime = sandbox::now_ns();
+        answer.ServerSendTime = clock::now_ns();
         Ok(answer)
     }
 

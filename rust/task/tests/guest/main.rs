@@ -91,6 +91,9 @@ async fn a_pod_lives(kind: Kind, cmdline: &str) {
     takeover(&pod).await;
     step("take-over", at);
     let at = Instant::now();
+    slew(&pod).await;
+    step("slew", at);
+    let at = Instant::now();
     shutdown(&pod).await;
     step("shutdown", at);
 }
@@ -140,6 +143,25 @@ async fn sandbox(pod: &Pod) {
         "{}",
         missing.1
     );
+}
+
+/// A small correction does not move the clock at once: it is under way when the next one comes.
+async fn slew(pod: &Pod) {
+    let client = pod.vm.sandbox();
+    // A kernel that finds a better clock soon after its start forgets corrections then.
+    pod.vm.console_says("Switched to clocksource", Duration::from_secs(60)).await;
+    let ahead = SyncClockPacket { Delta: 120_000_000, ..Default::default() };
+    client.sync_clock(pod.vm.context(), &ahead).await.unwrap();
+    // The kernel takes a bit of it at the end of each second.
+    tokio::time::sleep(Duration::from_millis(2500)).await;
+    let back = SyncClockPacket { Delta: -1_000_000, ..Default::default() };
+    let done = client.sync_clock(pod.vm.context(), &back).await.unwrap();
+    assert!(done.ServerSendTime - done.ClientArriveTime < 1_000_000_000, "the clock jumped: {done:?}");
+    let console = pod.vm.console();
+    assert!(console.contains("slewing the clock by 120000 us; 0 us of an earlier"), "{console}");
+    let (_, line) = console.split_once("slewing the clock by -1000 us; ").expect(&console);
+    let left: i64 = line.split(' ').next().unwrap().parse().unwrap();
+    assert!((1..120_000).contains(&left), "{left} us are left of 120000");
 }
 
 async fn shutdown(pod: &Pod) {

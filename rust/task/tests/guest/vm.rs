@@ -108,6 +108,15 @@ impl Vm {
         fs::read_to_string(self.dir.path().join("console.log")).unwrap_or_default()
     }
 
+    /// Waits for a text on the console.
+    pub(crate) async fn console_says(&self, text: &str, within: Duration) {
+        let until = Instant::now() + within;
+        while !self.console().contains(text) {
+            assert!(Instant::now() < until, "the console does not say {text:?}:\n{}", self.console());
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+    }
+
     /// A container's folder in the shared one, as the host sees it.
     pub(crate) fn shared(&self, id: &str) -> PathBuf {
         self.dir.path().join("shared").join(id)
