@@ -1,7 +1,7 @@
 # The task menu. Each task is a script of its own; nothing is decided here.
 
 .DEFAULT_GOAL := menu
-.PHONY: menu demo check e2e image bench-boot setup
+.PHONY: menu demo check e2e image bench-boot fuzz setup
 
 NIX := tests/nixpkgs-standin/nix
 
@@ -27,6 +27,9 @@ image: ## kernel, disk image, initrd, config.toml and manifest.json in ./result
 
 bench-boot: ## how long a boot takes beside its floor, in seconds and guest instructions
 	@tests/lab/bench-boot
+
+fuzz: ## hostile input for every parser of what others send, ten million each (COUNT=)
+	@cargo run --quiet --release --locked -p kuasar-fuzz -- all $(or $(COUNT),10000000)
 
 setup: ## bring the tools here (says what first); the others do it themselves
 	@tests/lab/setup

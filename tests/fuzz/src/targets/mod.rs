@@ -1,0 +1,38 @@
+//! What is fuzzed.
+
+/// A parser of somebody else's bytes.
+pub(crate) struct Target {
+    pub(crate) name: &'static str,
+    /// Inputs as they should be.
+    pub(crate) seeds: fn() -> Vec<Vec<u8>>,
+    /// Must not panic, whatever it is given.
+    pub(crate) run: fn(&[u8]),
+}
+
+macro_rules! targets {
+    ($($name:ident)*) => {
+        $( mod $name; )*
+
+        /// All of them.
+        pub(crate) const TARGETS: &[Target] =
+            &[$( Target { name: stringify!($name), seeds: $name::seeds, run: $name::run } ),*];
+
+        #[cfg(test)]
+        mod tests {
+            $(
+                #[test]
+                fn $name() {
+                    let target = super::TARGETS.iter().find(|target| target.name == stringify!($name)).unwrap();
+                    if let Err(input) = crate::fuzz(target, 20_000) {
+                        panic!("{}", crate::hex(&input));
+                    }
+                }
+            )*
+        }
+    };
+}
+
+// One line each, sorted.
+targets! {
+    oci_spec
+}
