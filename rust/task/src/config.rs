@@ -11,7 +11,7 @@ pub struct TaskConfig {
     pub log_level: LevelFilter,
     /// `task.sharefs_type`: how the pod's shared folder comes into the guest.
     pub share: ShareFs,
-    /// `task.debug`: log at debug level at least.
+    /// `task.debug`: log at debug level at least, and run processes outside containers when the host asks for it.
     pub debug: bool,
 }
 
@@ -89,7 +89,7 @@ impl TaskConfig {
 }
 
 /// Splits a command line as the kernel does: at white space outside double quotes, which are dropped.
-fn words(cmdline: &str) -> Vec<String> {
+pub(crate) fn words(cmdline: &str) -> Vec<String> {
     let mut words = vec![String::new()];
     let mut quoted = false;
     for c in cmdline.chars() {

@@ -30,3 +30,4 @@ pub mod stdio;
 pub mod task_service;
 pub mod tasks;
 pub mod transport;
+pub mod vm_process;

@@ -51,11 +51,11 @@ pub enum AgentError {
     Serve(#[from] ttrpc::Error),
 }
 
-/// The agent's services, each method behind the token.
+/// The agent's services, each method behind the token. `debug` lets the host run processes outside containers.
 #[must_use]
-pub fn services(tasks: &Arc<Tasks>, token: &Arc<Token>) -> HashMap<String, Service> {
+pub fn services(tasks: &Arc<Tasks>, token: &Arc<Token>, debug: bool) -> HashMap<String, Service> {
     let mut services = create_task(Arc::new(TaskService::new(Arc::clone(tasks))));
-    services.extend(create_sandbox_service(Arc::new(Sandbox::new(Arc::clone(tasks)))));
+    services.extend(create_sandbox_service(Arc::new(Sandbox::new(Arc::clone(tasks), debug))));
     guarded(services, token)
 }
 
@@ -107,7 +107,7 @@ async fn serve(
         cgroups: boot::CGROUPS.into(),
     });
     let tasks = Arc::new(Tasks::new(context));
-    let services = services(&tasks, &token);
+    let services = services(&tasks, &token, config.debug);
     let mut server = Server::new().add_listener(Listener::new(Incoming(ttrpc))).register_service(services);
     server.start().await?;
     // Also what keeps the agent going: it ends only if the port does.

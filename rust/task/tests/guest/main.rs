@@ -22,7 +22,8 @@ use containerd_shim_protos::{api, shim_async::TaskClient};
 use given::{Given, Kind};
 use kuasar_common::{
     api::sandbox::{
-        CheckRequest, IPAddress, Interface, Route, SetupSandboxRequest, ShutdownRequest, SyncClockPacket,
+        CheckRequest, ExecVMProcessRequest, IPAddress, Interface, Route, SetupSandboxRequest,
+        ShutdownRequest, SyncClockPacket,
     },
     stdio::Stream,
 };
@@ -39,7 +40,7 @@ fn given() -> Given {
 #[tokio::test]
 #[ignore = "needs a guest: set KUASAR_IMAGE"]
 async fn a_pod_lives_on_an_initrd_with_9p() {
-    a_pod_lives(Kind::InitrdNineP, "task.sharefs_type=9p").await;
+    a_pod_lives(Kind::InitrdNineP, "task.sharefs_type=9p task.debug").await;
 }
 
 #[tokio::test]
@@ -60,6 +61,7 @@ async fn a_pod_lives(kind: Kind, cmdline: &str) {
     let at = Instant::now();
     token(&pod).await;
     step("token", at);
+    vm_process(&pod, cmdline.contains("task.debug")).await;
     let at = Instant::now();
     sandbox(&pod).await;
     step("sandbox", at);
@@ -107,6 +109,23 @@ async fn token(pod: &Pod) {
     let denied = code(pod.task.connect(context, &api::ConnectRequest::new()).await);
     assert_eq!(denied.0, Code::PERMISSION_DENIED);
     pod.vm.sandbox().check(pod.vm.context(), &CheckRequest::new()).await.unwrap();
+}
+
+async fn vm_process(pod: &Pod, on: bool) {
+    let client = pod.vm.sandbox();
+    let run = |command: &str| ExecVMProcessRequest { command: command.into(), ..Default::default() };
+    if !on {
+        let off = code(client.exec_vm_process(pod.vm.context(), &run("/bin/runc --version")).await);
+        assert_eq!(off.0, Code::FAILED_PRECONDITION);
+        assert!(off.1.contains("start the pod with task.debug"), "{}", off.1);
+        return;
+    }
+    let output = client.exec_vm_process(pod.vm.context(), &run("/bin/runc --version")).await.unwrap();
+    assert!(output.out.starts_with("runc version") && output.exit_status == 0, "{output}");
+    let output = client.exec_vm_process(pod.vm.context(), &run("/bin/runc nonsense")).await.unwrap();
+    assert!(output.exit_status != 0, "{output}");
+    let missing = code(client.exec_vm_process(pod.vm.context(), &run("/bin/sh")).await).1;
+    assert!(missing.contains("running /bin/sh in the VM: No such file"), "{missing}");
 }
 
 async fn sandbox(pod: &Pod) {
