@@ -34,5 +34,16 @@ macro_rules! targets {
 
 // One line each, sorted.
 targets! {
+    command_line
+    handshake
     oci_spec
+    stdio
+}
+
+/// Runs what waits for bytes, as the agent does: on one thread.
+fn run_async(work: impl Future<Output = ()>) {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_io().enable_time().build();
+    if let Ok(runtime) = runtime {
+        runtime.block_on(work);
+    }
 }
