@@ -4,6 +4,7 @@
 
 pub mod address;
 pub mod api;
+pub mod console;
 pub mod constants;
 pub mod handshake;
 pub mod param;

@@ -2,6 +2,8 @@
 //!
 //! A wrong parameter never keeps a pod from starting: the default is taken and one line says what was wrong.
 
+use std::path::{Path, PathBuf};
+
 use log::LevelFilter;
 
 /// The agent's settings.
@@ -13,6 +15,8 @@ pub struct TaskConfig {
     pub share: ShareFs,
     /// `task.debug`: log at debug level at least, and run processes outside containers when the host asks for it.
     pub debug: bool,
+    /// `task.debug_shell`: absolute path of the debug console's shell. None: there is no debug console.
+    pub debug_shell: Option<PathBuf>,
 }
 
 /// File systems that carry the pod's shared folder.
@@ -28,7 +32,7 @@ pub enum ShareFs {
 
 impl Default for TaskConfig {
     fn default() -> Self {
-        Self { log_level: LevelFilter::Warn, share: ShareFs::Virtiofs, debug: false }
+        Self { log_level: LevelFilter::Warn, share: ShareFs::Virtiofs, debug: false, debug_shell: None }
     }
 }
 
@@ -80,9 +84,23 @@ impl TaskConfig {
                     Some(other) => return Err(format!("{other:?} is neither true nor false; using false")),
                 }
             }
-            // Known to other versions of the agent; said once, so that nobody waits for their effect.
-            "debug_shell" | "enable_tracing" => return Err("has no effect in this agent".to_owned()),
-            _ => return Err("unknown parameter (known: log_level, sharefs_type, debug)".to_owned()),
+            "debug_shell" => {
+                let path = Path::new(value.unwrap_or_default());
+                if !path.is_absolute() {
+                    return Err(format!(
+                        "{:?} is no absolute path; there is no debug console",
+                        path.display()
+                    ));
+                }
+                self.debug_shell = Some(path.to_owned());
+            }
+            // Known to other versions of the agent; said once, so that nobody waits for its effect.
+            "enable_tracing" => return Err("has no effect in this agent".to_owned()),
+            _ => {
+                return Err(
+                    "unknown parameter (known: log_level, sharefs_type, debug, debug_shell)".to_owned()
+                );
+            }
         }
         Ok(())
     }
@@ -114,10 +132,18 @@ mod tests {
     #[test]
     fn parameters_are_read_and_others_left_alone() {
         let (config, problems) = TaskConfig::parse(
-            "console=ttyS0 root=/dev/pmem0p1 task.log_level=info task.sharefs_type=9p task.debug quiet\n",
+            "console=ttyS0 root=/dev/pmem0p1 task.log_level=info task.sharefs_type=9p task.debug task.debug_shell=/bin/sh quiet\n",
         );
         assert_eq!(problems, Vec::<String>::new());
-        assert_eq!(config, TaskConfig { log_level: LevelFilter::Debug, share: ShareFs::NineP, debug: true });
+        assert_eq!(
+            config,
+            TaskConfig {
+                log_level: LevelFilter::Debug,
+                share: ShareFs::NineP,
+                debug: true,
+                debug_shell: Some("/bin/sh".into())
+            }
+        );
         assert_eq!(TaskConfig::parse("").0, TaskConfig::default());
     }
 
@@ -130,7 +156,7 @@ mod tests {
     #[test]
     fn wrong_values_are_reported_and_defaults_kept() {
         let (config, problems) = TaskConfig::parse(
-            "task.log_level=loud task.sharefs_type=nfs task.debug=maybe task.colour=red task.debug_shell=/bin/sh",
+            "task.log_level=loud task.sharefs_type=nfs task.debug=maybe task.colour=red task.debug_shell=sh",
         );
         assert_eq!(config, TaskConfig::default());
         assert_eq!(
@@ -139,8 +165,8 @@ mod tests {
                 "kernel command line: task.log_level: \"loud\" is none of off, error, warn, info, debug, trace; using warn",
                 "kernel command line: task.sharefs_type: \"nfs\" is none of virtiofs, 9p, none; using virtiofs",
                 "kernel command line: task.debug: \"maybe\" is neither true nor false; using false",
-                "kernel command line: task.colour: unknown parameter (known: log_level, sharefs_type, debug)",
-                "kernel command line: task.debug_shell: has no effect in this agent",
+                "kernel command line: task.colour: unknown parameter (known: log_level, sharefs_type, debug, debug_shell)",
+                "kernel command line: task.debug_shell: \"sh\" is no absolute path; there is no debug console",
             ]
         );
     }

@@ -9,6 +9,7 @@ pub mod boot;
 pub mod cgroup;
 pub mod clock;
 pub mod config;
+pub mod console;
 pub mod container;
 pub mod error;
 pub mod events;

@@ -6,6 +6,8 @@
 
 use std::{
     collections::HashMap,
+    io,
+    process::Command,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::{SystemTime, UNIX_EPOCH},
 };
@@ -68,7 +70,7 @@ impl Reaper {
     ///
     /// # Errors
     /// When SIGCHLD cannot be received.
-    pub fn start(self: &Arc<Self>) -> std::io::Result<()> {
+    pub fn start(self: &Arc<Self>) -> io::Result<()> {
         let children = signal(SignalKind::child())?;
         // Something may have ended before the signal was received.
         self.reap();
@@ -96,6 +98,23 @@ impl Reaper {
                 table.watched.insert(pid, exit);
             }
         }
+    }
+
+    /// Starts a process whose exit is announced on what is returned beside its pid.
+    ///
+    /// # Errors
+    /// When it cannot be started.
+    pub fn spawn(
+        self: &Arc<Self>,
+        command: &mut Command,
+    ) -> io::Result<(Pid, watch::Receiver<Option<Exit>>)> {
+        // Its exit may be collected before it is registered.
+        let _guard = self.spawning();
+        let child = command.spawn()?;
+        let pid = i32::try_from(child.id()).ok().and_then(Pid::from_raw).ok_or(io::ErrorKind::InvalidData)?;
+        let (sender, receiver) = watch::channel(None);
+        self.watch(pid.as_raw_nonzero().get(), Arc::new(sender));
+        Ok((pid, receiver))
     }
 
     /// Collects everything that has ended.

@@ -214,7 +214,7 @@ impl Runc {
         args: Vec<OsString>,
         stdio: ChildStdio,
         log: &Path,
-    ) -> Result<(i32, watch::Receiver<Option<Exit>>), RuncError> {
+    ) -> Result<(Pid, watch::Receiver<Option<Exit>>), RuncError> {
         let mut process = Command::new(&self.program);
         process
             .arg("--root")
@@ -230,24 +230,17 @@ impl Runc {
             .stderr(stdio.stderr)
             // So that what it started, hooks for instance, can be killed with it.
             .process_group(0);
-        // Nothing is awaited between the two, and the agent has one thread: its reaper cannot see the exit before.
-        let guard = self.reaper.spawning();
-        let child = process.spawn().map_err(|source| RuncError::Spawn {
+        self.reaper.spawn(&mut process).map_err(|source| RuncError::Spawn {
             program: self.program.display().to_string(),
             command,
             source,
-        })?;
-        let pid = i32::try_from(child.id()).unwrap_or(0);
-        let (sender, receiver) = watch::channel(None);
-        self.reaper.watch(pid, Arc::new(sender));
-        drop(guard);
-        Ok((pid, receiver))
+        })
     }
 
     async fn finish(
         &self,
         command: &'static str,
-        (pid, mut exited): (i32, watch::Receiver<Option<Exit>>),
+        (pid, mut exited): (Pid, watch::Receiver<Option<Exit>>),
     ) -> Result<Exit, RuncError> {
         let ended = timeout(self.deadline, exited.wait_for(Option::is_some)).await;
         if let Ok(Ok(exit)) = ended
@@ -255,9 +248,7 @@ impl Runc {
         {
             return Ok(exit);
         }
-        if let Some(pid) = Pid::from_raw(pid) {
-            let _ = kill_process_group(pid, Signal::KILL);
-        }
+        let _ = kill_process_group(pid, Signal::KILL);
         Err(RuncError::Timeout { command, deadline: self.deadline })
     }
 }

@@ -10,7 +10,7 @@ use std::{
 use containerd_shim_protos::shim_async::create_task;
 use kuasar_common::{
     api::sandbox_ttrpc::create_sandbox_service,
-    constants::{CID_HOST, GUEST_RUNC, PORT_READY, PORT_STDIO, PORT_TTRPC},
+    constants::{CID_HOST, GUEST_RUNC, PORT_DEBUG, PORT_READY, PORT_STDIO, PORT_TTRPC},
 };
 use tokio::time::{Instant, sleep};
 use tokio_vsock::{VMADDR_CID_ANY, VsockAddr, VsockListener, VsockStream};
@@ -20,11 +20,15 @@ use crate::{
     auth::{Token, guarded},
     boot::{self, BootError},
     config::TaskConfig,
+    console::Consoles,
     handshake::{HandshakeError, HostLink},
     reaper::Reaper,
     runc::{self, Runc},
     sandbox_service::Sandbox,
-    stdio::{listener::StdioListener, registry::Registry},
+    stdio::{
+        listener::StdioListener,
+        registry::{Registry, Transport},
+    },
     task_service::TaskService,
     tasks::{Context, Tasks},
     transport::{Incoming, SmallWrites},
@@ -107,19 +111,32 @@ async fn serve(
         cgroups: boot::CGROUPS.into(),
     });
     let tasks = Arc::new(Tasks::new(context));
+    if let Some(shell) = &config.debug_shell {
+        let port = listen(PORT_DEBUG)?;
+        let consoles = Consoles::new(shell, Arc::clone(&token), Arc::clone(&tasks.context.reaper));
+        tokio::spawn(async move {
+            loop {
+                consoles.accept(accepted(&port, PORT_DEBUG).await).await;
+            }
+        });
+    }
     let services = services(&tasks, &token, config.debug);
     let mut server = Server::new().add_listener(Listener::new(Incoming(ttrpc))).register_service(services);
     server.start().await?;
-    // Also what keeps the agent going: it ends only if the port does.
-    accept_stdio(stdio, &StdioListener::new(streams, token)).await
+    let stdio_listener = StdioListener::new(streams, token);
+    // Also what keeps the agent going: it never ends.
+    loop {
+        stdio_listener.accept(accepted(&stdio, PORT_STDIO).await).await;
+    }
 }
 
-async fn accept_stdio(port: VsockListener, listener: &StdioListener) -> Result<(), AgentError> {
+/// The next connection to a port.
+async fn accepted(listener: &VsockListener, port: u32) -> Box<dyn Transport> {
     loop {
-        match port.accept().await {
-            Ok((stream, _)) => listener.accept(Box::new(SmallWrites(stream))).await,
+        match listener.accept().await {
+            Ok((stream, _)) => return Box::new(SmallWrites(stream)),
             Err(error) => {
-                log::warn!("accepting on port {PORT_STDIO}: {error}");
+                log::warn!("accepting on port {port}: {error}");
                 sleep(CONNECT_PAUSE).await;
             }
         }

@@ -114,15 +114,7 @@ fn spawn(
         .stdout(output.try_clone()?)
         .stderr(Stdio::from(output))
         .process_group(0);
-    // Nothing is awaited between the two, and the agent has one thread: its reaper cannot see the exit before.
-    let guard = reaper.spawning();
-    let child = command.spawn()?;
-    let pid =
-        i32::try_from(child.id()).ok().and_then(Pid::from_raw).ok_or(std::io::ErrorKind::InvalidData)?;
-    let (sender, receiver) = watch::channel(None);
-    reaper.watch(pid.as_raw_nonzero().get(), Arc::new(sender));
-    drop(guard);
-    Ok((pid, receiver))
+    reaper.spawn(&mut command)
 }
 
 #[derive(Default)]

@@ -3,6 +3,7 @@
 use std::{sync::Arc, time::Duration};
 
 use kuasar_common::{handshake::MAX_LINE, stdio::Hello};
+use serde::de::DeserializeOwned;
 use tokio::{
     io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader},
     sync::Semaphore,
@@ -13,7 +14,7 @@ use super::registry::{Connection, Key, Registry, Transport};
 use crate::auth::Token;
 
 /// How long a connection may take for its first line, and we for our answer.
-const HELLO_DEADLINE: Duration = Duration::from_secs(10);
+pub(crate) const HELLO_DEADLINE: Duration = Duration::from_secs(10);
 /// Connections that may be at their first line at the same time.
 const MAX_GREETING: usize = 64;
 
@@ -67,6 +68,12 @@ async fn greet(transport: Box<dyn Transport>, registry: &Arc<Registry>, token: &
 }
 
 async fn read_hello(connection: &mut Connection, token: &Token) -> Result<Hello, String> {
+    let hello: Hello = first_line(connection).await?;
+    if token.is(&hello.token) { Ok(hello) } else { Err("wrong token".to_owned()) }
+}
+
+/// Reads a connection's first line, which is JSON.
+pub(crate) async fn first_line<T: DeserializeOwned>(connection: &mut Connection) -> Result<T, String> {
     let mut line = Vec::new();
     let limit = u64::try_from(MAX_LINE).unwrap_or(u64::MAX);
     let read = (&mut *connection).take(limit).read_until(b'\n', &mut line).await;
@@ -74,12 +81,11 @@ async fn read_hello(connection: &mut Connection, token: &Token) -> Result<Hello,
     if line.last() != Some(&b'\n') {
         return Err(format!("the first line did not end within {MAX_LINE} bytes"));
     }
-    let hello: Hello =
-        serde_json::from_slice(&line).map_err(|error| format!("parsing the first line: {error}"))?;
-    if token.is(&hello.token) { Ok(hello) } else { Err("wrong token".to_owned()) }
+    serde_json::from_slice(&line).map_err(|error| format!("parsing the first line: {error}"))
 }
 
-async fn refuse(connection: &mut Connection, why: &str) {
+/// Answers a first line that is not accepted.
+pub(crate) async fn refuse(connection: &mut Connection, why: &str) {
     let _ = connection.write_all(format!("ERR {why}\n").as_bytes()).await;
     let _ = connection.flush().await;
 }

@@ -185,7 +185,7 @@ impl Vm {
     }
 }
 
-fn read_line(stream: &mut UnixStream) -> String {
+pub(crate) fn read_line(stream: &mut UnixStream) -> String {
     let mut line = Vec::new();
     let mut byte = [0];
     while stream.read(&mut byte).unwrap() == 1 && byte != *b"\n" {
