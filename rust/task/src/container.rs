@@ -154,6 +154,14 @@ impl Container {
         }
     }
 
+    /// Kills a process, if it is one of its own: the number may be another's by now.
+    pub(crate) fn kill_one(&self, pid: i32) {
+        let own = self.cgroup.get().is_some_and(|cgroup| cgroup::processes(cgroup).contains(&pid));
+        if let Some(pid) = Pid::from_raw(pid).filter(|_| own) {
+            let _ = signal_pid(pid, SIGKILL);
+        }
+    }
+
     /// Sends a signal to every process of it, also to what outlives its own in a PID namespace that it shares.
     ///
     /// # Errors

@@ -41,7 +41,7 @@ pub(crate) async fn create(context: &Context, container: &Arc<Container>) -> Res
     let console = console_path(&streams);
     let guard = context.reaper.spawning();
     let created = context.runc.create(&container.id, &bundle, &pid_file, console, child).await;
-    let pid = settle(created, &pid_file)?;
+    let pid = settle(container, created, &pid_file)?;
     init.set_pid(pid);
     context.reaper.watch(pid, init.exit_sender());
     drop(guard);
@@ -116,7 +116,7 @@ pub(crate) async fn exec(
     let guard = context.reaper.spawning();
     let started = context.runc.exec(&container.id, &spec_file, &pid_file, console, child).await;
     let _ = fs::remove_file(&spec_file);
-    let pid = settle(started, &pid_file)?;
+    let pid = settle(container, started, &pid_file)?;
     process.set_pid(pid);
     context.reaper.watch(pid, process.exit_sender());
     drop(guard);
@@ -140,16 +140,20 @@ fn console_path(streams: &Streams) -> Option<&Path> {
     }
 }
 
-/// The pid that the runtime wrote, once it has succeeded.
-fn settle(done: Result<(), RuncError>, pid_file: &Path) -> Result<i32, TaskError> {
+/// The pid that the runtime wrote, once it has succeeded. If it was killed after it had written one, that process is, too:
+/// nobody would know it.
+fn settle(container: &Container, done: Result<(), RuncError>, pid_file: &Path) -> Result<i32, TaskError> {
     let text = fs::read_to_string(pid_file);
     let _ = fs::remove_file(pid_file);
-    done?;
-    let text = text.map_err(TaskError::io(format!("reading {}", pid_file.display())))?;
-    match text.trim().parse() {
-        Ok(pid) if pid > 0 => Ok(pid),
-        _ => Err(TaskError::Internal(format!("the runtime wrote {text:?} as a pid"))),
+    let pid = text.as_ref().ok().and_then(|text| text.trim().parse().ok()).filter(|pid| *pid > 0);
+    if let Err(error) = done {
+        if let Some(pid) = pid {
+            container.kill_one(pid);
+        }
+        return Err(error.into());
     }
+    let text = text.map_err(TaskError::io(format!("reading {}", pid_file.display())))?;
+    pid.ok_or_else(|| TaskError::Internal(format!("the runtime wrote {text:?} as a pid")))
 }
 
 async fn connect(process: &Process, streams: Streams) -> Result<(), TaskError> {

@@ -142,40 +142,48 @@ impl Tasks {
     pub async fn start(&self, id: &str, exec_id: &str) -> Result<u32, TaskError> {
         let container = self.container(id)?;
         match self.target(id, exec_id)? {
-            Target::Init(_) => {
-                let _gate = changing(&container).await?;
-                begin(&container.init, id)?;
-                let started = self.context.runc.start(id).await;
-                if started.is_ok() {
-                    self.context.events.started(&container);
-                }
-                let next = if started.is_ok() { Phase::Running } else { Phase::Created };
-                // It may have ended already, which is as good.
-                let _ = container.init.advance(Phase::Starting, next);
-                init_ended(&self.context, &container);
-                started?;
-                Ok(container.init.pid_u32())
-            }
-            Target::Exec(exec) => {
-                let _gate = joining(&container).await?;
-                begin(&exec.process, exec_id)?;
-                if let Err(error) = launch::exec(&self.context, &container, exec_id, &exec).await {
-                    exec.process.io.start_nothing(&exec.process.exited());
-                    let exit = Exit { code: NEVER_RAN, at: SystemTime::now() };
-                    exec.process.exit_sender().send_replace(Some(exit));
-                    return Err(error);
-                }
-                let _ = exec.process.advance(Phase::Starting, Phase::Running);
-                self.context.events.exec_started(&container, exec_id, &exec.process);
-                tokio::spawn(watch_exec(
-                    Arc::clone(&self.context),
-                    Arc::clone(&container),
-                    exec_id.to_owned(),
-                    Arc::clone(&exec),
-                ));
-                Ok(exec.process.pid_u32())
-            }
+            Target::Init(_) => self.start_init(&container).await,
+            Target::Exec(exec) => self.start_exec(&container, exec_id, &exec).await,
         }
+    }
+
+    async fn start_init(&self, container: &Container) -> Result<u32, TaskError> {
+        let _gate = changing(container).await?;
+        begin(&container.init, &container.id)?;
+        let started = self.context.runc.start(&container.id).await;
+        if started.is_ok() {
+            self.context.events.started(container);
+        }
+        let next = if started.is_ok() { Phase::Running } else { Phase::Created };
+        // It may have ended already, which is as good.
+        let _ = container.init.advance(Phase::Starting, next);
+        init_ended(&self.context, container);
+        started?;
+        Ok(container.init.pid_u32())
+    }
+
+    async fn start_exec(
+        &self,
+        container: &Arc<Container>,
+        exec_id: &str,
+        exec: &Arc<Exec>,
+    ) -> Result<u32, TaskError> {
+        let _gate = joining(container).await?;
+        let process = &exec.process;
+        begin(process, exec_id)?;
+        if let Err(error) = launch::exec(&self.context, container, exec_id, exec).await {
+            // It may run, and without streams: nobody would know it.
+            let _ = process.kill(9);
+            process.io.start_nothing(&process.exited());
+            let exit = Exit { code: NEVER_RAN, at: SystemTime::now() };
+            process.exit_sender().send_replace(Some(exit));
+            return Err(error);
+        }
+        let _ = process.advance(Phase::Starting, Phase::Running);
+        self.context.events.exec_started(container, exec_id, process);
+        let (context, container) = (Arc::clone(&self.context), Arc::clone(container));
+        tokio::spawn(watch_exec(context, container, exec_id.to_owned(), Arc::clone(exec)));
+        Ok(process.pid_u32())
     }
 
     /// Notes a process to be started in a container.

@@ -61,7 +61,13 @@ case ${words[0]} in
     exec)
         script=$(sed 's/.*"args":\["\([^"]*\)"\].*/\1/' "$process")
         [ "$script" = nosuch ] && fail 'exec: nosuch: executable file not found in $PATH'
-        [ "$script" = hang ] && hang "$root/$id.hung"
+        # Hangs when the process is there already, which is not a child of its own.
+        if [ "$script" = hang ]; then
+            setsid --fork bash -c "echo \$\$ > '$pid_file.new'; mv '$pid_file.new' '$pid_file'; exec sleep 1000"
+            while [ ! -s "$pid_file" ]; do sleep 0.01; done
+            cp "$pid_file" "$root/$id.started"
+            hang "$root/$id.hung"
+        fi
         # An orphan at once, whose exit no shell can collect.
         setsid --fork bash -c "echo \$\$ > '$pid_file'; $script"
         while [ ! -s "$pid_file" ]; do sleep 0.01; done
@@ -69,7 +75,7 @@ case ${words[0]} in
         sleep 0.3 ;;
     delete)
         [ -e "$root/$id/stuck" ] && fail 'container is stuck'
-        rm -f "$root/$id.start" "$root/$id.hung" ;;
+        rm -f "$root/$id".* ;;
 esac
 exit 0
 "#;

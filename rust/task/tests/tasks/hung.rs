@@ -48,8 +48,12 @@ pub(crate) async fn hung_create(host: &Host) {
     assert!(matches!(hung.kill_all(9), Err(TaskError::FailedPrecondition(_))));
     let _ = hung.metrics();
     assert!(!creating.is_finished(), "all that happened while the runtime hung");
+    // Waits for its turn, and finds nothing then.
+    let tasks = Arc::clone(&host.tasks);
+    let deleting = tokio::spawn(async move { tasks.delete("hung", "").await });
     let error = creating.await.unwrap().unwrap_err();
     assert_eq!(error.to_string(), "OCI runtime create did not end within 8 s and was killed");
+    assert!(matches!(deleting.await.unwrap(), Err(TaskError::NotFound(_))));
     gone(&pids).await;
     fs::remove_file(Path::new(&bundle).join("hang")).unwrap();
     other(host, "hung").await;
@@ -57,24 +61,30 @@ pub(crate) async fn hung_create(host: &Host) {
 
 /// So does one that hangs while it starts a process; the container's others, and its end, do not wait for it.
 pub(crate) async fn hung_exec(host: &Host) {
-    host.create("h", "sleep 1000").await.unwrap();
+    host.create("h", "exec sleep 1000").await.unwrap();
     host.tasks.start("h", "").await.unwrap();
     host.tasks.add_exec("h", "x", stdio(), &process("hang")).unwrap();
     let tasks = Arc::clone(&host.tasks);
     let starting = tokio::spawn(async move { tasks.start("h", "x").await });
     let pids = hung_processes(&host.dir.path().join("root/h.hung")).await;
+    // What the runtime had started when it hung is in the container's cgroup, for which a folder stands.
+    let cgroup = host.dir.path().join("none/kuasar/h");
+    fs::create_dir_all(&cgroup).unwrap();
+    fs::copy(host.dir.path().join("root/h.started"), cgroup.join("cgroup.procs")).unwrap();
+    let started = hung_processes(&cgroup.join("cgroup.procs")).await;
+    assert!(Path::new(&format!("/proc/{}", started[0])).exists());
     host.tasks.add_exec("h", "y", stdio(), &process("exit 5")).unwrap();
     host.tasks.start("h", "y").await.unwrap();
     assert_eq!(host.wait("h", "y").await, 5);
-    host.tasks.container("h").unwrap().kill_all(9).unwrap();
+    host.tasks.container("h").unwrap().init.kill(9).unwrap();
     assert_eq!(host.wait("h", "").await, 137);
     assert!(!starting.is_finished(), "all that happened while the runtime hung");
-    // Its turn comes when the runtime was given up, whoever waits for it.
-    let tasks = Arc::clone(&host.tasks);
-    let deleting = tokio::spawn(async move { tasks.delete("h", "").await });
+    host.tasks.add_exec("h", "late", stdio(), &process("true")).unwrap_err();
     let error = starting.await.unwrap().unwrap_err();
     assert_eq!(error.to_string(), "OCI runtime exec did not end within 8 s and was killed");
     assert_eq!(host.wait("h", "x").await, 255);
     gone(&pids).await;
-    assert_eq!(deleting.await.unwrap().unwrap().1.code, 137);
+    gone(&started).await;
+    fs::remove_dir_all(&cgroup).unwrap();
+    assert_eq!(host.tasks.delete("h", "").await.unwrap().1.code, 137);
 }

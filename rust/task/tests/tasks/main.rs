@@ -70,7 +70,7 @@ async fn life(host: &Host) {
 }
 
 async fn execs(host: &Host) {
-    host.create("e", "sleep 1000").await.unwrap();
+    host.create("e", "exec sleep 1000").await.unwrap();
     host.tasks.start("e", "").await.unwrap();
     for (n, (script, code)) in [("exit 5", 5), ("kill -9 $$", 137), ("true", 0)].into_iter().enumerate() {
         let exec = format!("x{n}");
@@ -136,7 +136,7 @@ async fn failures(host: &Host) {
     // Never started: deleting kills it.
     assert_eq!(host.tasks.delete("f", "").await.unwrap().1.code, 137);
     // A runtime that cannot delete keeps nothing alive.
-    host.create("stuck", "sleep 1000").await.unwrap();
+    host.create("stuck", "exec sleep 1000").await.unwrap();
     host.tasks.start("stuck", "").await.unwrap();
     let kept = host.dir.path().join("root/stuck");
     fs::create_dir(&kept).unwrap();
