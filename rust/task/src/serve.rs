@@ -1,9 +1,14 @@
 //! The agent as a whole: its ports, its services, its life.
 
 use std::{
+    any::Any,
     collections::HashMap,
+    future::poll_fn,
     io,
+    panic::{AssertUnwindSafe, catch_unwind},
+    pin::pin,
     sync::{Arc, atomic::AtomicU64},
+    task::Poll,
     time::Duration,
 };
 
@@ -53,6 +58,9 @@ pub enum AgentError {
     /// The services could not be started.
     #[error("serving port {PORT_TTRPC}: {0}")]
     Serve(#[from] ttrpc::Error),
+    /// A defect of the agent.
+    #[error("a defect of the agent: it panicked: {0}")]
+    Panic(String),
 }
 
 /// The agent's services, each method behind the token. `debug` lets the host run processes outside containers.
@@ -72,13 +80,31 @@ pub async fn run(config: &TaskConfig) -> Result<(), AgentError> {
     let ttrpc = listen(PORT_TTRPC)?;
     let stdio = listen(PORT_STDIO)?;
     let mut host = HostLink::ready(connect().await?).await?;
-    match serve(config, ttrpc, stdio, &mut host).await {
+    let served = unless_it_panics(serve(config, ttrpc, stdio, &mut host)).await;
+    match served {
         Ok(()) => Ok(()),
         Err(error) => {
             host.fatal(&error.to_string()).await;
             Err(error)
         }
     }
+}
+
+/// Turns a panic into an error: the host must be told why its VM ends.
+async fn unless_it_panics(work: impl Future<Output = Result<(), AgentError>>) -> Result<(), AgentError> {
+    let mut work = pin!(work);
+    poll_fn(|context| {
+        let polled = catch_unwind(AssertUnwindSafe(|| work.as_mut().poll(context)));
+        polled.unwrap_or_else(|panic| Poll::Ready(Err(AgentError::Panic(panic_message(panic.as_ref())))))
+    })
+    .await
+}
+
+fn panic_message(panic: &(dyn Any + Send)) -> String {
+    let text = panic.downcast_ref::<&str>().copied();
+    text.or_else(|| panic.downcast_ref::<String>().map(String::as_str))
+        .unwrap_or("without a message")
+        .to_owned()
 }
 
 async fn serve(
@@ -159,5 +185,21 @@ async fn connect() -> Result<VsockStream, AgentError> {
             Err(error) => log::info!("calling the host: {error}"),
         }
         sleep(CONNECT_PAUSE).await;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn a_panic_becomes_the_reason_that_the_host_is_told() {
+        let broken = unless_it_panics(async {
+            tokio::task::yield_now().await;
+            panic!("no {}", "way");
+        });
+        let reason = broken.await.unwrap_err().to_string();
+        assert_eq!(reason, "a defect of the agent: it panicked: no way");
+        unless_it_panics(async { Ok(()) }).await.unwrap();
     }
 }

@@ -18,8 +18,12 @@ const BOUNDING: Duration = Duration::from_secs(30);
 /// Logs of the VM's processes.
 const PROCESS_LOGS: [&str; 3] = ["vmm.log", "virtiofsd.log", "vsock.log"];
 /// What of a log's end is quoted.
-const QUOTED_BYTES: u64 = 2048;
+const QUOTED_BYTES: u64 = 16 * 1024;
 const QUOTED_LINES: usize = 8;
+/// Longest part of a line that is quoted, in characters.
+const QUOTED_LINE: usize = 256;
+/// How a kernel says why it ends; registers and a stack follow, which say less.
+const PANIC: &str = "Kernel panic - not syncing";
 
 /// `; <name>: "<last lines>"` for each log that says anything; for the end of an error message. Control characters are
 /// escaped: guests write some of these logs, and people read them on terminals.
@@ -43,10 +47,15 @@ fn last_lines(path: &Path) -> io::Result<String> {
     let mut bytes = Vec::new();
     file.take(QUOTED_BYTES).read_to_end(&mut bytes)?;
     let text = String::from_utf8_lossy(&bytes);
-    let lines: Vec<&str> = text.lines().filter(|line| !line.trim().is_empty()).collect();
+    let mut lines: Vec<&str> = text.lines().filter(|line| !line.trim().is_empty()).collect();
+    // A panic and what led to it, or else the last lines.
+    if let Some(panic) = lines.iter().position(|line| line.contains(PANIC)) {
+        lines.truncate(panic.saturating_add(1));
+    }
     let from = lines.len().saturating_sub(QUOTED_LINES);
     let lines = lines.get(from..).unwrap_or_default();
-    Ok(lines.iter().map(|line| line.trim_end().escape_debug().to_string()).collect::<Vec<_>>().join(" | "))
+    let quoted = |line: &&str| line.trim_end().chars().take(QUOTED_LINE).collect::<String>();
+    Ok(lines.iter().map(|line| quoted(line).escape_debug().to_string()).collect::<Vec<_>>().join(" | "))
 }
 
 /// Empties a log that has grown too large. Its writer appends, and so goes on at the new end.
@@ -137,6 +146,22 @@ mod tests {
         let text = quote(dir.path(), &["vmm.log", "console.log"]);
         assert!(text.starts_with("; console.log: line 593 | line 594 |"), "{text}");
         assert!(text.ends_with("| line 599 | \\u{1b}[31mred"), "{text}");
+    }
+
+    #[test]
+    fn a_kernel_panic_is_quoted_with_what_led_to_it() {
+        let dir = tempfile::tempdir().unwrap();
+        let stack: String = (0..60).map(|n| format!("[    1.0] {n:04} {}\n", "f".repeat(80))).collect();
+        let panic =
+            "[    0.9] VFS: Cannot open root device\n[    1.0] Kernel panic - not syncing: VFS: no root\n";
+        fs::write(dir.path().join("console.log"), format!("booting\n{panic}{stack}")).unwrap();
+        let text = quote(dir.path(), &["console.log"]);
+        assert!(
+            text.ends_with("Cannot open root device | [    1.0] Kernel panic - not syncing: VFS: no root"),
+            "{text}"
+        );
+        fs::write(dir.path().join("console.log"), "x".repeat(5000)).unwrap();
+        assert!(quote(dir.path(), &["console.log"]).len() < 300);
     }
 
     #[test]
