@@ -48,6 +48,16 @@ impl Sandbox {
         Self { tasks, debug }
     }
 
+    /// Stops every container, then syncs and unmounts file systems: the VM may end after this.
+    pub async fn leave(&self, grace: Duration) {
+        self.stop(grace).await;
+        rustix::fs::sync();
+        // Detached, because a container that could not be killed may hold it.
+        if let Err(error) = unmount(GUEST_STATE_DIR, UnmountFlags::DETACH) {
+            log::info!("unmounting {GUEST_STATE_DIR}: {error}");
+        }
+    }
+
     async fn stop(&self, grace: Duration) {
         let containers = self.tasks.all();
         if !grace.is_zero() {
@@ -161,14 +171,7 @@ impl SandboxService for Sandbox {
         let this = self.clone();
         let grace = Duration::from_millis(u64::from(req.timeout_ms));
         // In a task of its own: it goes on when the caller goes away.
-        let done = tokio::spawn(async move {
-            this.stop(grace).await;
-            rustix::fs::sync();
-            // Detached, because a container that could not be killed may hold it.
-            if let Err(error) = unmount(GUEST_STATE_DIR, UnmountFlags::DETACH) {
-                log::info!("unmounting {GUEST_STATE_DIR}: {error}");
-            }
-        });
+        let done = tokio::spawn(async move { this.leave(grace).await });
         done.await.map_err(|error| TaskError::Internal(error.to_string()))?;
         Ok(Empty::new())
     }

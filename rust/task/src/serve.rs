@@ -17,7 +17,10 @@ use kuasar_common::{
     api::sandbox_ttrpc::create_sandbox_service,
     constants::{CID_HOST, GUEST_RUNC, PORT_DEBUG, PORT_READY, PORT_STDIO, PORT_TTRPC},
 };
-use tokio::time::{Instant, sleep};
+use tokio::{
+    signal::unix::{SignalKind, signal},
+    time::{Instant, sleep},
+};
 use tokio_vsock::{VMADDR_CID_ANY, VsockAddr, VsockListener, VsockStream};
 use ttrpc::r#async::{Server, Service, transport::Listener};
 
@@ -42,6 +45,10 @@ use crate::{
 /// The host listens before it starts the VM, so this is only for a device that is late.
 const CONNECT_DEADLINE: Duration = Duration::from_secs(5);
 const CONNECT_PAUSE: Duration = Duration::from_millis(20);
+/// How long containers have between SIGTERM and SIGKILL when the VM is ended by a signal.
+const SIGNAL_GRACE: Duration = Duration::from_secs(10);
+/// `asm-generic/signal.h`; the same on x86-64 and aarch64.
+const SIGPWR: i32 = 30;
 
 /// Why the agent cannot go on.
 #[derive(Debug, thiserror::Error)]
@@ -146,6 +153,8 @@ async fn serve(
             }
         });
     }
+    end_on_signal(Sandbox::new(Arc::clone(&tasks), false))
+        .map_err(|error| AgentError::Port("receiving SIGTERM and SIGPWR".to_owned(), error))?;
     let services = services(&tasks, &token, config.debug);
     let mut server = Server::new().add_listener(Listener::new(Incoming(ttrpc))).register_service(services);
     server.start().await?;
@@ -154,6 +163,22 @@ async fn serve(
     loop {
         stdio_listener.accept(accepted(&stdio, PORT_STDIO).await).await;
     }
+}
+
+/// Ends the VM in order when it is told to from inside: by a person in a debug console, or a kernel whose power is going.
+fn end_on_signal(sandbox: Sandbox) -> io::Result<()> {
+    let mut terminate = signal(SignalKind::terminate())?;
+    let mut power = signal(SignalKind::from_raw(SIGPWR))?;
+    tokio::spawn(async move {
+        tokio::select! {
+            _ = terminate.recv() => {}
+            _ = power.recv() => {}
+        }
+        log::warn!("told to end by a signal");
+        sandbox.leave(SIGNAL_GRACE).await;
+        boot::end_vm();
+    });
+    Ok(())
 }
 
 /// The next connection to a port.

@@ -6,15 +6,18 @@ use std::{
     time::Duration,
 };
 
+use containerd_shim_protos::shim_async::TaskClient;
 use kuasar_common::{
     api::sandbox::{CheckRequest, ExecVMProcessRequest},
     console::{INPUT, RESIZE},
     constants::PORT_DEBUG,
+    stdio::Stream,
 };
 
 use crate::{
     given,
-    given::Kind,
+    given::{Given, Kind},
+    pod::Pod,
     vm::{Vm, bundle, read_frame, read_line, write_frame},
 };
 
@@ -86,11 +89,26 @@ async fn a_debug_console_is_a_shell_of_the_vm() {
     }
     // Not by closing alone: vhost-device-vsock says nothing to the guest if there is output left that nobody read.
     write_frame(&mut console, b"");
-    for _ in 0..100 {
-        if !sleepers().await {
-            return;
-        }
+    let mut left = 100;
+    while sleepers().await {
+        left -= 1;
+        assert!(left > 0, "the shell's program goes on after a hang-up");
         tokio::time::sleep(Duration::from_millis(100)).await;
     }
-    panic!("the shell's program goes on after a hang-up");
+    power_off(vm, &given, &hello).await;
+}
+
+/// What `poweroff -f` of a machine without a service manager is here: PID 1 is asked, and ends the VM in order.
+async fn power_off(vm: Vm, given: &Given, hello: &str) {
+    let task = TaskClient::new(vm.client());
+    let mut pod = Pod { given: given.clone(), vm, task };
+    let script = "trap 'echo bye > /last-words; exit 0' TERM; echo ready; while true; do sleep 0.1; done";
+    pod.create("last", &["sh", "-c", script], false, false).await.unwrap();
+    pod.start("last", "").await.unwrap();
+    assert_eq!(read_frame(&mut pod.vm.stream("last", "", Stream::Stdout)), b"ready\n");
+    let (mut console, _) = open(&pod.vm, hello);
+    type_in(&mut console, "kill -TERM 1\n");
+    assert!(pod.vm.ended(Duration::from_secs(20)), "the VM goes on");
+    let said = std::fs::read_to_string(pod.vm.shared("last").join("rootfs/last-words")).unwrap();
+    assert_eq!(said, "bye\n");
 }

@@ -6,6 +6,7 @@ use std::{
 };
 
 /// What the tests are given; `Err` says what is missing.
+#[derive(Clone)]
 pub(crate) struct Given {
     pub(crate) kernel: PathBuf,
     initrd: Option<PathBuf>,
