@@ -56,6 +56,8 @@ pub struct Container {
     /// How many of the kernel's kills for want of memory are known.
     oom_kills: AtomicU64,
     gone: AtomicBool,
+    /// Its PID namespace has processes of others.
+    shares_pids: AtomicBool,
 }
 
 /// A process that was added to a container.
@@ -100,7 +102,17 @@ impl Container {
             last_metrics: Mutex::default(),
             oom_kills: AtomicU64::new(0),
             gone: AtomicBool::new(false),
+            shares_pids: AtomicBool::new(false),
         }
+    }
+
+    /// Whether its PID namespace has processes of other containers, too.
+    pub(crate) fn shares_pids(&self) -> bool {
+        self.shares_pids.load(Ordering::Relaxed)
+    }
+
+    pub(crate) fn set_shares_pids(&self, shares: bool) {
+        self.shares_pids.store(shares, Ordering::Relaxed);
     }
 
     pub(crate) fn execs(&self) -> MutexGuard<'_, BTreeMap<String, Arc<Exec>>> {

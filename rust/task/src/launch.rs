@@ -32,7 +32,8 @@ enum Streams {
 /// Lets the runtime make a container.
 pub(crate) async fn create(context: &Context, container: &Arc<Container>) -> Result<(), TaskError> {
     let init = &container.init;
-    let spec = read_spec(container)?;
+    let mut spec = read_spec(container)?;
+    container.set_shares_pids(context.pids.resolve(&mut spec, &context.runc)?);
     hooks::check(&spec, Path::new("/"))?;
     let _ = container.cgroup.set(cgroup_of(context, &spec));
     let bundle = write_bundle(context, container, &spec)?;

@@ -20,6 +20,7 @@ pub mod logging;
 pub mod metrics;
 pub mod netlink;
 pub mod oom;
+pub mod pid_namespace;
 pub mod process;
 pub mod reaper;
 pub mod runc;

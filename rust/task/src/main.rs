@@ -9,7 +9,7 @@ use std::{
 };
 
 use anyhow::{Context, Result};
-use vmm_task::{boot, config::TaskConfig, logging, serve};
+use vmm_task::{boot, config::TaskConfig, logging, pid_namespace, serve};
 
 /// The kernel's console for what happens before, or instead of, logging.
 const CONSOLE: &str = "/dev/console";
@@ -19,6 +19,10 @@ const CONSOLE: &str = "/dev/console";
 // SAFETY: the C library calls the one symbol of this name, with arguments that are not looked at here.
 #[unsafe(no_mangle)]
 extern "C" fn main() -> c_int {
+    // First: it is process 1, too, of its namespace.
+    if pid_namespace::is_pause() {
+        pid_namespace::pause();
+    }
     if std::process::id() == 1 {
         init();
     }

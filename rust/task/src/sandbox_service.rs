@@ -25,7 +25,7 @@ use crate::{
     error::TaskError,
     netlink::{Network, plan},
     sandbox,
-    tasks::Tasks,
+    tasks::{Context, Tasks},
     vm_process,
 };
 
@@ -84,10 +84,7 @@ async fn gone(containers: &[Arc<Container>]) {
     }
 }
 
-fn setup(req: &SetupSandboxRequest) -> Result<(), TaskError> {
-    if req.shared_pid_namespace {
-        return Err(TaskError::Unimplemented("one PID namespace for all containers of the pod"));
-    }
+fn setup(context: &Context, req: &SetupSandboxRequest) -> Result<(), TaskError> {
     // Checked first: a wrong request changes nothing.
     let links: Vec<plan::Link> = plan::all(&req.interfaces)?;
     let routes: Vec<plan::Route> = plan::all(&req.routes)?;
@@ -96,6 +93,9 @@ fn setup(req: &SetupSandboxRequest) -> Result<(), TaskError> {
     sandbox::set_hostname(&req.hostname)?;
     sandbox::set_resolv_conf(&req.resolv_conf)?;
     sandbox::set_shm_size(req.shm_size)?;
+    if req.shared_pid_namespace {
+        context.pids.make(&context.reaper)?;
+    }
     let mut network = Network::new()?;
     network.loopback_up()?;
     network.configure_links(&links)?;
@@ -109,7 +109,7 @@ fn setup(req: &SetupSandboxRequest) -> Result<(), TaskError> {
 #[async_trait]
 impl SandboxService for Sandbox {
     async fn setup_sandbox(&self, _: &TtrpcContext, req: SetupSandboxRequest) -> ttrpc::Result<Empty> {
-        setup(&req)?;
+        setup(&self.tasks.context, &req)?;
         log::info!("sandbox {} is set up", req.sandbox_id);
         Ok(Empty::new())
     }

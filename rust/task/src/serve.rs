@@ -139,6 +139,7 @@ async fn serve(
         reaper,
         events: Arc::default(),
         oom: Arc::default(),
+        pids: Default::default(),
         streams: Arc::clone(&streams),
         work: boot::WORK.into(),
         cgroups: boot::CGROUPS.into(),

@@ -19,6 +19,7 @@ use crate::{
     events::Events,
     launch,
     oom::OomWatch,
+    pid_namespace::PodPidNamespace,
     process::{Phase, Process},
     reaper::{Exit, Reaper},
     runc::Runc,
@@ -48,6 +49,8 @@ pub struct Context {
     pub events: Arc<Events>,
     /// Sees the kernel kill for want of memory.
     pub oom: Arc<OomWatch>,
+    /// The PID namespace that some of them share.
+    pub pids: PodPidNamespace,
     /// Knows the connections of their streams.
     pub streams: Arc<Registry>,
     /// A folder for small files of ours, on a tmpfs.
@@ -310,6 +313,10 @@ fn init_ended(context: &Context, container: &Container) {
     // Kept for as long as the container is: its cgroup goes before.
     let _ = container.metrics();
     container.check_memory(&context.events);
+    if container.shares_pids() {
+        // The kernel ends the rest of a container only with a PID namespace of its own.
+        let _ = container.kill_all(9);
+    }
     context.events.exited(container, "", &container.init);
 }
 

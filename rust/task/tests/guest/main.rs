@@ -10,6 +10,7 @@ mod given;
 mod life;
 mod limits;
 mod load;
+mod pids;
 mod pod;
 mod streams;
 mod vm;
