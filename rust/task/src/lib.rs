@@ -29,6 +29,7 @@ pub mod sandbox_service;
 pub mod serve;
 pub mod spec;
 pub mod stdio;
+pub mod streaming;
 pub mod task_service;
 pub mod tasks;
 pub mod transport;

@@ -19,6 +19,7 @@ use kuasar_common::{
 };
 use tokio::{
     signal::unix::{SignalKind, signal},
+    sync::mpsc,
     time::{Instant, sleep},
 };
 use tokio_vsock::{VMADDR_CID_ANY, VsockAddr, VsockListener, VsockStream};
@@ -33,18 +34,18 @@ use crate::{
     reaper::Reaper,
     runc::{self, Runc},
     sandbox_service::Sandbox,
-    stdio::{
-        listener::StdioListener,
-        registry::{Registry, Transport},
-    },
+    stdio::{listener::StdioListener, registry::Registry},
+    streaming::{Streaming, frame, wire::asks_for_a_stream},
     task_service::TaskService,
     tasks::{Context, Tasks},
-    transport::{Incoming, SmallWrites},
+    transport::{Incoming, Rewound, SmallWrites},
 };
 
 /// The host listens before it starts the VM, so this is only for a device that is late.
 const CONNECT_DEADLINE: Duration = Duration::from_secs(5);
 const CONNECT_PAUSE: Duration = Duration::from_millis(20);
+/// Connections that wait for ttrpc's server to take them.
+const MAX_WAITING: usize = 16;
 /// How long containers have between SIGTERM and SIGKILL when the VM is ended by a signal.
 const SIGNAL_GRACE: Duration = Duration::from_secs(10);
 /// `asm-generic/signal.h`; the same on x86-64 and aarch64.
@@ -150,19 +151,21 @@ async fn serve(
         let consoles = Consoles::new(shell, Arc::clone(&token), Arc::clone(&tasks.context.reaper));
         tokio::spawn(async move {
             loop {
-                consoles.accept(accepted(&port, PORT_DEBUG).await).await;
+                consoles.accept(Box::new(accepted(&port, PORT_DEBUG).await)).await;
             }
         });
     }
     end_on_signal(Sandbox::new(Arc::clone(&tasks), false))
         .map_err(|error| AgentError::Port("receiving SIGTERM and SIGPWR".to_owned(), error))?;
     let services = services(&tasks, &token, config.debug);
-    let mut server = Server::new().add_listener(Listener::new(Incoming(ttrpc))).register_service(services);
+    let (calls, incoming) = mpsc::channel(MAX_WAITING);
+    let mut server = Server::new().add_listener(Listener::new(Incoming(incoming))).register_service(services);
     server.start().await?;
+    tokio::spawn(route(ttrpc, calls, Streaming::new(Arc::clone(&streams), Arc::clone(&token))));
     let stdio_listener = StdioListener::new(streams, token);
     // Also what keeps the agent going: it never ends.
     loop {
-        stdio_listener.accept(accepted(&stdio, PORT_STDIO).await).await;
+        stdio_listener.accept(Box::new(accepted(&stdio, PORT_STDIO).await)).await;
     }
 }
 
@@ -182,11 +185,32 @@ fn end_on_signal(sandbox: Sandbox) -> io::Result<()> {
     Ok(())
 }
 
+type Accepted = SmallWrites<VsockStream>;
+
+/// Hands connections of the ttrpc port to the streaming service, or else to ttrpc's own server: their first frame tells.
+async fn route(port: VsockListener, calls: mpsc::Sender<Rewound<Accepted>>, streaming: Arc<Streaming>) {
+    loop {
+        let mut connection = accepted(&port, PORT_TTRPC).await;
+        let (calls, streaming) = (calls.clone(), Arc::clone(&streaming));
+        tokio::spawn(async move {
+            match frame::read(&mut connection).await {
+                Ok(Some(first)) if asks_for_a_stream(&first) => {
+                    streaming.serve(Box::new(connection), &first).await;
+                }
+                Ok(Some(first)) => drop(calls.send(Rewound::new(first.encode(), connection)).await),
+                // It had nothing to ask.
+                Ok(None) => {}
+                Err(error) => log::info!("a connection to port {PORT_TTRPC}: {error}"),
+            }
+        });
+    }
+}
+
 /// The next connection to a port.
-async fn accepted(listener: &VsockListener, port: u32) -> Box<dyn Transport> {
+async fn accepted(listener: &VsockListener, port: u32) -> Accepted {
     loop {
         match listener.accept().await {
-            Ok((stream, _)) => return Box::new(SmallWrites(stream)),
+            Ok((stream, _)) => return SmallWrites(stream),
             Err(error) => {
                 log::warn!("accepting on port {port}: {error}");
                 sleep(CONNECT_PAUSE).await;

@@ -22,16 +22,16 @@ use super::{
     registry::{Key, Registry, Slot},
     stdin::Input,
 };
-use crate::{reaper::Exit, runc::ChildStdio};
+use crate::{reaper::Exit, runc::ChildStdio, streaming::names::id_of};
 
 /// What a Create or Exec request says about standard streams; echoed by State.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct StdioSpec {
-    /// [`STDIO_WANTED`] or empty.
+    /// [`STDIO_WANTED`], a URL with a streaming id, or empty.
     pub stdin: String,
-    /// [`STDIO_WANTED`] or empty.
+    /// As `stdin`.
     pub stdout: String,
-    /// [`STDIO_WANTED`] or empty.
+    /// As `stdin`.
     pub stderr: String,
     /// The process has a terminal.
     pub terminal: bool,
@@ -41,6 +41,8 @@ pub struct StdioSpec {
 pub struct ProcessIo {
     registry: Arc<Registry>,
     keys: Vec<Key>,
+    /// Streaming ids of the same streams.
+    names: Vec<String>,
     slots: Mutex<Slots>,
     close_stdin: watch::Sender<bool>,
     terminal: Mutex<Terminal>,
@@ -82,12 +84,18 @@ impl ProcessIo {
     /// Claims the wanted streams of a process.
     #[must_use]
     pub fn new(registry: &Arc<Registry>, container: &str, exec: &str, spec: &StdioSpec) -> Self {
-        let mut keys = Vec::new();
+        let (mut keys, mut names) = (Vec::new(), Vec::new());
         let mut claim = |mark: &str, stream| {
-            (mark == STDIO_WANTED).then(|| {
+            let id = id_of(mark);
+            (mark == STDIO_WANTED || id.is_some()).then(|| {
                 let key = Key { container: container.to_owned(), exec: exec.to_owned(), stream };
                 keys.push(key.clone());
-                registry.claim(key)
+                let slot = registry.claim(key.clone());
+                if let Some(id) = id {
+                    registry.names.set(id, key);
+                    names.push(id.to_owned());
+                }
+                slot
             })
         };
         let slots = Slots {
@@ -98,6 +106,7 @@ impl ProcessIo {
         Self {
             registry: Arc::clone(registry),
             keys,
+            names,
             slots: Mutex::new(slots),
             close_stdin: watch::Sender::new(false),
             terminal: Mutex::new(Terminal { wanted: spec.terminal, ..Default::default() }),
@@ -213,6 +222,9 @@ impl Drop for ProcessIo {
     fn drop(&mut self) {
         for key in &self.keys {
             self.registry.release(key);
+        }
+        for name in &self.names {
+            self.registry.names.forget(name);
         }
     }
 }

@@ -9,6 +9,7 @@ use std::{
     time::Duration,
 };
 
+use crate::streaming::names::Names;
 use kuasar_common::stdio::{Hello, Stream};
 use tokio::{
     io::{AsyncRead, AsyncWrite, BufReader},
@@ -74,6 +75,8 @@ struct Table {
 #[derive(Default)]
 pub struct Registry {
     table: Mutex<Table>,
+    /// Ids by which containerd's streaming clients ask for streams.
+    pub names: Names,
 }
 
 /// A stream's end of the registry: new connections arrive here. Closed when it is dropped.

@@ -1,0 +1,89 @@
+//! Which stream of which process a streaming id means. containerd opens streams before their process exists, and an exec's
+//! streams are named without their container; the request that makes the process tells.
+
+use std::{
+    collections::HashMap,
+    sync::{Mutex, MutexGuard, PoisonError},
+};
+
+use tokio::sync::watch;
+
+use crate::stdio::registry::Key;
+
+/// The parameter of a stream's URL that is its id.
+const PARAMETER: &str = "streaming_id=";
+
+/// The streaming id in `stdin`, `stdout` or `stderr` of a Task request, if it is a stream's URL.
+#[must_use]
+pub fn id_of(url: &str) -> Option<&str> {
+    let (_, id) = url.split_once(PARAMETER)?;
+    let id = id.split(['&', '#']).next().unwrap_or_default();
+    (!id.is_empty()).then_some(id)
+}
+
+type Known = HashMap<String, watch::Sender<Option<Key>>>;
+
+/// All ids that somebody asked for or told.
+#[derive(Default)]
+pub struct Names(Mutex<Known>);
+
+impl Names {
+    fn lock(&self) -> MutexGuard<'_, Known> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Tells what an id means.
+    pub fn set(&self, id: &str, key: Key) {
+        self.lock().entry(id.to_owned()).or_default().send_replace(Some(key));
+    }
+
+    /// Sees what an id means, now or later. The channel closes when the id is forgotten.
+    pub fn meaning(&self, id: &str) -> watch::Receiver<Option<Key>> {
+        self.lock().entry(id.to_owned()).or_default().subscribe()
+    }
+
+    /// Forgets what an id means.
+    pub fn forget(&self, id: &str) {
+        self.lock().remove(id);
+    }
+
+    /// Forgets an id that was asked for and never told.
+    pub fn forget_unknown(&self, id: &str) {
+        let mut known = self.lock();
+        if known.get(id).is_some_and(|meaning| meaning.borrow().is_none()) {
+            known.remove(id);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use kuasar_common::stdio::Stream;
+
+    use super::*;
+
+    #[test]
+    fn ids_are_found_in_urls() {
+        assert_eq!(id_of("ttrpc+hvsock:///p/vsock.sock:1024?streaming_id=c1-stdout"), Some("c1-stdout"));
+        assert_eq!(id_of("unix:////p.sock?streaming_id=e-stdin&x=1"), Some("e-stdin"));
+        for none in ["", "vsock", "/run/fifo", "x?streaming_id=", "x?stream_id=a"] {
+            assert_eq!(id_of(none), None, "{none}");
+        }
+    }
+
+    #[test]
+    fn an_id_may_be_asked_for_before_it_is_told() {
+        let names = Names::default();
+        let early = names.meaning("a-stdout");
+        let key = Key { container: "a".into(), exec: String::new(), stream: Stream::Stdout };
+        names.set("a-stdout", key.clone());
+        assert_eq!(*early.borrow(), Some(key.clone()));
+        names.forget_unknown("a-stdout");
+        assert_eq!(*names.meaning("a-stdout").borrow(), Some(key));
+        names.forget("a-stdout");
+        assert!(early.has_changed().is_err(), "closed");
+        let never = names.meaning("b");
+        names.forget_unknown("b");
+        assert!(never.has_changed().is_err(), "closed");
+    }
+}
