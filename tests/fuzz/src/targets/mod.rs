@@ -38,6 +38,7 @@ targets! {
     handshake
     oci_spec
     stdio
+    streams
 }
 
 /// Runs what waits for bytes, as the agent does: on one thread.
