@@ -29,7 +29,10 @@ use program::{PATIENCE, log_of, spawn, tail};
 pub use program::{end, listening, run};
 
 use crate::{
-    cri::{Cri, LinuxPodSandboxConfig, LinuxSandboxSecurityContext, PodSandboxConfig, PodSandboxMetadata},
+    cri::{
+        Cri, LinuxPodSandboxConfig, LinuxSandboxSecurityContext, NamespaceOption, PodSandboxConfig,
+        PodSandboxMetadata,
+    },
     image, leaks,
     machine::Machine,
     paths::Paths,
@@ -212,7 +215,22 @@ impl Lab {
     /// # Errors
     /// As containerd says.
     pub async fn pod(&self, name: &str, handler: &str) -> Result<Pod<'_>> {
-        let config = self.pod_config(name)?;
+        self.run(self.pod_config(name)?, handler).await
+    }
+
+    /// Runs a pod whose containers see each other's processes.
+    ///
+    /// # Errors
+    /// As containerd says.
+    pub async fn pod_with_shared_pids(&self, name: &str, handler: &str) -> Result<Pod<'_>> {
+        let mut config = self.pod_config(name)?;
+        // The protocol's zero is what shares.
+        config.linux.get_or_insert_default().security_context =
+            Some(LinuxSandboxSecurityContext { namespace_options: Some(NamespaceOption::default()) });
+        self.run(config, handler).await
+    }
+
+    async fn run(&self, config: PodSandboxConfig, handler: &str) -> Result<Pod<'_>> {
         let id = self.cri.run_pod(&config, handler).await.map_err(|status| {
             anyhow!("running a pod with {handler}: {}\n{}", status.message(), self.log(handler))
         })?;

@@ -1,7 +1,8 @@
 //! Rewrites the OCI spec that containerd made for the host into one that is right inside the pod's VM.
 //!
 //! A pure function on JSON, so that fields unknown to us survive. The model of the guest: the VM is the pod, so containers
-//! use its own network, UTS and IPC namespaces; PID, mount and cgroup namespaces are private to each container.
+//! use its own network, UTS and IPC namespaces; mount and cgroup namespaces are private to each container, and PID
+//! namespaces unless the pod shares one.
 
 use std::path::PathBuf;
 
@@ -17,6 +18,8 @@ pub struct Target<'a> {
     pub container: &'a str,
     /// The pid that the daemon reports for the pod; containerd builds namespace paths from it.
     pub pod_pid: u32,
+    /// The pod's containers share a PID namespace.
+    pub shared_pids: bool,
 }
 
 /// A bind mount that has to be made on the host so that the guest sees its source.
@@ -126,7 +129,15 @@ fn set_namespaces(linux: &mut Object, target: &Target) -> Result<(), SpecError> 
             "user namespaces are not supported in the VM; set hostUsers: true",
         ));
     }
-    linux.insert("namespaces".into(), json!([{"type": "pid"}, {"type": "mount"}, {"type": "cgroup"}]));
+    let in_pods =
+        given.iter().any(|namespace| namespace.get("path").and_then(Value::as_str) == Some(&of_pod));
+    // The agent knows the pod's by this name; a path of the host's means nothing to it.
+    let pid = if target.shared_pids && in_pods {
+        json!({"type": "pid", "path": "pod"})
+    } else {
+        json!({"type": "pid"})
+    };
+    linux.insert("namespaces".into(), json!([pid, {"type": "mount"}, {"type": "cgroup"}]));
     Ok(())
 }
 

@@ -1,6 +1,6 @@
 use super::*;
 
-const TARGET: Target<'static> = Target { container: "c1", pod_pid: 4242 };
+const TARGET: Target<'static> = Target { container: "c1", pod_pid: 4242, shared_pids: false };
 
 /// As containerd's CRI plugin writes it on a Debian host: AppArmor on, cgroup v2, systemd cgroups.
 fn cri() -> Value {
@@ -150,11 +150,18 @@ fn a_minimal_spec_is_completed() {
 }
 
 #[test]
-fn a_pid_namespace_of_the_pod_becomes_private() {
+fn a_pid_namespace_of_the_pod_is_private_unless_the_pod_shares_it() {
     let mut spec = cri();
     spec["linux"]["namespaces"][0] = json!({"type": "pid", "path": "/proc/4242/ns/pid"});
+    let mut shared = spec.clone();
     let (spec, _) = rewritten(spec);
     assert_eq!(spec["linux"]["namespaces"][0], json!({"type": "pid"}));
+    let target = Target { container: "c1", pod_pid: 4242, shared_pids: true };
+    rewrite(&mut shared, &target).unwrap();
+    assert_eq!(shared["linux"]["namespaces"][0], json!({"type": "pid", "path": "pod"}));
+    let mut own = cri();
+    rewrite(&mut own, &target).unwrap();
+    assert_eq!(own["linux"]["namespaces"][0], json!({"type": "pid"}));
 }
 
 #[test]

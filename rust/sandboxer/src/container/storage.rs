@@ -191,7 +191,9 @@ mod tests {
             options: vec!["rbind".into(), "rw".into()],
         };
         for (container, name) in [("c1", "image1"), ("c2", "image2")] {
-            let path = storage.prepare(&Target { container, pod_pid: 1 }, &bundle, &[image(name)]).unwrap();
+            let path = storage
+                .prepare(&Target { container, pod_pid: 1, shared_pids: false }, &bundle, &[image(name)])
+                .unwrap();
             assert_eq!(path, format!("/run/kuasar/state/{container}"));
         }
         assert!(pod.join("shared/c1/rootfs/one").exists() && !pod.join("shared/c2/rootfs/one").exists());
@@ -203,7 +205,7 @@ mod tests {
         // A spec that is refused leaves nothing behind.
         fs::write(bundle.join("config.json"), r#"{"linux": {"namespaces": [{"type": "user"}]}}"#).unwrap();
         let error = storage
-            .prepare(&Target { container: "c3", pod_pid: 1 }, &bundle, &[image("image1")])
+            .prepare(&Target { container: "c3", pod_pid: 1, shared_pids: false }, &bundle, &[image("image1")])
             .unwrap_err();
         assert!(error.is_refusal(), "{error}");
         assert!(!pod.join("shared/c3").exists());

@@ -96,6 +96,7 @@ pub struct Pod {
     id: String,
     dir: PathBuf,
     labels: BTreeMap<String, String>,
+    shared_pids: bool,
     environment: Environment,
     view: watch::Sender<View>,
     work: Mutex<Work>,
@@ -127,6 +128,7 @@ impl Pod {
         Arc::new(Self {
             id: id.to_owned(),
             labels: spec.labels.clone(),
+            shared_pids: spec.shared_pids,
             environment: environment.clone(),
             view: watch::Sender::new(view),
             work: Mutex::new(Work { spec, ..Work::default() }),
@@ -201,9 +203,9 @@ impl Pod {
         bundle: PathBuf,
         rootfs: Vec<RootfsMount>,
     ) -> Result<String, StorageError> {
-        let pod_pid = self.view().pid;
+        let (pod_pid, shared_pids) = (self.view().pid, self.shared_pids);
         self.with_storage(move |storage| {
-            storage.prepare(&Target { container: &container, pod_pid }, &bundle, &rootfs)
+            storage.prepare(&Target { container: &container, pod_pid, shared_pids }, &bundle, &rootfs)
         })
         .await
     }

@@ -24,6 +24,7 @@ pub(super) fn request(id: &str, spec: &PodSpec, network: &PodNetwork) -> SetupSa
     request.routes.clone_from(&network.routes);
     request.neighbours.clone_from(&network.neighbours);
     request.sysctls = spec.sysctls.clone().into_iter().collect();
+    request.shared_pid_namespace = spec.shared_pids;
     request.clock_ns = epoch_ns(SystemTime::now());
     request
 }

@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 use super::PodError;
 use crate::protos::{
     controller::ControllerCreateRequest,
-    cri::{DnsConfig, LinuxPodSandboxConfig, NamespaceMode, PodSandboxConfig},
+    cri::{DnsConfig, LinuxPodSandboxConfig, NamespaceMode, NamespaceOption, PodSandboxConfig},
 };
 
 /// Type of the CRI's pod configuration in a Create request.
@@ -30,6 +30,9 @@ pub struct PodSpec {
     pub hostname: String,
     /// Text of the guest's `/etc/resolv.conf`.
     pub resolv_conf: String,
+    /// Its containers see each other's processes. (Records of before did not say.)
+    #[serde(default)]
+    pub shared_pids: bool,
     /// Set in the guest.
     pub sysctls: BTreeMap<String, String>,
     /// The pod's cgroup on the host, as kubelet names it; empty: none.
@@ -83,6 +86,7 @@ impl PodSpec {
             netns: PathBuf::from(&request.netns_path),
             hostname: if config.hostname.is_empty() { host_name() } else { config.hostname },
             resolv_conf: resolv_conf(config.dns_config.as_ref()),
+            shared_pids: namespace_options(&linux).is_some_and(|options| is(options.pid, NamespaceMode::Pod)),
             sysctls,
             cgroup_parent: linux.cgroup_parent.clone(),
             resources: resources(&linux),
@@ -91,12 +95,19 @@ impl PodSpec {
     }
 }
 
+/// Absent options are all POD, but only to clients that do not care, who get what kubelet asks for by default.
+fn namespace_options(linux: &LinuxPodSandboxConfig) -> Option<&NamespaceOption> {
+    linux.security_context.as_ref().and_then(|context| context.namespace_options.as_ref())
+}
+
+fn is(mode: i32, wanted: NamespaceMode) -> bool {
+    mode == i32::from(wanted)
+}
+
 fn refuse_host_namespaces(linux: &LinuxPodSandboxConfig, netns: &str) -> Result<(), PodError> {
     const FIELD: &str = "linux.security_context.namespace_options";
-    let options = linux.security_context.as_ref().and_then(|context| context.namespace_options.as_ref());
-    let is = |mode: i32, wanted: NamespaceMode| mode == i32::from(wanted);
     let way_out = "or give the pod a runtime class that does not use VMs";
-    if let Some(options) = options {
+    if let Some(options) = namespace_options(linux) {
         for (mode, name, kubernetes) in [
             (options.network, "network", "hostNetwork"),
             (options.pid, "pid", "hostPID"),
@@ -108,13 +119,6 @@ fn refuse_host_namespaces(linux: &LinuxPodSandboxConfig, netns: &str) -> Result<
                      set {kubernetes}: false, {way_out}"
                 )));
             }
-        }
-        // Absent options mean POD, too, but only to clients that do not care; kubelet always sends them.
-        if is(options.pid, NamespaceMode::Pod) {
-            return Err(PodError::Refused(format!(
-                "{FIELD}.pid is POD (shareProcessNamespace: true), and containers of a VM have PID namespaces of \
-                 their own; set shareProcessNamespace: false, {way_out}"
-            )));
         }
     }
     if netns.is_empty() {
@@ -160,9 +164,7 @@ fn resolv_conf(dns: Option<&DnsConfig>) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::protos::cri::{
-        LinuxContainerResources, LinuxSandboxSecurityContext, NamespaceOption, PodSandboxMetadata,
-    };
+    use crate::protos::cri::{LinuxContainerResources, LinuxSandboxSecurityContext, PodSandboxMetadata};
 
     fn request(config: &PodSandboxConfig) -> ControllerCreateRequest {
         ControllerCreateRequest {
@@ -219,6 +221,14 @@ mod tests {
     }
 
     #[test]
+    fn processes_are_shared_only_by_who_asks_for_it() {
+        let shared = |config: &PodSandboxConfig| PodSpec::from_request(&request(config)).unwrap().shared_pids;
+        assert!(shared(&with_namespaces(NamespaceOption::default())));
+        assert!(!shared(&with_namespaces(kubelets())));
+        assert!(!shared(&PodSandboxConfig::default()));
+    }
+
+    #[test]
     fn namespaces_of_the_host_are_refused_by_field_with_a_way_out() {
         let node = i32::from(NamespaceMode::Node);
         for (options, field, way_out) in [
@@ -229,7 +239,6 @@ mod tests {
             ),
             (NamespaceOption { pid: node, ..kubelets() }, "namespace_options.pid is NODE", "hostPID: false"),
             (NamespaceOption { ipc: node, ..kubelets() }, "namespace_options.ipc is NODE", "hostIPC: false"),
-            (NamespaceOption::default(), "namespace_options.pid is POD", "shareProcessNamespace: false"),
         ] {
             let error = PodSpec::from_request(&request(&with_namespaces(options))).unwrap_err();
             let text = error.to_string();

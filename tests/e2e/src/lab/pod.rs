@@ -35,7 +35,13 @@ impl Pod<'_> {
     ///
     /// # Errors
     /// As containerd says.
-    pub async fn create(&self, config: ContainerConfig) -> Result<String> {
+    pub async fn create(&self, mut config: ContainerConfig) -> Result<String> {
+        let pods = self.config.linux.as_ref().and_then(|linux| linux.security_context.clone());
+        // As kubelet: a pod that shares its processes says so of each of its containers.
+        if let (Some(linux), Some(pods)) = (&mut config.linux, pods) {
+            linux.security_context =
+                Some(LinuxContainerSecurityContext { namespace_options: pods.namespace_options });
+        }
         let created = self.lab.cri.create(&self.id, &self.config, config).await;
         created.map_err(|e| anyhow!("creating a container: {}", e.message()))
     }

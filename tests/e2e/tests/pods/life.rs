@@ -197,6 +197,25 @@ async fn boot_id(lab: &Lab, pod: &Pod<'_>, number: u32) -> Result<Vec<u8>> {
     Ok(pod.output(&name)?.0)
 }
 
+/// What a sidecar with a debugger sees: the processes of the others, and one that collects orphans before them.
+pub(crate) async fn containers_of_a_pod_share_processes(lab: Arc<Lab>) -> Result<()> {
+    let pod = lab.pod_with_shared_pids("shared", handler()).await?;
+    let one = pod.container("one", BUSYBOX, &["/bin/sleep", "4711"]).await?;
+    let two = pod.container("two", BUSYBOX, &["/bin/sleep", "4712"]).await?;
+    let seen = lab.cri.exec(&two, &["/bin/ps", "-o", "pid,args"]).await?.stdout;
+    for command in ["kuasar-pause", "/bin/sleep 4711", "/bin/sleep 4712"] {
+        ensure!(seen.contains(command), "{command} is not in\n{seen}");
+    }
+    let first = seen.lines().find(|line| line.trim_start().starts_with("1 "));
+    ensure!(first.is_some_and(|line| line.contains("kuasar-pause")), "process 1 is another: {seen}");
+    // One ends, the other lives on.
+    lab.cri.stop(&one, 0).await?;
+    ensure!(lab.cri.ended(&one, SOON).await?.exit_code == 137);
+    let seen = lab.cri.exec(&two, &["/bin/ps", "-o", "args"]).await?.stdout;
+    ensure!(!seen.contains("4711") && seen.contains("4712"), "{seen}");
+    pod.remove().await
+}
+
 pub(crate) async fn a_host_network_pod_is_refused(lab: Arc<Lab>) -> Result<()> {
     let mut config = lab.pod_config("hostnet")?;
     let options = NamespaceOption {

@@ -19,8 +19,8 @@ use io::{
 };
 use life::{
     a_command_that_does_not_exist, a_container_restarts_in_a_living_pod, a_host_network_pod_is_refused,
-    an_image_of_another_architecture, exec_of_a_command_that_does_not_exist, exit_codes_arrive,
-    pod_life_is_idempotent, two_images_in_one_pod,
+    an_image_of_another_architecture, containers_of_a_pod_share_processes,
+    exec_of_a_command_that_does_not_exist, exit_codes_arrive, pod_life_is_idempotent, two_images_in_one_pod,
 };
 use network::{
     guest_kernel_is_not_the_hosts, guest_runs_from_the_initrd, guest_runs_without_virtiofsd,
@@ -39,6 +39,7 @@ fn main() -> ExitCode {
             an_image_of_another_architecture,
             two_images_in_one_pod,
             a_container_restarts_in_a_living_pod,
+            containers_of_a_pod_share_processes,
             exec_reads_stdin_to_its_end,
             exec_with_a_terminal,
             two_streams_stay_apart,
