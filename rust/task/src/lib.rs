@@ -1,8 +1,8 @@
 //! PID 1 of the microVM: runs the pod's containers.
 //!
 //! The agent boots the guest, tells the host that it is ready, and serves containerd's Task API and the pod's own
-//! `SandboxService`. It has one thread: nothing it does blocks for long, and what the kernel answers at once needs no
-//! locks.
+//! `SandboxService`. One thread does it all, so nothing in it may block for long; what the kernel may take its
+//! time for (mounts, files of the share) is done in threads that come and go.
 
 pub mod auth;
 pub mod boot;
@@ -11,6 +11,7 @@ pub mod clock;
 pub mod config;
 pub mod console;
 pub mod container;
+pub mod devices;
 pub mod error;
 pub mod events;
 pub mod handshake;

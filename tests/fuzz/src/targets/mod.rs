@@ -39,6 +39,7 @@ targets! {
     oci_spec
     stdio
     streams
+    uevents
 }
 
 /// Runs what waits for bytes, as the agent does: on one thread.
