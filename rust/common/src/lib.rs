@@ -9,3 +9,4 @@ pub mod constants;
 pub mod handshake;
 pub mod param;
 pub mod stdio;
+pub mod storage;

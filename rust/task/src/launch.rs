@@ -20,6 +20,7 @@ use crate::{
         console::ConsoleSocket,
         process_io::{Pipes, ProcessIo},
     },
+    storage::blocking,
     tasks::{Context, write},
 };
 
@@ -32,7 +33,8 @@ enum Streams {
 /// Lets the runtime make a container.
 pub(crate) async fn create(context: &Context, container: &Arc<Container>) -> Result<(), TaskError> {
     let init = &container.init;
-    let mut spec = read_spec(container)?;
+    let mut spec = read_spec(container).await?;
+    context.storages.attach(&container.id, Path::new(&container.bundle)).await?;
     container.set_shares_pids(context.pids.resolve(&mut spec, &context.runc)?);
     hooks::check(&spec, Path::new("/"))?;
     let _ = container.cgroup.set(cgroup_of(context, &spec));
@@ -61,12 +63,13 @@ pub(crate) async fn remove(context: &Context, container: &Container) -> Result<(
         log::warn!("container {}: {error}; removing it without", container.id);
         let _ = fs::remove_dir_all(context.runc.root.join(&container.id));
     }
-    if let Some(cgroup) = cgroup {
-        let doing = format!("removing the cgroup of container {}", container.id);
-        cgroup::remove(cgroup).await.map_err(TaskError::io(doing))?;
-    }
+    let gone = match cgroup {
+        Some(cgroup) => cgroup::remove(cgroup).await,
+        None => Ok(()),
+    };
+    context.storages.release(&container.id).await;
     forget_bundle(context, container);
-    Ok(())
+    gone.map_err(TaskError::io(format!("removing the cgroup of container {}", container.id)))
 }
 
 /// Removes the agent's own folder of a container.
@@ -83,11 +86,16 @@ fn cgroup_of(context: &Context, spec: &Value) -> PathBuf {
     context.cgroups.join(path.trim_start_matches('/'))
 }
 
-fn read_spec(container: &Container) -> Result<Value, TaskError> {
+async fn read_spec(container: &Container) -> Result<Value, TaskError> {
     let bundle = Path::new(&container.bundle);
     let path = bundle.join("config.json");
-    let json =
-        fs::read(&path).map_err(TaskError::io(format!("reading the container's spec {}", path.display())))?;
+    let doing = format!("reading the container's spec {}", path.display());
+    // The share's server may be slow.
+    let read = {
+        let doing = doing.clone();
+        move || fs::read(&path).map_err(TaskError::io(doing))
+    };
+    let json = blocking(doing, read).await?;
     let terminal = container.init.stdio.terminal;
     spec::rewrite(&json, spec::Target { container: &container.id, bundle, terminal })
 }

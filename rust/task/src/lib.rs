@@ -30,6 +30,7 @@ pub mod sandbox_service;
 pub mod serve;
 pub mod spec;
 pub mod stdio;
+pub mod storage;
 pub mod streaming;
 pub mod task_service;
 pub mod tasks;

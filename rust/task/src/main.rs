@@ -6,6 +6,7 @@ use std::{
     ffi::c_int,
     fs::{self, OpenOptions},
     panic::{AssertUnwindSafe, catch_unwind},
+    time::Duration,
 };
 
 use anyhow::{Context, Result};
@@ -13,6 +14,10 @@ use vmm_task::{boot, config::TaskConfig, logging, pid_namespace, serve};
 
 /// The kernel's console for what happens before, or instead of, logging.
 const CONSOLE: &str = "/dev/console";
+
+/// Stack of a thread that waits for the kernel, bytes; and how long an idle one stays.
+const HELPER_STACK: usize = 256 * 1024;
+const HELPER_IDLE: Duration = Duration::from_secs(1);
 
 // Not Rust's own entry: that one ends the process if standard streams are closed and /dev/null is missing, which is what
 // PID 1 finds on an image without device nodes and a kernel without console.
@@ -64,6 +69,8 @@ fn boot_and_serve() -> Result<()> {
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_io()
         .enable_time()
+        .thread_stack_size(HELPER_STACK)
+        .thread_keep_alive(HELPER_IDLE)
         .build()
         .context("starting the runtime")?;
     runtime.block_on(serve::run(&config))?;

@@ -51,6 +51,7 @@ impl Sandbox {
     /// Stops every container, then syncs and unmounts file systems: the VM may end after this.
     pub async fn leave(&self, grace: Duration) {
         self.stop(grace).await;
+        self.tasks.context.storages.leave();
         rustix::fs::sync();
         // Detached, because a container that could not be killed may hold it.
         if let Err(error) = unmount(GUEST_STATE_DIR, UnmountFlags::DETACH) {

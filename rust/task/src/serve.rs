@@ -142,6 +142,7 @@ async fn serve(
         oom: Arc::default(),
         pids: Default::default(),
         streams: Arc::clone(&streams),
+        storages: Arc::default(),
         work: boot::WORK.into(),
         cgroups: boot::CGROUPS.into(),
     });

@@ -28,6 +28,7 @@ use crate::{
         process_io::{ProcessIo, StdioSpec},
         registry::Registry,
     },
+    storage::Storages,
 };
 
 /// How long a killed process may take to be gone.
@@ -53,6 +54,8 @@ pub struct Context {
     pub pids: PodPidNamespace,
     /// Knows the connections of their streams.
     pub streams: Arc<Registry>,
+    /// What is mounted for them.
+    pub storages: Arc<Storages>,
     /// A folder for small files of ours, on a tmpfs.
     pub work: PathBuf,
     /// Where cgroup v2 is mounted.

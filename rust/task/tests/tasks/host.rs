@@ -115,6 +115,7 @@ impl Host {
             reaper,
             events: Arc::default(),
             oom: Arc::default(),
+            storages: Arc::default(),
             pids: Default::default(),
             streams: Arc::clone(&streams),
             work: dir.path().join("work"),

@@ -38,6 +38,7 @@ targets! {
     handshake
     oci_spec
     stdio
+    storages
     streams
     uevents
 }
