@@ -9,7 +9,7 @@ use std::{
 };
 
 use rustix::{
-    fs::{CWD, FileType, Mode, OFlags, ResolveFlags, fstat, openat2},
+    fs::{CWD, FileType, Mode, OFlags, ResolveFlags, SeekFrom, fstat, openat2},
     io::{Errno, read},
     mount::{
         FsMountFlags, FsOpenFlags, FsPickFlags, MountAttrFlags, MountPropagationFlags, MoveMountFlags,
@@ -24,6 +24,10 @@ use crate::error::TaskError;
 /// Longest message of a file system that is passed on.
 const MAX_MESSAGE: usize = 512;
 
+/// Longest record of the kernel's log (`PRINTKRB_RECORD_MAX` of `kernel/printk/printk.c` is a little less), and how many
+/// are passed on.
+const MAX_RECORD: usize = 2048;
+const MAX_LINES: usize = 3;
 /// How often, and after what pause, a busy mount is tried again.
 const BUSY_TRIES: u32 = 10;
 const BUSY_PAUSE: Duration = Duration::from_millis(20);
@@ -51,8 +55,13 @@ pub(super) fn new_fs(fs: &NewFs, attributes: MountAttrFlags) -> Result<OwnedFd, 
         )),
         error => TaskError::io(doing())(error),
     })?;
-    let made = configure(context.as_fd(), fs);
-    made.map_err(|(what, error)| explained(&context, format!("{}{what}", doing()), error))?;
+    let log = KernelLog::open();
+    if let Err((what, error)) = configure(context.as_fd(), fs) {
+        let mut said = messages(&context);
+        let device = fs.source.rsplit('/').next().unwrap_or_default();
+        said.extend(log.map(|log| log.about(device)).unwrap_or_default());
+        return Err(explained(&said, format!("{}{what}", doing()), error));
+    }
     fsmount(&context, FsMountFlags::FSMOUNT_CLOEXEC, attributes).map_err(TaskError::io(doing()))
 }
 
@@ -82,20 +91,56 @@ pub(super) fn make_writable(mounted: &Path) -> Result<(), TaskError> {
     let doing = || format!("making the file system at {} writable", mounted.display());
     let context = fspick(CWD, mounted, FsPickFlags::FSPICK_CLOEXEC).map_err(TaskError::io(doing()))?;
     let done = fsconfig_set_flag(&context, "rw").and_then(|()| fsconfig_reconfigure(&context));
-    done.map_err(|error| explained(&context, doing(), error))
+    done.map_err(|error| explained(&messages(&context), doing(), error))
 }
 
-/// The kernel's error with what the file system said about it, if it said anything.
-fn explained(context: &OwnedFd, doing: String, error: Errno) -> TaskError {
+/// The kernel's error with what else is known about it.
+fn explained(said: &[String], doing: String, error: Errno) -> TaskError {
+    let doing = if said.is_empty() { doing } else { format!("{doing} ({})", said.join("; ")) };
+    TaskError::io(doing)(error)
+}
+
+/// What a file system says about its options.
+fn messages(context: &OwnedFd) -> Vec<String> {
     let mut said = Vec::new();
     let mut message = [0; MAX_MESSAGE];
     // One message a read: a letter for its kind, a space, the text. ENODATA after the last.
     while let Ok(length @ 1..) = read(context, &mut message) {
-        let text = String::from_utf8_lossy(message.get(2..length).unwrap_or_default()).trim().to_owned();
-        said.push(text);
+        said.push(String::from_utf8_lossy(message.get(2..length).unwrap_or_default()).trim().to_owned());
     }
-    let doing = if said.is_empty() { doing } else { format!("{doing} ({})", said.join("; ")) };
-    TaskError::io(doing)(error)
+    said
+}
+
+/// The kernel's log from now on: many a file system says only there what is wrong with a disk.
+struct KernelLog(OwnedFd);
+
+impl KernelLog {
+    fn open() -> Option<Self> {
+        let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::CLOEXEC;
+        let log = rustix::fs::open("/dev/kmsg", flags, Mode::empty()).ok()?;
+        rustix::fs::seek(&log, SeekFrom::End(0)).ok()?;
+        Some(Self(log))
+    }
+
+    /// The last lines that name a device as file systems do: `EXT4-fs (vda): …`.
+    fn about(self, device: &str) -> Vec<String> {
+        let (mark, mut lines) = (format!("({device})"), Vec::new());
+        let mut record = [0; MAX_RECORD];
+        // One record a read: numbers, a semicolon, the text, and lines that begin with a space for programs.
+        loop {
+            match read(&self.0, &mut record) {
+                Ok(length @ 1..) => {
+                    let text = String::from_utf8_lossy(record.get(..length).unwrap_or_default());
+                    let line = text.lines().next().and_then(|line| line.split_once(';'));
+                    lines.extend(line.map(|(_, line)| line.to_owned()).filter(|line| line.contains(&mark)));
+                }
+                // Records were overwritten before they were read.
+                Err(Errno::PIPE) => {}
+                _ => break,
+            }
+        }
+        lines.split_off(lines.len().saturating_sub(MAX_LINES))
+    }
 }
 
 /// Opens a path below a folder that others write to: nothing in there leads out of it.

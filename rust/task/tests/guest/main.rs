@@ -12,6 +12,7 @@ mod limits;
 mod load;
 mod pids;
 mod pod;
+mod storages;
 mod streams;
 mod vm;
 

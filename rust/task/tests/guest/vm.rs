@@ -57,6 +57,17 @@ impl Drop for Vm {
 impl Vm {
     /// Boots and waits for READY. Answers it with a token unless told otherwise.
     pub(crate) fn boot(given: &Given, kind: Kind, cmdline: &str, answer: bool) -> Self {
+        Self::boot_with(given, kind, cmdline, answer, |_| String::new())
+    }
+
+    /// The same with more arguments for QEMU, made with the VM's folder.
+    pub(crate) fn boot_with(
+        given: &Given,
+        kind: Kind,
+        cmdline: &str,
+        answer: bool,
+        more: impl FnOnce(&Path) -> String,
+    ) -> Self {
         let dir = TempDir::new().unwrap();
         fs::create_dir(dir.path().join("shared")).unwrap();
         let listener = UnixListener::bind(dir.path().join("vsock.sock_1024")).unwrap();
@@ -65,7 +76,8 @@ impl Vm {
         if kind == Kind::DiskVirtiofs {
             processes.push(virtiofsd(given, dir.path()));
         }
-        processes.push(qemu(given, kind, dir.path(), cmdline));
+        let more = more(dir.path());
+        processes.push(qemu(given, kind, dir.path(), cmdline, &more));
         listener.set_nonblocking(true).unwrap();
         let stream = loop {
             match listener.accept() {
@@ -74,12 +86,15 @@ impl Vm {
                     std::thread::sleep(Duration::from_millis(5))
                 }
                 Err(error) => {
-                    let console = fs::read_to_string(dir.path().join("console.log")).unwrap_or_default();
+                    let log = |name| fs::read_to_string(dir.path().join(name)).unwrap_or_default();
+                    let (console, qemu) = (log("console.log"), log("qemu.log"));
                     for process in &mut processes {
                         let _ = process.kill();
                         let _ = process.wait();
                     }
-                    panic!("the agent did not call: {error}\n--- console ---\n{console}");
+                    panic!(
+                        "the agent did not call: {error}\n--- QEMU ---\n{qemu}\n--- console ---\n{console}"
+                    );
                 }
             }
         };
@@ -120,6 +135,26 @@ impl Vm {
     /// A container's folder in the shared one, as the host sees it.
     pub(crate) fn shared(&self, id: &str) -> PathBuf {
         self.dir.path().join("shared").join(id)
+    }
+
+    /// A command to QEMU's monitor; what it answers, without the prompt.
+    pub(crate) fn monitor(&self, command: &str) -> String {
+        let mut stream = UnixStream::connect(self.dir.path().join("monitor.sock")).unwrap();
+        stream.set_read_timeout(Some(Duration::from_secs(60))).unwrap();
+        let mut prompt = || {
+            let (mut said, mut byte) = (Vec::new(), [0]);
+            while !said.ends_with(b"(qemu) ") {
+                assert_eq!(stream.read(&mut byte).unwrap(), 1);
+                said.push(byte[0]);
+            }
+            let said = String::from_utf8_lossy(&said).replace("(qemu) ", "");
+            let _ = stream.write_all(
+                if said.contains("QEMU") { format!("{command}\n") } else { String::new() }.as_bytes(),
+            );
+            said
+        };
+        prompt();
+        prompt()
     }
 
     /// Waits for QEMU to end.
@@ -247,7 +282,7 @@ fn virtiofsd(given: &Given, dir: &Path) -> Child {
     serve(&mut command, &socket, &dir.join("virtiofsd.log"))
 }
 
-fn qemu(given: &Given, kind: Kind, dir: &Path, cmdline: &str) -> Child {
+fn qemu(given: &Given, kind: Kind, dir: &Path, cmdline: &str, more: &str) -> Child {
     let path = |name: &str| dir.join(name).display().to_string();
     let log = fs::File::create(dir.join("qemu.log")).unwrap();
     let mut args = format!(
@@ -256,9 +291,11 @@ fn qemu(given: &Given, kind: Kind, dir: &Path, cmdline: &str) -> Child {
          -object memory-backend-memfd,id=mem,size=512M,share=on \
          -chardev socket,id=vs,path={} -device vhost-user-vsock-pci,chardev=vs \
          -netdev user,id=n0,restrict=on -device virtio-net-pci,netdev=n0,mac={MAC},romfile= -device virtio-rng-pci \
-         -device virtio-serial-pci -chardev file,id=con,path={} -device virtconsole,chardev=con ",
+         -device virtio-serial-pci -chardev file,id=con,path={} -device virtconsole,chardev=con \
+         -monitor unix:{},server=on,wait=off ",
         path("vhost-vsock.sock"),
         path("console.log"),
+        path("monitor.sock"),
     );
     let mut append = format!("console=hvc0 reboot=t panic=-1 loglevel=7 {cmdline}");
     match kind {
@@ -286,6 +323,7 @@ fn qemu(given: &Given, kind: Kind, dir: &Path, cmdline: &str) -> Child {
     }
     Command::new(&given.qemu)
         .args(args.split_whitespace())
+        .args(more.split_whitespace())
         .arg("-kernel")
         .arg(&given.kernel)
         .arg("-append")
