@@ -11,9 +11,12 @@ use rustix::{
     system::{RebootCommand, reboot},
 };
 
-use crate::config::ShareFs;
+use crate::{
+    cgroup::Hierarchies,
+    config::{CgroupVersion, ShareFs},
+};
 
-/// Where cgroup v2 is mounted.
+/// Where cgroups are mounted.
 pub const CGROUPS: &str = "/sys/fs/cgroup";
 /// Below it, the cgroup of all containers.
 const POD_CGROUP: &str = "kuasar";
@@ -71,7 +74,7 @@ const EARLY: [Mount; 2] = [
 ];
 
 /// Needed by containers only: made while the host reads READY.
-const LATE: [Mount; 7] = [
+const LATE: [Mount; 6] = [
     Mount { fs: "sysfs", target: "/sys", flags: SAFE, data: "" },
     Mount {
         fs: "tmpfs",
@@ -93,8 +96,14 @@ const LATE: [Mount; 7] = [
     },
     Mount { fs: "tmpfs", target: "/dev/shm", flags: SAFE, data: "mode=1777,size=64m" },
     Mount { fs: "mqueue", target: "/dev/mqueue", flags: SAFE, data: "" },
-    Mount { fs: "cgroup2", target: CGROUPS, flags: SAFE, data: "" },
 ];
+/// Controllers of version 2, in one hierarchy.
+const CGROUP_V2: Mount = Mount { fs: "cgroup2", target: CGROUPS, flags: SAFE, data: "" };
+/// Folders of the hierarchies of version 1.
+const CGROUP_V1: Mount = Mount { fs: "tmpfs", target: CGROUPS, flags: SAFE, data: "mode=755" };
+
+/// Controllers of version 1 without which a container could not be limited, or would not be confined to its devices.
+const REQUIRED_V1: [&str; 5] = ["cpu", "devices", "freezer", "memory", "pids"];
 
 /// Open files that a container's process may have unless its spec says otherwise, as on a Kubernetes node; a kernel starts
 /// PID 1 with 1024, at most 4096.
@@ -116,7 +125,7 @@ pub fn early() -> Result<(), BootError> {
 ///
 /// # Errors
 /// When the kernel refuses something that containers cannot do without.
-pub fn late(share: ShareFs) -> Result<(), BootError> {
+pub fn late(share: ShareFs, version: CgroupVersion) -> Result<(), BootError> {
     for entry in &LATE {
         match mount_one(entry) {
             // A kernel without POSIX message queues still runs most containers, an image without /tmp too.
@@ -128,10 +137,7 @@ pub fn late(share: ShareFs) -> Result<(), BootError> {
     make_dir(RUNC_ROOT)?;
     links();
     limits();
-    delegate_controllers(Path::new(CGROUPS)).map_err(|source| BootError::Io {
-        doing: format!("enabling the controllers of {CGROUPS}"),
-        source,
-    })?;
+    cgroups(version)?;
     for (name, value) in SYSCTLS {
         if let Err(error) = fs::write(Path::new("/proc/sys").join(name), value) {
             log::info!("setting sysctl {name}: {error}");
@@ -201,6 +207,61 @@ fn links() {
     }
 }
 
+/// Where containers' cgroups are.
+#[must_use]
+pub fn hierarchies(version: CgroupVersion) -> Hierarchies {
+    match version {
+        CgroupVersion::V2 => Hierarchies::Unified(CGROUPS.into()),
+        CgroupVersion::V1 => Hierarchies::Legacy(CGROUPS.into()),
+    }
+}
+
+fn cgroups(version: CgroupVersion) -> Result<(), BootError> {
+    if version == CgroupVersion::V1 {
+        return cgroups_v1();
+    }
+    mount_one(&CGROUP_V2)?;
+    delegate_controllers(Path::new(CGROUPS))
+        .map_err(|source| BootError::Io { doing: format!("enabling the controllers of {CGROUPS}"), source })
+}
+
+/// One hierarchy for each controller that the kernel has in version 1.
+fn cgroups_v1() -> Result<(), BootError> {
+    mount_one(&CGROUP_V1)?;
+    let doing = || "task.cgroup=v1: reading the controllers in /proc/cgroups".to_owned();
+    let list =
+        fs::read_to_string("/proc/cgroups").map_err(|source| BootError::Io { doing: doing(), source })?;
+    for controller in enabled_controllers(&list) {
+        let target = format!("{CGROUPS}/{controller}");
+        make_dir(&target)?;
+        let data = CString::new(controller).unwrap_or_default();
+        if let Err(error) = mount("cgroup", &target, "cgroup", SAFE, data.as_c_str()) {
+            // Some controllers are of version 2 only by the kernel's configuration.
+            log::info!("mounting the cgroup v1 hierarchy of {controller}: {error}");
+            let _ = fs::remove_dir(&target);
+        }
+    }
+    let missing: Vec<&str> =
+        REQUIRED_V1.into_iter().filter(|name| !Path::new(CGROUPS).join(name).exists()).collect();
+    if missing.is_empty() {
+        return Ok(());
+    }
+    Err(BootError::Io {
+        doing: format!(
+            "task.cgroup=v1: this kernel has no cgroup v1 controller {}; take another kernel or leave the word out",
+            missing.join(", ")
+        ),
+        source: Errno::NODEV.into(),
+    })
+}
+
+/// Names of the controllers of a `/proc/cgroups` that are on.
+fn enabled_controllers(list: &str) -> Vec<&str> {
+    let rows = list.lines().filter(|line| !line.starts_with('#'));
+    let on = rows.filter(|line| line.split_whitespace().nth(3) == Some("1"));
+    on.filter_map(|line| line.split_whitespace().next()).collect()
+}
+
 /// Lets containers' cgroups have limits: each level passes on to the next what it has.
 fn delegate_controllers(root: &Path) -> io::Result<()> {
     enable_controllers(root)?;
@@ -252,6 +313,13 @@ mod tests {
         // Plain files keep the last write only; the kernel's keep all.
         assert_eq!(fs::read_to_string(root.path().join("cgroup.subtree_control")).unwrap(), "+memory");
         assert_eq!(fs::read_to_string(root.path().join("kuasar/cgroup.subtree_control")).unwrap(), "+memory");
+    }
+
+    #[test]
+    fn controllers_of_version_1_are_those_that_are_on() {
+        let list =
+            "#subsys_name\thierarchy\tnum_cgroups\tenabled\ncpu\t0\t1\t1\nmemory\t0\t1\t0\npids\t0\t1\t1\n";
+        assert_eq!(enabled_controllers(list), ["cpu", "pids"]);
     }
 
     #[test]

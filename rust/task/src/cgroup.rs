@@ -1,21 +1,127 @@
-//! A container's cgroup: who is in it, and its end.
+//! A container's cgroup: who is in it, and its end. [`Cgroup`] is one of either version; the functions are those of version 2.
 
 use std::{
     fs::{self, File},
     io::{self, Read, Seek},
-    path::Path,
+    path::{Path, PathBuf},
     time::Duration,
 };
+
+use containerd_shim_protos::{cgroups, cgroups_v2};
+use protobuf::Message;
 
 use tokio::{
     io::{Interest, unix::AsyncFd},
     time::timeout,
 };
 
+use crate::{cgroup_v1 as v1, metrics};
+
 /// Deepest folders below a container's own that are looked for processes.
-const MAX_DEPTH: u32 = 8;
+pub(crate) const MAX_DEPTH: u32 = 8;
 /// How long killed processes may take to be gone.
 const EMPTY_DEADLINE: Duration = Duration::from_secs(10);
+
+/// Where cgroups are.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Hierarchies {
+    /// Version 2: one hierarchy, mounted here.
+    Unified(PathBuf),
+    /// Version 1: one for each controller, mounted in a folder of its name in this one.
+    Legacy(PathBuf),
+}
+
+/// A container's cgroup.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Cgroup {
+    /// Version 2: its folder.
+    Unified(PathBuf),
+    /// Version 1: a folder in each hierarchy.
+    Legacy(v1::Cgroup),
+}
+
+/// What the kernel counts in a cgroup, as containerd knows it.
+#[derive(Clone, Debug)]
+pub enum Stats {
+    /// Version 2.
+    Unified(Box<cgroups_v2::metrics::Metrics>),
+    /// Version 1.
+    Legacy(Box<cgroups::metrics::Metrics>),
+}
+
+impl Hierarchies {
+    /// The cgroup with this path in them.
+    #[must_use]
+    pub fn cgroup(&self, path: &str) -> Cgroup {
+        let path = path.trim_start_matches('/');
+        match self {
+            Self::Unified(mount) => Cgroup::Unified(mount.join(path)),
+            Self::Legacy(mounts) => Cgroup::Legacy(v1::Cgroup::new(mounts, path)),
+        }
+    }
+}
+
+impl Cgroup {
+    /// All processes in it and below it.
+    #[must_use]
+    pub fn processes(&self) -> Vec<i32> {
+        match self {
+            Self::Unified(path) => processes(path),
+            Self::Legacy(cgroup) => cgroup.processes(),
+        }
+    }
+
+    /// Kills everything in it at once. False if the kernel cannot.
+    #[must_use]
+    pub fn kill(&self) -> bool {
+        match self {
+            Self::Unified(path) => kill(path),
+            Self::Legacy(_) => false,
+        }
+    }
+
+    /// How often the kernel killed something in it for want of memory; `None` if it does not count that.
+    #[must_use]
+    pub fn oom_kills(&self) -> Option<u64> {
+        match self {
+            Self::Unified(path) => oom_kills(path),
+            Self::Legacy(cgroup) => cgroup.oom_kills(),
+        }
+    }
+
+    /// What the kernel counts in it; `None` if it is gone.
+    #[must_use]
+    pub fn stats(&self) -> Option<Stats> {
+        match self {
+            Self::Unified(path) => metrics::read(path).map(Box::new).map(Stats::Unified),
+            Self::Legacy(cgroup) => cgroup.metrics().map(Box::new).map(Stats::Legacy),
+        }
+    }
+
+    /// Kills everything in it and removes it with all below it. No error if there is none.
+    ///
+    /// # Errors
+    /// When something in it does not die.
+    pub async fn remove(&self) -> io::Result<()> {
+        match self {
+            Self::Unified(path) => remove(path).await,
+            Self::Legacy(cgroup) => cgroup.remove(EMPTY_DEADLINE).await,
+        }
+    }
+}
+
+impl Stats {
+    /// The type's name and its bytes, as containerd wants them.
+    ///
+    /// # Errors
+    /// A defect.
+    pub fn encode(&self) -> protobuf::Result<(&'static str, Vec<u8>)> {
+        match self {
+            Self::Unified(metrics) => Ok(("io.containerd.cgroups.v2.Metrics", metrics.write_to_bytes()?)),
+            Self::Legacy(metrics) => Ok(("io.containerd.cgroups.v1.Metrics", metrics.write_to_bytes()?)),
+        }
+    }
+}
 
 /// All processes of a cgroup and those below it.
 #[must_use]
@@ -95,7 +201,7 @@ async fn emptied(cgroup: &Path) -> io::Result<()> {
     }
 }
 
-fn remove_below(cgroup: &Path, depth: u32) -> io::Result<()> {
+pub(crate) fn remove_below(cgroup: &Path, depth: u32) -> io::Result<()> {
     if let Some(depth) = depth.checked_sub(1) {
         for entry in fs::read_dir(cgroup)?.flatten() {
             if entry.file_type().is_ok_and(|kind| kind.is_dir()) {

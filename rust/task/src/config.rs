@@ -13,6 +13,8 @@ pub struct TaskConfig {
     pub log_level: LevelFilter,
     /// `task.sharefs_type`: how the pod's shared folder comes into the guest.
     pub share: ShareFs,
+    /// `task.cgroup`: version of the cgroups that containers see.
+    pub cgroup: CgroupVersion,
     /// `task.debug`: log at debug level at least, and run processes outside containers when the host asks for it.
     pub debug: bool,
     /// `task.debug_shell`: absolute path of the debug console's shell. None: there is no debug console.
@@ -30,9 +32,27 @@ pub enum ShareFs {
     None,
 }
 
+/// Versions of cgroups.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum CgroupVersion {
+    /// One hierarchy.
+    V2,
+    /// One for each controller, for programs that know nothing else.
+    V1,
+}
+
+/// The parameters there are, without `task.`.
+const KNOWN: [&str; 5] = ["cgroup", "debug", "debug_shell", "log_level", "sharefs_type"];
+
 impl Default for TaskConfig {
     fn default() -> Self {
-        Self { log_level: LevelFilter::Warn, share: ShareFs::Virtiofs, debug: false, debug_shell: None }
+        Self {
+            log_level: LevelFilter::Warn,
+            share: ShareFs::Virtiofs,
+            cgroup: CgroupVersion::V2,
+            debug: false,
+            debug_shell: None,
+        }
     }
 }
 
@@ -77,6 +97,13 @@ impl TaskConfig {
                     other => return Err(format!("{other:?} is none of virtiofs, 9p, none; using virtiofs")),
                 }
             }
+            "cgroup" => {
+                self.cgroup = match value.unwrap_or_default() {
+                    "v2" => CgroupVersion::V2,
+                    "v1" => CgroupVersion::V1,
+                    other => return Err(format!("{other:?} is neither v1 nor v2; using v2")),
+                }
+            }
             "debug" => {
                 self.debug = match value {
                     None | Some("" | "true" | "1") => true,
@@ -96,13 +123,18 @@ impl TaskConfig {
             }
             // Known to other versions of the agent; said once, so that nobody waits for its effect.
             "enable_tracing" => return Err("has no effect in this agent".to_owned()),
-            _ => {
-                return Err(
-                    "unknown parameter (known: log_level, sharefs_type, debug, debug_shell)".to_owned()
-                );
-            }
+            _ => return Err(format!("unknown parameter; {}", hint(name))),
         }
         Ok(())
+    }
+}
+
+/// What may have been meant: the one known parameter that is close, or else all of them.
+fn hint(name: &str) -> String {
+    let close = KNOWN.into_iter().map(|known| (strsim::levenshtein(name, known), known)).min();
+    match close {
+        Some((distance, known)) if distance <= known.len() / 3 => format!("did you mean task.{known}?"),
+        _ => format!("known are {}", KNOWN.map(|known| format!("task.{known}")).join(", ")),
     }
 }
 
@@ -132,7 +164,7 @@ mod tests {
     #[test]
     fn parameters_are_read_and_others_left_alone() {
         let (config, problems) = TaskConfig::parse(
-            "console=ttyS0 root=/dev/pmem0p1 task.log_level=info task.sharefs_type=9p task.debug task.debug_shell=/bin/sh quiet\n",
+            "console=ttyS0 root=/dev/pmem0p1 task.log_level=info task.sharefs_type=9p task.cgroup=v1 task.debug task.debug_shell=/bin/sh quiet\n",
         );
         assert_eq!(problems, Vec::<String>::new());
         assert_eq!(
@@ -140,6 +172,7 @@ mod tests {
             TaskConfig {
                 log_level: LevelFilter::Debug,
                 share: ShareFs::NineP,
+                cgroup: CgroupVersion::V1,
                 debug: true,
                 debug_shell: Some("/bin/sh".into())
             }
@@ -156,7 +189,7 @@ mod tests {
     #[test]
     fn wrong_values_are_reported_and_defaults_kept() {
         let (config, problems) = TaskConfig::parse(
-            "task.log_level=loud task.sharefs_type=nfs task.debug=maybe task.colour=red task.debug_shell=sh",
+            "task.log_level=loud task.sharefs_type=nfs task.debug=maybe task.colour=red task.debug_shell=sh task.loglevel=info task.cgroup=v3",
         );
         assert_eq!(config, TaskConfig::default());
         assert_eq!(
@@ -165,8 +198,10 @@ mod tests {
                 "kernel command line: task.log_level: \"loud\" is none of off, error, warn, info, debug, trace; using warn",
                 "kernel command line: task.sharefs_type: \"nfs\" is none of virtiofs, 9p, none; using virtiofs",
                 "kernel command line: task.debug: \"maybe\" is neither true nor false; using false",
-                "kernel command line: task.colour: unknown parameter (known: log_level, sharefs_type, debug, debug_shell)",
+                "kernel command line: task.colour: unknown parameter; known are task.cgroup, task.debug, task.debug_shell, task.log_level, task.sharefs_type",
                 "kernel command line: task.debug_shell: \"sh\" is no absolute path; there is no debug console",
+                "kernel command line: task.loglevel: unknown parameter; did you mean task.log_level?",
+                "kernel command line: task.cgroup: \"v3\" is neither v1 nor v2; using v2",
             ]
         );
     }

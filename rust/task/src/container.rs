@@ -2,22 +2,19 @@
 
 use std::{
     collections::BTreeMap,
-    path::PathBuf,
     sync::{
         Arc, Mutex, MutexGuard, OnceLock, PoisonError,
         atomic::{AtomicBool, AtomicU64, Ordering},
     },
 };
 
-use containerd_shim_protos::cgroups_v2::metrics::Metrics;
 use rustix::process::Pid;
 use tokio::sync::RwLock;
 
 use crate::{
-    cgroup,
+    cgroup::{Cgroup, Stats},
     error::TaskError,
     events::Events,
-    metrics,
     process::{Process, signal_pid},
     stdio::process_io::{ProcessIo, StdioSpec},
     tasks::{Context, no_container},
@@ -51,8 +48,8 @@ pub struct Container {
     execs: Mutex<BTreeMap<String, Arc<Exec>>>,
     /// Taken for writing by what changes the container, for reading by what starts a process in it.
     pub(crate) gate: RwLock<()>,
-    pub(crate) cgroup: OnceLock<PathBuf>,
-    last_metrics: Mutex<Option<Metrics>>,
+    pub(crate) cgroup: OnceLock<Cgroup>,
+    last_stats: Mutex<Option<Stats>>,
     /// How many of the kernel's kills for want of memory are known.
     oom_kills: AtomicU64,
     gone: AtomicBool,
@@ -99,7 +96,7 @@ impl Container {
             execs: Mutex::default(),
             gate: RwLock::default(),
             cgroup: OnceLock::new(),
-            last_metrics: Mutex::default(),
+            last_stats: Mutex::default(),
             oom_kills: AtomicU64::new(0),
             gone: AtomicBool::new(false),
             shares_pids: AtomicBool::new(false),
@@ -131,7 +128,7 @@ impl Container {
     /// All its processes; its own is there even when it has ended.
     #[must_use]
     pub fn pids(&self) -> Vec<i32> {
-        let mut pids = self.cgroup.get().map(|cgroup| cgroup::processes(cgroup)).unwrap_or_default();
+        let mut pids = self.cgroup.get().map(Cgroup::processes).unwrap_or_default();
         if pids.is_empty() {
             pids.push(self.init.pid());
         }
@@ -147,20 +144,25 @@ impl Container {
         running.map(|(id, exec)| (exec.process.pid(), id.clone())).collect()
     }
 
-    /// What the kernel counts for it; the last known values when it does not any more.
+    /// What the kernel counts for it; the last known values when it does not any more, none before it ever did.
     #[must_use]
-    pub fn metrics(&self) -> Metrics {
-        let mut last = self.last_metrics.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(metrics) = self.cgroup.get().and_then(|cgroup| metrics::read(cgroup)) {
-            *last = Some(metrics);
+    pub fn stats(&self) -> Option<Stats> {
+        let mut last = self.last_stats.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(stats) = self.cgroup.get().and_then(Cgroup::stats) {
+            *last = Some(stats);
         }
-        last.clone().unwrap_or_default()
+        last.clone()
+    }
+
+    /// Whether the kernel counts its memory still.
+    pub(crate) fn has_memory(&self) -> bool {
+        self.cgroup.get().and_then(Cgroup::oom_kills).is_some()
     }
 
     /// Publishes that the kernel killed something in it for want of memory, unless that is known already. What was killed
     /// between two looks is one event.
     pub fn check_memory(&self, events: &Events) {
-        let Some(kills) = self.cgroup.get().and_then(|cgroup| cgroup::oom_kills(cgroup)) else { return };
+        let Some(kills) = self.cgroup.get().and_then(Cgroup::oom_kills) else { return };
         if self.oom_kills.fetch_max(kills, Ordering::Relaxed) < kills {
             events.out_of_memory(self);
         }
@@ -168,7 +170,7 @@ impl Container {
 
     /// Kills a process, if it is one of its own: the number may be another's by now.
     pub(crate) fn kill_one(&self, pid: i32) {
-        let own = self.cgroup.get().is_some_and(|cgroup| cgroup::processes(cgroup).contains(&pid));
+        let own = self.cgroup.get().is_some_and(|cgroup| cgroup.processes().contains(&pid));
         if let Some(pid) = Pid::from_raw(pid).filter(|_| own) {
             let _ = signal_pid(pid, SIGKILL);
         }
@@ -179,11 +181,11 @@ impl Container {
     /// # Errors
     /// When nothing of it lives, or the number is no signal's.
     pub fn kill_all(&self, signal: u32) -> Result<(), TaskError> {
-        let pids = self.cgroup.get().map(|cgroup| cgroup::processes(cgroup)).unwrap_or_default();
+        let pids = self.cgroup.get().map(Cgroup::processes).unwrap_or_default();
         if pids.is_empty() {
             return self.init.kill(signal);
         }
-        if signal == SIGKILL && self.cgroup.get().is_some_and(|cgroup| cgroup::kill(cgroup)) {
+        if signal == SIGKILL && self.cgroup.get().is_some_and(Cgroup::kill) {
             return Ok(());
         }
         pids.into_iter().filter_map(Pid::from_raw).try_for_each(|pid| signal_pid(pid, signal))

@@ -9,7 +9,7 @@ use std::{
 use serde_json::Value;
 
 use crate::{
-    cgroup,
+    cgroup::Cgroup,
     container::{Container, Exec},
     error::TaskError,
     hooks,
@@ -58,13 +58,13 @@ pub(crate) async fn remove(context: &Context, container: &Container) -> Result<(
     context.oom.forget(container);
     let cgroup = container.cgroup.get();
     // In a PID namespace that it shares, more of it may live than its own process.
-    let _ = cgroup.is_some_and(|cgroup| cgroup::kill(cgroup));
+    let _ = cgroup.is_some_and(Cgroup::kill);
     if let Err(error) = context.runc.delete(&container.id, true).await {
         log::warn!("container {}: {error}; removing it without", container.id);
         let _ = fs::remove_dir_all(context.runc.root.join(&container.id));
     }
     let gone = match cgroup {
-        Some(cgroup) => cgroup::remove(cgroup).await,
+        Some(cgroup) => cgroup.remove().await,
         None => Ok(()),
     };
     context.storages.release(&container.id).await;
@@ -81,9 +81,9 @@ fn bundle_dir(context: &Context, container: &Container) -> PathBuf {
     context.work.join(format!("{}.bundle", container.id))
 }
 
-fn cgroup_of(context: &Context, spec: &Value) -> PathBuf {
+fn cgroup_of(context: &Context, spec: &Value) -> Cgroup {
     let path = spec.pointer("/linux/cgroupsPath").and_then(Value::as_str).unwrap_or_default();
-    context.cgroups.join(path.trim_start_matches('/'))
+    context.cgroups.cgroup(path)
 }
 
 async fn read_spec(container: &Container) -> Result<Value, TaskError> {

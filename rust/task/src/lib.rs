@@ -7,6 +7,7 @@
 pub mod auth;
 pub mod boot;
 pub mod cgroup;
+pub mod cgroup_v1;
 pub mod clock;
 pub mod config;
 pub mod console;

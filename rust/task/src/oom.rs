@@ -1,24 +1,30 @@
-//! Sees the kernel kill for want of memory: one inotify watch on each container's `memory.events`.
+//! Sees the kernel kill for want of memory: one inotify watch on each container's `memory.events`; with cgroup v1, which
+//! has no such file, an eventfd of each container's.
 
 use std::{
     collections::HashMap,
     io,
     mem::MaybeUninit,
     os::fd::{AsFd, OwnedFd},
-    path::Path,
     sync::{Arc, Mutex, MutexGuard, PoisonError, Weak},
+    time::Duration,
 };
 
 use rustix::{
     fs::inotify::{self, CreateFlags, ReadFlags, WatchFlags},
     io::Errno,
 };
-use tokio::io::{Interest, unix::AsyncFd};
+use tokio::{
+    io::{Interest, unix::AsyncFd},
+    time::sleep,
+};
 
-use crate::{container::Container, events::Events};
+use crate::{cgroup::Cgroup, container::Container, events::Events};
 
 /// Bytes of events read at a time; one of ours has 16.
 const BUFFER: usize = 1024;
+/// When to look for what cgroup v1 has announced.
+const LEGACY_WAITS: [Duration; 3] = [Duration::ZERO, Duration::from_millis(20), Duration::from_millis(500)];
 
 /// Watches containers' memory; nothing until there is one.
 #[derive(Default)]
@@ -49,9 +55,16 @@ impl OomWatch {
     fn try_watch(
         self: &Arc<Self>,
         container: &Arc<Container>,
-        cgroup: &Path,
+        cgroup: &Cgroup,
         events: &Arc<Events>,
     ) -> io::Result<()> {
+        let cgroup = match cgroup {
+            Cgroup::Unified(path) => path,
+            Cgroup::Legacy(cgroup) => {
+                tokio::spawn(run_legacy(cgroup.oom_event()?, Arc::downgrade(container), Arc::clone(events)));
+                return Ok(());
+            }
+        };
         let mut state = self.state();
         let inotify = match &state.inotify {
             Some(inotify) => Arc::clone(inotify),
@@ -105,6 +118,25 @@ async fn run(oom: Arc<OomWatch>, inotify: Arc<AsyncFd<OwnedFd>>, events: Arc<Eve
             }
         }
         ready.clear_ready();
+    }
+}
+
+/// Follows one container's eventfd, which the kernel also makes readable when the cgroup is removed.
+async fn run_legacy(event: AsyncFd<OwnedFd>, container: Weak<Container>, events: Arc<Events>) {
+    loop {
+        let Ok(mut ready) = event.readable().await else { return };
+        let mut count = [0; 8];
+        let _ = rustix::io::read(event.get_ref(), &mut count);
+        ready.clear_ready();
+        drop(ready);
+        // The kernel tells before it kills.
+        for wait in LEGACY_WAITS {
+            sleep(wait).await;
+            let Some(container) = container.upgrade().filter(|container| container.has_memory()) else {
+                return;
+            };
+            container.check_memory(&events);
+        }
     }
 }
 

@@ -123,7 +123,7 @@ async fn serve(
 ) -> Result<(), AgentError> {
     let reaper = Reaper::new();
     reaper.start().map_err(|error| AgentError::Port("receiving SIGCHLD".to_owned(), error))?;
-    boot::late(config.share)?;
+    boot::late(config.share, config.cgroup)?;
     let token = Token::new();
     token.set(host.token().await?);
     let streams = Arc::new(Registry::default());
@@ -144,7 +144,7 @@ async fn serve(
         streams: Arc::clone(&streams),
         storages: Arc::default(),
         work: boot::WORK.into(),
-        cgroups: boot::CGROUPS.into(),
+        cgroups: boot::hierarchies(config.cgroup),
     });
     let tasks = Arc::new(Tasks::new(context));
     if let Some(shell) = &config.debug_shell {

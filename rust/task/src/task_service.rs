@@ -9,6 +9,7 @@ use tokio::time::{Duration, timeout};
 use ttrpc::r#async::TtrpcContext;
 
 use crate::{
+    cgroup::Stats,
     container::{NewContainer, Target},
     error::TaskError,
     process::Phase,
@@ -18,7 +19,6 @@ use crate::{
 };
 
 /// Type of what Stats answers; containerd knows this name only, without the usual prefix.
-const METRICS_TYPE: &str = "io.containerd.cgroups.v2.Metrics";
 /// Type of what Pids says of an added process.
 const PROCESS_TYPE: &str = "containerd.runc.v1.ProcessDetails";
 /// Longest that a call may take that the OCI runtime works for: its turn at the container and two runs of the runtime, each
@@ -225,11 +225,11 @@ impl Task for TaskService {
     }
 
     async fn stats(&self, _: &TtrpcContext, req: api::StatsRequest) -> ttrpc::Result<api::StatsResponse> {
-        let metrics = self.tasks.container(&req.id)?.metrics();
-        let value = metrics.write_to_bytes().map_err(|error| TaskError::Internal(error.to_string()))?;
+        let none = || Stats::Unified(Box::default());
+        let stats = self.tasks.container(&req.id)?.stats().unwrap_or_else(none);
+        let (name, value) = stats.encode().map_err(|error| TaskError::Internal(error.to_string()))?;
         let mut response = api::StatsResponse::new();
-        response.stats =
-            MessageField::some(Any { type_url: METRICS_TYPE.to_owned(), value, ..Default::default() });
+        response.stats = MessageField::some(Any { type_url: name.to_owned(), value, ..Default::default() });
         Ok(response)
     }
 

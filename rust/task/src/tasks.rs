@@ -14,6 +14,7 @@ use tokio::{
 };
 
 use crate::{
+    cgroup::Hierarchies,
     container::{Container, Exec, NewContainer, Target},
     error::TaskError,
     events::Events,
@@ -58,8 +59,8 @@ pub struct Context {
     pub storages: Arc<Storages>,
     /// A folder for small files of ours, on a tmpfs.
     pub work: PathBuf,
-    /// Where cgroup v2 is mounted.
-    pub cgroups: PathBuf,
+    /// Where cgroups are.
+    pub cgroups: Hierarchies,
 }
 
 /// All containers.
@@ -314,7 +315,7 @@ fn init_ended(context: &Context, container: &Container) {
         return;
     }
     // Kept for as long as the container is: its cgroup goes before.
-    let _ = container.metrics();
+    let _ = container.stats();
     container.check_memory(&context.events);
     if container.shares_pids() {
         // The kernel ends the rest of a container only with a PID namespace of its own.

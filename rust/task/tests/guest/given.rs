@@ -56,6 +56,12 @@ impl Given {
         Ok(given)
     }
 
+    /// The same with the kernel that has more: `KUASAR_MINI_KERNEL`, a vmlinux.
+    pub(crate) fn mini_from_env() -> Result<Self, String> {
+        let kernel = var("KUASAR_MINI_KERNEL").ok_or("KUASAR_MINI_KERNEL is not set")?;
+        Ok(Self { kernel, ..Self::from_env()? })
+    }
+
     /// The initrd of the image, unless another agent or runtime is to be tried.
     pub(crate) fn initrd(&self, dir: &Path) -> PathBuf {
         if let (Some(initrd), None, None) = (&self.initrd, &self.agent, &self.runc) {

@@ -39,7 +39,7 @@ async fn containers_have_limits_and_the_host_hears_of_it() {
 }
 
 /// Creates a container whose spec was changed first.
-async fn create_with(
+pub(crate) async fn create_with(
     pod: &Pod,
     id: &str,
     args: &[&str],
@@ -54,12 +54,12 @@ async fn create_with(
     pod.create_from(id, path, false, stdin).await
 }
 
-fn little_memory(spec: &mut Value) {
+pub(crate) fn little_memory(spec: &mut Value) {
     spec["linux"]["resources"]["memory"]["limit"] = json!(16 << 20);
 }
 
 /// The next event, of whichever container, after one.
-async fn event(pod: &Pod, after: u64) -> Envelope {
+pub(crate) async fn event(pod: &Pod, after: u64) -> Envelope {
     let request = GetEventsRequest { after: Some(after), ..Default::default() };
     pod.vm.sandbox().get_events(pod.vm.context(), &request).await.unwrap()
 }

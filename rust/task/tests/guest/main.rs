@@ -10,6 +10,7 @@ mod given;
 mod life;
 mod limits;
 mod load;
+mod mini;
 mod pids;
 mod pod;
 mod storages;
@@ -209,6 +210,18 @@ fn a_guest_without_its_share_says_why_and_ends() {
     assert!(vm.ended(Duration::from_secs(10)), "QEMU goes on");
     let console = vm.console();
     assert!(console.contains("the agent gives up: mounting virtiofs"), "{console}");
+}
+
+#[test]
+#[ignore = "needs a guest: set KUASAR_IMAGE"]
+fn a_kernel_without_cgroup_v1_is_told_apart() {
+    let mut vm = Vm::boot(&given(), Kind::InitrdNineP, "task.sharefs_type=9p task.cgroup=v1", true);
+    let fatal = vm.line();
+    assert!(
+        fatal.contains("task.cgroup=v1: this kernel has no cgroup v1 controller devices, freezer, memory;"),
+        "{fatal}"
+    );
+    assert!(vm.ended(Duration::from_secs(10)), "QEMU goes on");
 }
 
 #[test]

@@ -35,7 +35,7 @@ fn disk(path: &Path, content: &Path) {
 }
 
 /// A disk with one file in it.
-fn disk_with(dir: &Path, name: &str, file: &str) -> PathBuf {
+pub(crate) fn disk_with(dir: &Path, name: &str, file: &str) -> PathBuf {
     let content = dir.join(format!("content of {name}"));
     fs::create_dir(&content).unwrap();
     fs::write(content.join(file), name).unwrap();
@@ -48,7 +48,7 @@ fn at(name: &str) -> String {
     format!("{MOUNT_POINTS}/{name}")
 }
 
-fn storage(driver: &str, source: &str, fstype: &str, options: &[&str], name: &str) -> Storage {
+pub(crate) fn storage(driver: &str, source: &str, fstype: &str, options: &[&str], name: &str) -> Storage {
     Storage {
         driver: driver.into(),
         source: source.into(),
@@ -60,7 +60,7 @@ fn storage(driver: &str, source: &str, fstype: &str, options: &[&str], name: &st
 }
 
 /// Makes and starts a container that has each storage at `/<last part of its mount point>`, and one called `rootfs` as its root.
-async fn start(pod: &Pod, id: &str, list: &[Storage]) -> ttrpc::Result<u32> {
+pub(crate) async fn start(pod: &Pod, id: &str, list: &[Storage]) -> ttrpc::Result<u32> {
     let bundle = bundle(&pod.given, &pod.vm, id, &["sleep", "1000"], false);
     let dir = pod.vm.shared(id);
     let file = dir.join("config.json");
@@ -81,19 +81,19 @@ async fn start(pod: &Pod, id: &str, list: &[Storage]) -> ttrpc::Result<u32> {
     pod.start(id, "").await
 }
 
-async fn end(pod: &Pod, id: &str) {
+pub(crate) async fn end(pod: &Pod, id: &str) {
     pod.kill(id, "", 9, false).await.unwrap();
     pod.wait(id, "").await.unwrap();
     pod.delete(id, "").await.unwrap();
 }
 
-async fn sh(pod: &Pod, id: &str, exec: &str, script: &str) -> String {
+pub(crate) async fn sh(pod: &Pod, id: &str, exec: &str, script: &str) -> String {
     let (code, out) = pod.run(id, exec, &["sh", "-c", script]).await;
     format!("{code} {}", out.trim_end())
 }
 
 /// A file of the guest, outside of containers.
-async fn guest_file(pod: &Pod, path: &str) -> String {
+pub(crate) async fn guest_file(pod: &Pod, path: &str) -> String {
     let request = ExecVMProcessRequest {
         command: format!("/run/kuasar/state/tools/rootfs/bin/busybox cat {path}"),
         ..Default::default()

@@ -18,6 +18,7 @@ use rustix::process::set_child_subreaper;
 use tempfile::TempDir;
 use tokio::io::{AsyncReadExt, BufReader, DuplexStream, duplex};
 use vmm_task::{
+    cgroup::Hierarchies,
     container::NewContainer,
     error::TaskError,
     reaper::Reaper,
@@ -119,7 +120,7 @@ impl Host {
             pids: Default::default(),
             streams: Arc::clone(&streams),
             work: dir.path().join("work"),
-            cgroups: dir.path().join("none"),
+            cgroups: Hierarchies::Unified(dir.path().join("none")),
         };
         Self { dir, tasks: Arc::new(Tasks::new(Arc::new(context))), streams }
     }

@@ -46,7 +46,7 @@ pub(crate) async fn hung_create(host: &Host) {
     let hung = host.tasks.container("hung").unwrap();
     assert_eq!((hung.init.phase(), hung.init.pid()), (Phase::Created, 0));
     assert!(matches!(hung.kill_all(9), Err(TaskError::FailedPrecondition(_))));
-    let _ = hung.metrics();
+    let _ = hung.stats();
     assert!(!creating.is_finished(), "all that happened while the runtime hung");
     // Waits for its turn, and finds nothing then.
     let tasks = Arc::clone(&host.tasks);

@@ -1,0 +1,96 @@
+//! What only the kernel "mini" has: SCSI disks, cgroup v1.
+
+use std::path::Path;
+
+use containerd_shim_protos::{api, cgroups::metrics::Metrics, events::task::TaskOOM, shim_async::TaskClient};
+use protobuf::Message;
+
+use crate::{
+    given::{Given, Kind},
+    limits::{create_with, event, little_memory},
+    pod::Pod,
+    storages::{disk_with, end, guest_file, sh, start, storage},
+    vm::{Vm, bundle},
+};
+
+/// A pod on that kernel.
+fn pod(cmdline: &str, more: impl FnOnce(&Path) -> String) -> Pod {
+    let given =
+        Given::mini_from_env().unwrap_or_else(|missing| panic!("this test needs another guest: {missing}"));
+    let cmdline = format!("task.sharefs_type=9p task.debug {cmdline}");
+    let vm = Vm::boot_with(&given, Kind::InitrdNineP, &cmdline, true, more);
+    let task = TaskClient::new(vm.client());
+    let pod = Pod { given, vm, task };
+    bundle(&pod.given, &pod.vm, "tools", &["true"], false);
+    pod
+}
+
+fn scsi(dir: &Path) -> String {
+    let disk = |name: &str| disk_with(dir, name, "file").display().to_string();
+    format!(
+        "-device virtio-scsi-pci,id=scsi \
+         -drive if=none,id=one,file={},format=raw -device scsi-hd,bus=scsi.0,drive=one,channel=0,scsi-id=1,lun=0 \
+         -drive if=none,id=two,file={},format=raw -device scsi-hd,bus=scsi.0,drive=two,channel=0,scsi-id=1,lun=2 \
+         -drive if=none,id=late,file={},format=raw",
+        disk("one"),
+        disk("two"),
+        disk("late"),
+    )
+}
+
+#[tokio::test]
+#[ignore = "needs a guest: set KUASAR_MINI_KERNEL"]
+async fn storages_are_on_scsi_disks() {
+    let pod = pod("", scsi);
+    let disk = |source: &str, name: &str| storage("scsi", source, "ext4", &[], name);
+    let list = [disk("scsi:*:0:1:0", "c/a"), disk("scsi:0:0:1:2", "c/b")];
+    start(&pod, "c", &list).await.unwrap();
+    assert_eq!(sh(&pod, "c", "see", "cat /a/file /b/file && echo x > /b/new").await, "0 onetwo");
+    // One that comes while the pod runs.
+    let said = pod.vm.monitor("device_add scsi-hd,bus=scsi.0,drive=late,channel=0,scsi-id=3,lun=1");
+    assert!(!said.contains("Error"), "{said}");
+    start(&pod, "late", &[disk("scsi:*:0:3:1", "late/c")]).await.unwrap();
+    assert_eq!(sh(&pod, "late", "see", "cat /c/file").await, "0 late");
+    for id in ["c", "late"] {
+        end(&pod, id).await;
+    }
+    let left = guest_file(&pod, "/proc/mounts").await;
+    assert!(!left.contains("/run/kuasar/storage") && !left.contains("/run/kuasar/devices"), "{left}");
+}
+
+#[tokio::test]
+#[ignore = "needs a guest: set KUASAR_MINI_KERNEL"]
+async fn containers_have_cgroup_v1_when_asked_for() {
+    let pod = pod("task.cgroup=v1", |_| String::new());
+    let script = "busybox tail /dev/zero; cat /proc/self/cgroup; sleep 1000 & sleep 1000";
+    create_with(&pod, "c", &["sh", "-c", script], false, little_memory).await.unwrap();
+    pod.start("c", "").await.unwrap();
+    let oom = event(&pod, 2).await;
+    assert_eq!(oom.topic, "/tasks/oom");
+    assert_eq!(TaskOOM::parse_from_bytes(&oom.event.value).unwrap().container_id, "c");
+    let (_, seen) = pod.run("c", "see", &["cat", "/proc/self/cgroup"]).await;
+    assert!(seen.lines().any(|line| line.ends_with(":memory:/")), "{seen}");
+
+    let stats = api::StatsRequest { id: "c".into(), ..Default::default() };
+    let stats = pod.task.stats(pod.vm.context(), &stats).await.unwrap().stats.unwrap();
+    assert_eq!(stats.type_url, "io.containerd.cgroups.v1.Metrics");
+    let metrics = Metrics::parse_from_bytes(&stats.value).unwrap();
+    assert_eq!((metrics.memory.usage.limit, metrics.memory_oom_control.oom_kill), (16 << 20, 1));
+    assert!(metrics.cpu.usage.total > 0 && metrics.pids.current > 0 && metrics.pids.limit == 64, "{metrics}");
+
+    let pids = api::PidsRequest { id: "c".into(), ..Default::default() };
+    let pids = pod.task.pids(pod.vm.context(), &pids).await.unwrap().processes.len();
+    assert!((2..=3).contains(&pids), "{pids} processes");
+    let pause = api::PauseRequest { id: "c".into(), ..Default::default() };
+    pod.task.pause(pod.vm.context(), &pause).await.unwrap();
+    let resume = api::ResumeRequest { id: "c".into(), ..Default::default() };
+    pod.task.resume(pod.vm.context(), &resume).await.unwrap();
+    pod.kill("c", "", 9, true).await.unwrap();
+    assert_eq!(pod.wait("c", "").await.unwrap(), 137);
+    pod.delete("c", "").await.unwrap();
+    // As many cgroups as before: none of any controller is left.
+    let table = guest_file(&pod, "/proc/cgroups").await;
+    let memory = table.lines().find(|line| line.starts_with("memory")).unwrap();
+    let groups: u32 = memory.split_whitespace().nth(2).unwrap().parse().unwrap();
+    assert!(groups <= 2, "{table}");
+}
