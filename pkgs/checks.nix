@@ -16,6 +16,14 @@ let
       ! grep -aqF "$NIX_BUILD_TOP/source" "$program" || { echo "$program contains $NIX_BUILD_TOP/source" >&2; exit 1; }
       touch "$out"
     '';
+  # A file that must not grow beyond so many bytes.
+  atMost =
+    limit: name: path:
+    runCommand "check-size-of-${name}" { } ''
+      size=$(stat -Lc %s ${path})
+      [ "$size" -le ${toString limit} ] || { echo "${path} has $size bytes, more than ${toString limit}" >&2; exit 1; }
+      touch "$out"
+    '';
 in
 {
   vmm-sandboxer = program self.vmm-sandboxer {
@@ -34,6 +42,8 @@ in
     flag = "-v";
     static = true;
   };
+  # What every pod has in its memory, and every node in its page cache.
+  vmm-task-size = atMost 5000000 "vmm-task" (lib.getExe self.vmm-task);
   runc-guest = program self.runc-guest {
     flag = "--version";
     static = true;

@@ -26,6 +26,10 @@ lib.makeScope pkgs.newScope (
       hypervisor = "qemu";
       flavour = "micro";
     };
+    kernel-qemu-mini = self.callPackage ./kernel.nix {
+      hypervisor = "qemu";
+      flavour = "mini";
+    };
     initrd-qemu = self.callPackage ../rootfs/initrd.nix { };
     disk-qemu = self.callPackage ../rootfs/disk.nix { };
     image-qemu = self.callPackage ./image-qemu.nix {

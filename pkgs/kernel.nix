@@ -20,14 +20,33 @@ let
     "${flavour}-${cpu.name}.list"
     "${hypervisor}-${cpu.name}.list"
   ];
-  # Notes and tests of the fragments are left out: a change there must not build a kernel again.
+  # A line of a list is the name of a fragment or a comment.
+  fragmentOf =
+    line:
+    let
+      name = if builtins.isString line then builtins.match "[ \t]*([^# \t]+).*" line else null;
+    in
+    if name == null then [ ] else name;
+  fragments =
+    list: lib.concatMap fragmentOf (builtins.split "\n" (builtins.readFile (folder + "/${list}")));
+  # Only what these lists name: a change to another kernel's fragment must not build this one again. A fragment that is not
+  # there is for `configure` to tell.
   configs = lib.fileset.toSource {
     root = folder;
-    fileset = lib.fileset.difference folder (
-      lib.fileset.unions [
-        (lib.fileset.maybeMissing (folder + "/README.md"))
-        (lib.fileset.maybeMissing (folder + "/tests"))
-      ]
+    fileset = lib.fileset.unions (
+      map (name: folder + "/${name}") (
+        [
+          "configure"
+          "build"
+          "explain.awk"
+          "missing.awk"
+          "requests.awk"
+        ]
+        ++ lists
+      )
+      ++ map (name: lib.fileset.maybeMissing (folder + "/fragments/${name}.config")) (
+        lib.concatMap fragments lists
+      )
     );
   };
 in

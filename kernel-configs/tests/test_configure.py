@@ -14,6 +14,7 @@ import unittest
 
 CONFIGS = pathlib.Path(__file__).resolve().parent.parent
 QEMU_LISTS = [CONFIGS / "micro-x86_64.list", CONFIGS / "qemu-x86_64.list"]
+MINI_LISTS = [CONFIGS / "mini-x86_64.list", CONFIGS / "qemu-x86_64.list"]
 
 # What the guest cannot do without, whoever edits the fragments (Kconfig name: why).
 REQUIRED = {
@@ -55,6 +56,29 @@ REQUIRED = {
     "IPV6": "pod network",
     "PACKET": "ping and capture tools",
     "USER_NS": "namespaces",
+}
+
+# What mini is for.
+REQUIRED_OF_MINI = {
+    "ACPI_HOTPLUG_CPU": "pods that grow",
+    "ACPI_HOTPLUG_MEMORY": "pods that grow",
+    "VIRTIO_MEM": "pods that grow",
+    "HOTPLUG_PCI_ACPI": "devices without ports of their own",
+    "SCSI_VIRTIO": "SCSI storages",
+    "BLK_DEV_SD": "SCSI storages",
+    "XFS_FS": "block volumes",
+    "EROFS_FS": "layers that are images",
+    "NFS_V4_2": "file servers",
+    "MODULES": "drivers that pods bring",
+    "IP_NF_NAT": "iptables",
+    "IP6_NF_NAT": "iptables",
+    "NF_TABLES": "nft",
+    "IP_VS": "load balancers",
+    "VLAN_8021Q": "VLANs",
+    "DM_VERITY": "checked root images",
+    "MEMCG_V1": "task.cgroup=v1",
+    "CGROUP_DEVICE": "task.cgroup=v1",
+    "CGROUP_FREEZER": "task.cgroup=v1",
 }
 
 MAKEFILE = """\
@@ -186,11 +210,13 @@ class Lists(unittest.TestCase):
                     yield CONFIGS / f"fragments/{name}.config"
 
     def test_required_symbols_are_asked_for(self):
-        asked = set()
-        for fragment in self.fragments(*QEMU_LISTS):
-            lines = fragment.read_text().splitlines()
-            asked |= {line[7:-2] for line in lines if line.startswith("CONFIG_") and line.endswith("=y")}
-        self.assertEqual({s: why for s, why in REQUIRED.items() if s not in asked}, {})
+        for lists, required in [(QEMU_LISTS, REQUIRED), (MINI_LISTS, REQUIRED | REQUIRED_OF_MINI)]:
+            asked = set()
+            for fragment in self.fragments(*lists):
+                lines = fragment.read_text().splitlines()
+                asked |= {line[7:-2] for line in lines if line.startswith("CONFIG_") and line.endswith("=y")}
+            with self.subTest(lists[0].name):
+                self.assertEqual({s: why for s, why in required.items() if s not in asked}, {})
 
     def test_every_fragment_says_who_needs_it_and_is_in_a_list(self):
         listed = set(self.fragments(*CONFIGS.glob("*.list")))
@@ -230,10 +256,10 @@ class RealTree(unittest.TestCase):
         if cls.source is None:
             raise unittest.SkipTest("no kernel sources: KERNEL_SOURCE not given, no tarball in the tools cache")
 
-    def configure(self, fragment=None):
+    def configure(self, fragment=None, shipped=QEMU_LISTS):
         with tempfile.TemporaryDirectory() as folder:
             folder = pathlib.Path(folder)
-            lists = list(QEMU_LISTS)
+            lists = list(shipped)
             if fragment:
                 (folder / "fragments").mkdir()
                 (folder / "fragments/extra.config").write_text(fragment)
@@ -242,8 +268,10 @@ class RealTree(unittest.TestCase):
             return run(self.source, folder / "out", *lists)
 
     def test_the_shipped_lists_arrive(self):
-        result = self.configure()
-        self.assertEqual(result.returncode, 0, result.stderr)
+        for lists in (QEMU_LISTS, MINI_LISTS):
+            with self.subTest(lists[0].name):
+                result = self.configure(shipped=lists)
+                self.assertEqual(result.returncode, 0, result.stderr)
 
     def test_what_cannot_arrive_is_named(self):
         result = self.configure("CONFIG_NO_SUCH_THING=y\nCONFIG_DRM_VIRTIO_GPU=y\n")
