@@ -212,9 +212,13 @@ impl Task for TaskService {
     }
 
     async fn wait(&self, _: &TtrpcContext, req: api::WaitRequest) -> ttrpc::Result<api::WaitResponse> {
-        // Only the channel is kept: it closes when the process is deleted without ever having run.
-        let mut exited = self.target(&req.id, &req.exec_id)?.process().exited();
+        // Only channels are kept: they close when the process is deleted without ever having run.
+        let (mut exited, delivered) = {
+            let target = self.target(&req.id, &req.exec_id)?;
+            (target.process().exited(), target.process().io.delivered())
+        };
         let exit = exited.wait_for(Option::is_some).await.map(|exit| *exit);
+        delivered.await;
         let Ok(Some(exit)) = exit else {
             let name = if req.exec_id.is_empty() { req.id } else { req.exec_id };
             return Err(TaskError::NotFound(format!("{name} (it was deleted)")).into());

@@ -154,7 +154,7 @@ impl Tasks {
         }
     }
 
-    async fn start_init(&self, container: &Container) -> Result<u32, TaskError> {
+    async fn start_init(&self, container: &Arc<Container>) -> Result<u32, TaskError> {
         let _gate = changing(container).await?;
         begin(&container.init, &container.id)?;
         let started = self.context.runc.start(&container.id).await;
@@ -164,7 +164,9 @@ impl Tasks {
         let next = if started.is_ok() { Phase::Running } else { Phase::Created };
         // It may have ended already, which is as good.
         let _ = container.init.advance(Phase::Starting, next);
-        init_ended(&self.context, container);
+        if container.init.exit().is_some() {
+            tokio::spawn(tell_exit(Arc::clone(&self.context), Arc::clone(container)));
+        }
         started?;
         Ok(container.init.pid_u32())
     }
@@ -236,7 +238,8 @@ impl Tasks {
             Phase::Created => self.kill_created(&container).await?,
             _ => return Err(TaskError::FailedPrecondition(format!("container {id} is running"))),
         }
-        init_ended(&self.context, &container);
+        settle(&self.context, &container);
+        self.context.events.exited(&container, "", &container.init);
         launch::remove(&self.context, &container).await?;
         self.forget(&container);
         let exit = ended(&container.init);
@@ -304,13 +307,20 @@ impl Tasks {
 /// Sees a container's own process end.
 async fn watch_init(context: Arc<Context>, container: Arc<Container>) {
     if container.init.exited().wait_for(Option::is_some).await.is_ok() && !container.init.is_starting() {
-        init_ended(&context, &container);
+        tell_exit(context, container).await;
     }
 }
 
-/// Tells what there is to tell once a container's own process has ended, in the order in which it is expected: that it was
-/// started, why it ended, that it did. Whoever is at [`Phase::Starting`] calls this when the start has been told.
-fn init_ended(context: &Context, container: &Container) {
+/// Does what there is to do once a container's own process has ended, and tells that when its output is delivered.
+async fn tell_exit(context: Arc<Context>, container: Arc<Container>) {
+    settle(&context, &container);
+    container.init.io.delivered().await;
+    context.events.exited(&container, "", &container.init);
+}
+
+/// Does what there is to do once a container's own process has ended, and tells why it did, if it was for want of memory.
+/// That it ended is told after that; and whoever is at [`Phase::Starting`] does both when the start has been told.
+fn settle(context: &Context, container: &Container) {
     if container.init.exit().is_none() {
         return;
     }
@@ -321,13 +331,13 @@ fn init_ended(context: &Context, container: &Container) {
         // The kernel ends the rest of a container only with a PID namespace of its own.
         let _ = container.kill_all(9);
     }
-    context.events.exited(container, "", &container.init);
 }
 
 /// Sees an added process end.
 async fn watch_exec(context: Arc<Context>, container: Arc<Container>, exec_id: String, exec: Arc<Exec>) {
     if exec.process.exited().wait_for(Option::is_some).await.is_ok() {
         container.check_memory(&context.events);
+        exec.process.io.delivered().await;
         context.events.exited(&container, &exec_id, &exec.process);
     }
 }

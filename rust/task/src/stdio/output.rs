@@ -1,6 +1,6 @@
 //! From a process's standard output or error to whichever connection the stream has.
 
-use std::time::Duration;
+use std::{sync::Arc, time::Duration};
 
 use kuasar_common::stdio::{HEADER, header};
 use tokio::{
@@ -29,7 +29,30 @@ pub struct Output {
     slot: Slot,
     exited: watch::Receiver<Option<Exit>>,
     frame: Frame,
-    connection: Option<Connection>,
+    reader: Option<Reader>,
+    readers: Readers,
+}
+
+/// How many outputs of a process somebody reads who has not got all of it.
+pub type Readers = Arc<watch::Sender<usize>>;
+
+/// A connection that is counted among the readers for as long as it is there.
+struct Reader {
+    connection: Connection,
+    readers: Readers,
+}
+
+impl Reader {
+    fn new(connection: Connection, readers: &Readers) -> Self {
+        readers.send_modify(|count| *count = count.saturating_add(1));
+        Self { connection, readers: Arc::clone(readers) }
+    }
+}
+
+impl Drop for Reader {
+    fn drop(&mut self) {
+        self.readers.send_modify(|count| *count = count.saturating_sub(1));
+    }
 }
 
 /// The frame that is not delivered yet.
@@ -60,14 +83,20 @@ impl Frame {
 impl Output {
     /// An output stream that reads `source`, or is at its end already if that is `None`.
     #[must_use]
-    pub fn new(source: Option<Fd>, slot: Slot, exited: watch::Receiver<Option<Exit>>) -> Self {
-        Self { source: source.map(Source::new), slot, exited, frame: Frame::default(), connection: None }
+    pub fn new(
+        source: Option<Fd>,
+        slot: Slot,
+        exited: watch::Receiver<Option<Exit>>,
+        readers: &Readers,
+    ) -> Self {
+        let (source, readers) = (source.map(Source::new), Arc::clone(readers));
+        Self { source, slot, exited, frame: Frame::default(), reader: None, readers }
     }
 
     /// Runs until the stream's claim is released.
     pub async fn run(mut self) {
         while self.step().await {}
-        if self.connection.is_some() {
+        if self.reader.is_some() {
             // Deleted while somebody still reads: they get the rest, if they take it.
             let _ = timeout(DELETED_DEADLINE, self.deliver_rest()).await;
         }
@@ -75,28 +104,31 @@ impl Output {
 
     /// Moves one thing on; false once the claim was released.
     async fn step(&mut self) -> bool {
-        let Some(mut connection) = self.connection.take() else {
-            self.connection = self.slot.next().await;
-            return self.connection.is_some();
+        let Some(mut reader) = self.reader.take() else {
+            self.reader = self.slot.next().await.map(|connection| Reader::new(connection, &self.readers));
+            return self.reader.is_some();
         };
         tokio::select! {
             biased;
             newer = self.slot.next() => {
                 // A new connection takes over; what the old one may not have got is sent again.
                 let released = newer.is_none();
-                self.connection = Some(newer.unwrap_or(connection));
+                if let Some(newer) = newer {
+                    reader.connection = newer;
+                }
+                self.reader = Some(reader);
                 !released
             }
-            keep = deliver(&mut self.source, &mut self.frame, &mut self.exited, &mut connection) => {
-                self.connection = keep.then_some(connection);
+            keep = deliver(&mut self.source, &mut self.frame, &mut self.exited, &mut reader.connection) => {
+                self.reader = keep.then_some(reader);
                 true
             }
         }
     }
 
     async fn deliver_rest(&mut self) {
-        while let Some(connection) = &mut self.connection {
-            if !deliver(&mut self.source, &mut self.frame, &mut self.exited, connection).await {
+        while let Some(reader) = &mut self.reader {
+            if !deliver(&mut self.source, &mut self.frame, &mut self.exited, &mut reader.connection).await {
                 return;
             }
         }

@@ -6,6 +6,7 @@ use std::{
     path::Path,
     process::Stdio,
     sync::{Arc, Mutex, PoisonError},
+    time::Duration,
 };
 
 use kuasar_common::{constants::STDIO_WANTED, stdio::Stream};
@@ -13,16 +14,19 @@ use rustix::{
     pipe::{PipeFlags, pipe_with},
     termios::{Winsize, tcsetwinsize},
 };
-use tokio::{io::Interest, sync::watch};
+use tokio::{io::Interest, sync::watch, time::timeout};
 
 use super::{
     console::ConsoleSocket,
     fd::Fd,
-    output::{Output, discard},
+    output::{Output, Readers, discard},
     registry::{Key, Registry, Slot},
     stdin::Input,
 };
 use crate::{reaper::Exit, runc::ChildStdio, streaming::names::id_of};
+
+/// How long an exit waits for a reader that takes nothing.
+const READER_DEADLINE: Duration = Duration::from_secs(10);
 
 /// What a Create or Exec request says about standard streams; echoed by State.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -45,6 +49,7 @@ pub struct ProcessIo {
     names: Vec<String>,
     slots: Mutex<Slots>,
     close_stdin: watch::Sender<bool>,
+    readers: Readers,
     terminal: Mutex<Terminal>,
 }
 
@@ -109,6 +114,7 @@ impl ProcessIo {
             names,
             slots: Mutex::new(slots),
             close_stdin: watch::Sender::new(false),
+            readers: Arc::default(),
             terminal: Mutex::new(Terminal { wanted: spec.terminal, ..Default::default() }),
         }
     }
@@ -188,7 +194,7 @@ impl ProcessIo {
         }
         match (slots.stdout, stdout) {
             (Some(slot), stdout) => {
-                tokio::spawn(Output::new(stdout, slot, exited.clone()).run());
+                tokio::spawn(Output::new(stdout, slot, exited.clone(), &self.readers).run());
             }
             // Only a terminal is there without being asked for.
             (None, Some(terminal)) => {
@@ -197,7 +203,16 @@ impl ProcessIo {
             (None, None) => {}
         }
         if let Some(slot) = slots.stderr {
-            tokio::spawn(Output::new(stderr, slot, exited.clone()).run());
+            tokio::spawn(Output::new(stderr, slot, exited.clone(), &self.readers).run());
+        }
+    }
+
+    /// Waits until whoever reads the output of an ended process has all of it: what is told of its end is told after its
+    /// last byte. Who takes nothing is not waited for long, and who is not there not at all.
+    pub fn delivered(&self) -> impl Future<Output = ()> + Send + use<> {
+        let mut readers = self.readers.subscribe();
+        async move {
+            let _ = timeout(READER_DEADLINE, readers.wait_for(|count| *count == 0)).await;
         }
     }
 

@@ -33,7 +33,7 @@ use kuasar_common::{
 };
 use life::{control, execs, failures, life, no_leaks};
 use pod::{Pod, code, step};
-use streams::{big_output, stdin, takeover, terminal};
+use streams::{big_output, last_byte, stdin, takeover, terminal};
 use ttrpc::Code;
 use vm::{MAC, Vm, read_frame};
 
@@ -84,6 +84,9 @@ async fn a_pod_lives(kind: Kind, cmdline: &str) {
     let at = Instant::now();
     stdin(&pod).await;
     step("stdin", at);
+    let at = Instant::now();
+    last_byte(&pod).await;
+    step("last byte", at);
     let at = Instant::now();
     terminal(&pod).await;
     step("terminal", at);

@@ -2,13 +2,14 @@
 
 use std::time::{Duration, Instant};
 
-use containerd_shim_protos::api;
+use containerd_shim_protos::{api, api::Status};
 use kuasar_common::stdio::Stream;
+use protobuf::EnumOrUnknown;
 use ttrpc::Code;
 
 use crate::{
     pod::{Pod, code, join},
-    vm::{bundle, read_frame, write_frame},
+    vm::{bundle, read_frame, read_frames, write_frame},
 };
 
 pub(crate) async fn big_output(pod: &Pod) {
@@ -119,4 +120,27 @@ pub(crate) async fn takeover(pod: &Pod) {
     // Whoever comes after the end is told that it is the end.
     assert_eq!(join(pod.vm.output("over", "", Stream::Stdout)).await, b"");
     pod.delete("over", "").await.unwrap();
+}
+
+/// Its end is told after its last byte, however slow who reads it is; and nobody else waits for them.
+pub(crate) async fn last_byte(pod: &Pod) {
+    let script = "dd if=/dev/zero bs=1000 count=50 2>/dev/null; exit 3";
+    pod.create("slow", &["sh", "-c", script], false, false).await.unwrap();
+    let reader = pod.vm.stream("slow", "", Stream::Stdout);
+    pod.start("slow", "").await.unwrap();
+    let mut waiting = std::pin::pin!(pod.wait("slow", ""));
+    pod.create("other", &["true"], false, false).await.unwrap();
+    pod.start("other", "").await.unwrap();
+    assert_eq!(pod.wait("other", "").await.unwrap(), 0);
+    while pod.state("slow", "").await.unwrap().status != EnumOrUnknown::new(Status::STOPPED) {
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    let early = tokio::time::timeout(Duration::from_secs(2), &mut waiting).await;
+    assert!(early.is_err(), "its end was told before its last byte was read");
+    let read = std::thread::spawn(move || read_frames(reader));
+    assert_eq!(waiting.await.unwrap(), 3);
+    assert_eq!(join(read).await.len(), 50_000);
+    for id in ["slow", "other"] {
+        pod.delete(id, "").await.unwrap();
+    }
 }

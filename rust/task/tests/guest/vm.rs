@@ -237,7 +237,7 @@ pub(crate) fn read_frame(connection: &mut UnixStream) -> Vec<u8> {
     payload
 }
 
-fn read_frames(mut connection: UnixStream) -> Vec<u8> {
+pub(crate) fn read_frames(mut connection: UnixStream) -> Vec<u8> {
     let mut all = Vec::new();
     loop {
         let frame = read_frame(&mut connection);
