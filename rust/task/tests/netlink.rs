@@ -137,3 +137,74 @@ fn what_cannot_be_done_is_said() {
     let error = network.add_routes(&routes(&[route("", "10.0.0.1", "a")])).unwrap_err().to_string();
     assert!(error.starts_with("adding the route to 0.0.0.0/0 on a: Network is unreachable"), "{error}");
 }
+
+/// What a pod's network is told while it runs: other names, another size, fewer addresses, other routes.
+#[test]
+fn updates_while_running() {
+    if !namespace() {
+        return;
+    }
+    let mut network = Network::new().unwrap();
+    let one = |name: &str, addresses: &[(&str, &str)]| link(name, "02:00:00:00:00:01", addresses);
+    let two = |name: &str, addresses: &[(&str, &str)]| link(name, "02:00:00:00:00:02", addresses);
+    network
+        .configure_links(&[
+            one("eth0", &[("10.1.0.2", "24"), ("fd00::2", "64")]),
+            two("eth1", &[("10.2.0.2", "24")]),
+        ])
+        .unwrap();
+    // Both are up when they exchange their names.
+    let mut swapped =
+        [one("eth1", &[("10.1.0.2", "24"), ("fd00::2", "64")]), two("eth0", &[("10.2.0.2", "24")])];
+    swapped[0].mtu = Some(1280);
+    network.configure_links(&swapped).unwrap();
+    let (eth0, eth1) = (ip("addr show dev eth0"), ip("addr show dev eth1"));
+    assert!(
+        eth0.contains("02:00:00:00:00:02") && eth0.contains("10.2.0.2/24") && eth0.contains("mtu 1400"),
+        "{eth0}"
+    );
+    assert!(
+        eth1.contains("02:00:00:00:00:01") && eth1.contains("10.1.0.2/24") && eth1.contains("mtu 1280"),
+        "{eth1}"
+    );
+    assert!(eth0.contains(",UP") && eth1.contains(",UP") && !ip("link").contains("kuasar"), "{eth0}{eth1}");
+
+    let mut wanted = [
+        route("fd01::/64", "", "eth1"),
+        route("", "fd00::1", "eth1"),
+        route("10.9.0.0/16", "", "eth0"),
+        route("", "10.2.0.1", "eth0"),
+    ];
+    (wanted[0].metric, wanted[1].metric) = (50, 60);
+    wanted[1].source = "fd00::2".into();
+    // As `ip route` has it: the host itself.
+    wanted[2].scope = 253;
+    network.replace_routes(&routes(&wanted)).unwrap();
+    let (v4, v6) = (ip("route show"), ip("-6 route show"));
+    assert!(v4.contains("10.9.0.0/16 dev eth0 proto static scope link"), "{v4}");
+    assert!(v6.contains("fd01::/64 dev eth1 proto static metric 50"), "{v6}");
+    assert!(v6.contains("default via fd00::1 dev eth1 proto static src fd00::2 metric 60"), "{v6}");
+    // The same but for a metric: the old one goes.
+    wanted[0].metric = 70;
+    network.replace_routes(&routes(&wanted)).unwrap();
+    let v6 = ip("-6 route show");
+    assert!(v6.contains("fd01::/64 dev eth1 proto static metric 70") && !v6.contains("metric 50"), "{v6}");
+
+    let neighbour = |mac: &str| api::Neighbour {
+        address: "fd00::1".into(),
+        device: "eth1".into(),
+        hwAddr: mac.into(),
+        ..Default::default()
+    };
+    for mac in ["ee:ee:ee:ee:ee:01", "ee:ee:ee:ee:ee:02"] {
+        network.add_neighbours(&plan::all(&[neighbour(mac)]).unwrap()).unwrap();
+        assert!(ip("-6 neigh show dev eth1").contains(&format!("fd00::1 lladdr {mac} PERMANENT")));
+    }
+
+    // Nothing is wanted any more: what is left is the kernel's own.
+    network.replace_routes(&[]).unwrap();
+    network.configure_links(&[one("eth1", &[]), two("eth0", &[])]).unwrap();
+    assert_eq!(ip("route show"), "");
+    let (v4, v6) = (ip("-4 addr show"), ip("-6 addr show scope global"));
+    assert!(!v4.contains("10.") && v6.is_empty(), "{v4}{v6}");
+}

@@ -1,6 +1,6 @@
-//! What only the kernel "mini" has: SCSI disks, cgroup v1.
+//! What only the kernel "mini" has: SCSI disks, EROFS, cgroup v1.
 
-use std::path::Path;
+use std::{path::Path, process::Command};
 
 use containerd_shim_protos::{api, cgroups::metrics::Metrics, events::task::TaskOOM, shim_async::TaskClient};
 use kuasar_common::api::sandbox::ExecVMProcessRequest;
@@ -10,7 +10,7 @@ use crate::{
     given::{Given, Kind},
     limits::{create_with, event, little_memory},
     pod::Pod,
-    storages::{disk_with, end, guest_file, sh, start, storage},
+    storages::{at, disk_with, end, guest_file, sh, start, storage},
     vm::{Vm, bundle},
 };
 
@@ -55,6 +55,48 @@ async fn storages_are_on_scsi_disks() {
     for id in ["c", "late"] {
         end(&pod, id).await;
     }
+    let left = guest_file(&pod, "/proc/mounts").await;
+    assert!(!left.contains("/run/kuasar/storage") && !left.contains("/run/kuasar/devices"), "{left}");
+}
+
+/// Layers as containerd's erofs snapshotter has them: images, of which the guest makes one root file system.
+fn layers(dir: &Path) -> String {
+    let mut arguments = String::new();
+    for (name, file) in [("lower", "from"), ("upper", "from")] {
+        let content = dir.join(format!("content of {name}"));
+        std::fs::create_dir_all(content.join("bin")).unwrap();
+        std::fs::write(content.join(file), name).unwrap();
+        std::fs::write(content.join(format!("only {name}")), "").unwrap();
+        let image = dir.join(name);
+        let made = Command::new("mkfs.erofs").arg("-Enoinline_data").arg(&image).arg(&content).output();
+        let made = made.expect("this test needs mkfs.erofs");
+        assert!(made.status.success(), "{}", String::from_utf8_lossy(&made.stderr));
+        let image = image.display();
+        arguments += &format!(
+            " -drive if=none,id={name},file={image},format=raw,readonly=on -device virtio-blk-pci,drive={name},serial={name}"
+        );
+    }
+    arguments
+}
+
+#[tokio::test]
+#[ignore = "needs a guest: set KUASAR_MINI_KERNEL"]
+async fn layers_that_are_images_become_a_root() {
+    let pod = pod("", layers);
+    let layer = |name: &str| storage("blk", &format!("serial:{name}"), "erofs", &[], &format!("c/{name}"));
+    let lower = format!("lowerdir={}:{}:{}", at("c/upper"), at("c/lower"), at("c/tools"));
+    let (upper, work) = (format!("upperdir={}/u", at("c/rw")), format!("workdir={}/w", at("c/rw")));
+    let list = [
+        layer("lower"),
+        layer("upper"),
+        storage("share", "tools/rootfs", "", &["ro"], "c/tools"),
+        storage("ephemeral", "", "tmpfs", &["size=1M"], "c/rw"),
+        storage("overlay", "", "", &[&lower, &upper, &work], "c/rootfs"),
+    ];
+    start(&pod, "c", &list).await.unwrap();
+    let seen = sh(&pod, "c", "see", "cat /from; ls -d /only*; echo x > /from && cat /from").await;
+    assert_eq!(seen, "0 upper/only lower\n/only upper\nx");
+    end(&pod, "c").await;
     let left = guest_file(&pod, "/proc/mounts").await;
     assert!(!left.contains("/run/kuasar/storage") && !left.contains("/run/kuasar/devices"), "{left}");
 }

@@ -44,7 +44,7 @@ pub(crate) fn disk_with(dir: &Path, name: &str, file: &str) -> PathBuf {
     path
 }
 
-fn at(name: &str) -> String {
+pub(crate) fn at(name: &str) -> String {
     format!("{MOUNT_POINTS}/{name}")
 }
 
