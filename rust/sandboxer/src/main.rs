@@ -56,6 +56,7 @@ fn run(args: Args) -> anyhow::Result<()> {
         hypervisor: vmm::new(&config),
         sizes: config.hypervisor.clone(),
         relay: config.sandbox.relay_path.clone(),
+        containerd: config.sandbox.containerd_address.clone(),
         start_timeout: Duration::from_secs(config.sandbox.start_timeout_s),
         stop_timeout: Duration::from_secs(config.sandbox.stop_timeout_s),
     };

@@ -298,6 +298,7 @@ impl Lab {
             hypervisor: self.hypervisor.clone(),
             sizes: HypervisorConfig::default(),
             relay: self.path("relay"),
+            containerd: "/run/containerd/containerd.sock".into(),
             start_timeout: Duration::from_secs(20),
             stop_timeout: Duration::from_secs(1),
         }

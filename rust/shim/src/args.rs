@@ -18,6 +18,9 @@ const VALUED: [&str; 10] = [
     "vmm-pidfd",
 ];
 
+/// Where containerd listens unless told otherwise.
+const CONTAINERD: &str = "/run/containerd/containerd.sock";
+
 /// What to do.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) enum Action {
@@ -47,6 +50,8 @@ pub(crate) struct Serve {
     pub(crate) pod_dir: PathBuf,
     /// Where the guest's ports are reached.
     pub(crate) guest: GuestAddress,
+    /// containerd's gRPC socket; the one for events has its name and `.ttrpc`.
+    pub(crate) containerd: PathBuf,
     /// Inherited listening socket.
     pub(crate) listen_fd: i32,
     /// Inherited pidfd of the VMM.
@@ -119,9 +124,11 @@ fn serve(mut take: impl FnMut(&str) -> Option<String>) -> Result<Serve, ArgsErro
     let mut need = |flag| take(flag).ok_or(ArgsError::Missing { action: "serve", flag });
     let pod_dir = need("pod-dir")?.into();
     let guest = need("guest")?.parse()?;
+    let containerd = take("address").unwrap_or_else(|| CONTAINERD.to_owned()).into();
+    let mut need = |flag| take(flag).ok_or(ArgsError::Missing { action: "serve", flag });
     let listen_fd = descriptor("listen-fd", need("listen-fd")?)?;
     let vmm_pidfd = take("vmm-pidfd").map(|value| descriptor("vmm-pidfd", value)).transpose()?;
-    Ok(Serve { pod_dir, guest, listen_fd, vmm_pidfd })
+    Ok(Serve { pod_dir, guest, containerd, listen_fd, vmm_pidfd })
 }
 
 fn descriptor(flag: &'static str, value: String) -> Result<i32, ArgsError> {
@@ -158,10 +165,12 @@ mod tests {
         let serve = Serve {
             pod_dir: "/run/kuasar/qemu/p".into(),
             guest: GuestAddress::Hybrid("/run/kuasar/qemu/p/vsock.sock".into()),
+            containerd: "/run/k3s/containerd/containerd.sock".into(),
             listen_fd: 3,
             vmm_pidfd: Some(4),
         };
         let line = "serve --pod-dir /run/kuasar/qemu/p --guest hvsock:///run/kuasar/qemu/p/vsock.sock";
+        let line = format!("{line} --address /run/k3s/containerd/containerd.sock");
         assert_eq!(words(&format!("{line} --listen-fd 3 --vmm-pidfd=4")), Ok(Action::Serve(serve)));
     }
 

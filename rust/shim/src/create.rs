@@ -22,7 +22,7 @@ use ttrpc::{
 
 use crate::{
     answer::{Answer, decode, encode, guest_error, host_error, not_found, stdio_error},
-    guest::{Call, CallError},
+    guest::{Call, CallError, TASK_SERVICE},
     host::HostError,
     life::Exit,
     log::log,
@@ -131,6 +131,7 @@ impl Relay {
             ..Default::default()
         };
         let call = Call {
+            service: TASK_SERVICE,
             method: "Create",
             payload: encode(&create)?,
             metadata: request.metadata.clone(),
@@ -149,6 +150,7 @@ impl Relay {
         let delete = DeleteRequest { id: container.id.clone(), ..Default::default() };
         let payload = encode(&delete)?;
         let call = Call {
+            service: TASK_SERVICE,
             method: "Delete",
             payload,
             metadata: Vec::new(),
@@ -323,6 +325,7 @@ async fn watch(relay: Arc<Relay>, id: String, exec_id: String, process: Arc<Proc
     let Ok(payload) = encode(&wait) else { return };
     loop {
         let call = Call {
+            service: TASK_SERVICE,
             method: "Wait",
             payload: payload.clone(),
             metadata: Vec::new(),

@@ -27,6 +27,8 @@ use ttrpc::{
 
 use crate::{log::log, vm::Vm};
 
+/// The pod's own service in the guest.
+pub(crate) const SANDBOX_SERVICE: &str = "grpc.SandboxService";
 /// The service that the relay offers to containerd and uses in the guest.
 pub(crate) const TASK_SERVICE: &str = "containerd.task.v3.Task";
 
@@ -70,9 +72,10 @@ pub(crate) enum CallError {
     Broken(ttrpc::Error),
 }
 
-/// A Task call for the guest.
+/// A call for the guest.
 #[derive(Clone)]
 pub(crate) struct Call {
+    pub(crate) service: &'static str,
     pub(crate) method: &'static str,
     pub(crate) payload: Vec<u8>,
     /// The caller's metadata.
@@ -120,7 +123,7 @@ impl Guest {
         timeout(DIAL_LIMIT, dialled).await.unwrap_or(Err(DialError::Timeout { port }))
     }
 
-    /// Calls the guest's Task service and returns the payload of its answer. Ends with the VM and at the call's limit; a
+    /// Calls a service of the guest's and returns the payload of its answer. Ends with the VM and at the call's limit; a
     /// connection that broke is made anew as long as the VM lives.
     pub(crate) async fn call(&self, call: Call) -> Result<Vec<u8>, CallError> {
         if self.vm.is_dead() {
@@ -163,7 +166,7 @@ impl Guest {
         // The guest gives up a little later than this side, so that it is always this side that words the error.
         let limit = call.limit.map_or(0, |limit| (limit + Duration::from_secs(1)).as_nanos());
         Request {
-            service: TASK_SERVICE.to_owned(),
+            service: call.service.to_owned(),
             method: call.method.to_owned(),
             payload: call.payload,
             timeout_nano: i64::try_from(limit).unwrap_or(i64::MAX),

@@ -7,6 +7,7 @@
 mod answer;
 mod args;
 mod create;
+mod events;
 mod guest;
 mod host;
 mod life;

@@ -16,6 +16,7 @@ use ttrpc::asynchronous::Server;
 
 use crate::{
     args::Serve,
+    events,
     guest::Guest,
     host::Host,
     log::{log, name_pod},
@@ -68,7 +69,8 @@ pub(crate) fn serve(args: Serve) -> Result<(), ServeError> {
         let mut server = server.register_service(relay.service());
         server.start().await?;
         log!("serving, process {}", std::process::id());
-        let _relay: Arc<Relay> = relay;
+        let relay: Arc<Relay> = relay;
+        events::forward(&relay.guest, &args.containerd).await;
         // SIGTERM, which has its default effect, is how a relay ends: there is nothing to say or save then.
         std::future::pending().await
     })

@@ -159,7 +159,8 @@ impl Relay {
     async fn forward(&self, method: &'static str, request: Request) -> Answer {
         let limit = caller_s(&request).unwrap_or(CALL_LIMIT);
         let Request { payload, metadata, .. } = request;
-        let call = Call { method, payload, metadata, limit: Some(limit), repeatable: false };
+        let call =
+            Call { service: TASK_SERVICE, method, payload, metadata, limit: Some(limit), repeatable: false };
         self.guest.call(call).await.map_err(|e| guest_error(method, e))
     }
 
@@ -257,7 +258,7 @@ async fn end_with_vm(relay: Arc<Relay>) {
 /// A call that passes a request on, without a limit.
 pub(crate) fn work(method: &'static str, request: Request) -> Call {
     let Request { payload, metadata, .. } = request;
-    Call { method, payload, metadata, limit: None, repeatable: false }
+    Call { service: TASK_SERVICE, method, payload, metadata, limit: None, repeatable: false }
 }
 
 /// The caller's limit, or `least` if that is longer.

@@ -22,7 +22,7 @@ use containerd_shim_protos::{
     api::{self, Status},
     shim_async::TaskClient,
 };
-use fake::{Daemon, Guest, receive, send, soon};
+use fake::{Daemon, Events, Guest, receive, send, soon};
 use kuasar_common::stdio::Stream;
 use protobuf::{MessageField, well_known_types::any::Any};
 use tempfile::TempDir;
@@ -733,4 +733,34 @@ async fn a_relay_that_cannot_begin_says_why() {
         text.contains("taking over file descriptor 77 as the listening socket: it is not open"),
         "{text}"
     );
+}
+
+/// containerd may be away, and the guest's connection may break: each event arrives once, in order.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn events_reach_containerd_whatever_was_away() {
+    let pod = Pod::new().await;
+    let happens = |topic: &str| pod.guest.events.send_modify(|events| events.push(topic.to_owned()));
+    happens("/tasks/create");
+    happens("/bad");
+    sleep(Duration::from_millis(300)).await;
+    let socket = pod.dir.path().join("containerd.sock.ttrpc");
+    let events = Arc::new(Events::default());
+    let mut containerd = events.serve(&socket).await;
+    happens("/tasks/oom");
+    assert_eq!(events.wait_for(2).await, ["k8s.io /tasks/create", "k8s.io /tasks/oom"]);
+
+    pod.guest.cut();
+    happens("/tasks/exit");
+    pod.guest.listen(pod.dir.path()).await;
+    assert_eq!(events.wait_for(3).await[2], "k8s.io /tasks/exit");
+
+    containerd.shutdown().await.unwrap();
+    fs::remove_file(&socket).unwrap();
+    happens("/tasks/delete");
+    sleep(Duration::from_millis(300)).await;
+    let _containerd = events.serve(&socket).await;
+    assert_eq!(events.wait_for(4).await[3], "k8s.io /tasks/delete");
+    let log = fs::read_to_string(pod.dir.path().join("relay.log")).unwrap();
+    assert!(log.contains("connecting to containerd's "), "{log}");
+    assert!(log.contains("containerd refuses the event /bad: no"), "{log}");
 }

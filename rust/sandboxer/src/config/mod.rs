@@ -39,6 +39,8 @@ pub struct SandboxConfig {
     pub log_level: String,
     /// The relay's binary; a name without `/` is searched in `PATH`.
     pub relay_path: PathBuf,
+    /// containerd's gRPC socket; containers' events go to the one beside it whose name ends in `.ttrpc`.
+    pub containerd_address: PathBuf,
     /// Seconds a pod may take from Start to ready.
     pub start_timeout_s: u64,
     /// Seconds containers have to end when a pod is stopped.
@@ -51,6 +53,7 @@ impl Default for SandboxConfig {
             hypervisor: HypervisorKind::default(),
             log_level: "info".into(),
             relay_path: "containerd-shim-kuasar-vmm-v1".into(),
+            containerd_address: "/run/containerd/containerd.sock".into(),
             start_timeout_s: 60,
             stop_timeout_s: 10,
         }
@@ -322,6 +325,7 @@ impl Config {
             ("hypervisor.path", &hypervisor.path),
             ("hypervisor.kernel_path", &hypervisor.kernel_path),
             ("sandbox.relay_path", &self.sandbox.relay_path),
+            ("sandbox.containerd_address", &self.sandbox.containerd_address),
         ];
         match hypervisor.root {
             Root::Pmem | Root::Blk => needed.push(("hypervisor.image_path", &hypervisor.image_path)),

@@ -62,6 +62,8 @@ pub struct Environment {
     pub sizes: HypervisorConfig,
     /// The relay's program.
     pub relay: PathBuf,
+    /// containerd's gRPC socket.
+    pub containerd: PathBuf,
     /// A pod has this long from Start to ready.
     pub start_timeout: Duration,
     /// Containers have this long to end when a pod is stopped.

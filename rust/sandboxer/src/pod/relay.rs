@@ -8,7 +8,7 @@ use std::{
 
 use kuasar_common::constants::pod_files;
 
-use super::host::bind;
+use super::{Environment, host::bind};
 use crate::{
     process::{Process, ProcessError, Spawn},
     vmm::Vm,
@@ -23,12 +23,13 @@ pub(super) fn endpoint(dir: &Path) -> io::Result<OwnedFd> {
 
 /// Starts the relay of a pod whose VM is running.
 pub(super) fn spawn(
-    program: &Path,
+    environment: &Environment,
     dir: &Path,
     endpoint: OwnedFd,
     vm: &dyn Vm,
     cgroup_procs: &[PathBuf],
 ) -> Result<Process, ProcessError> {
+    let program = &environment.relay;
     let mut spawn = Spawn::new(program);
     let listen = spawn.fd(endpoint);
     let vmm = vm.pidfd().try_clone_to_owned().map_err(|source| ProcessError {
@@ -39,6 +40,7 @@ pub(super) fn spawn(
     let vmm = spawn.fd(vmm);
     spawn.args(["serve".as_ref(), "--pod-dir".as_ref(), dir.as_os_str()]);
     spawn.args(["--guest", &vm.address().to_string()]);
+    spawn.args(["--address".as_ref(), environment.containerd.as_os_str()]);
     spawn.args(["--listen-fd", &listen.to_string(), "--vmm-pidfd", &vmm.to_string()]);
     spawn.cgroup_procs(cgroup_procs).log(dir.join(pod_files::LOG).join("relay.log"));
     spawn.spawn()

@@ -77,7 +77,7 @@ impl Pod {
         caller.check("starting the VM")?;
         let relay = step(
             "starting the relay",
-            relay::spawn(&self.environment.relay, &self.dir, endpoint, &*vm, &work.cgroup_procs()),
+            relay::spawn(&self.environment, &self.dir, endpoint, &*vm, &work.cgroup_procs()),
         )?;
         let relay = Arc::new(relay);
         work.relay = Some(relay.clone());

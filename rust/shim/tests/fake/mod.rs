@@ -20,7 +20,7 @@ use std::{
 use async_trait::async_trait;
 use containerd_shim_protos::{api, shim_async};
 use kuasar_common::{
-    api::{host, host_ttrpc},
+    api::{host, host_ttrpc, sandbox, sandbox_ttrpc},
     stdio::{Hello, Stream, header, payload_len},
 };
 use protobuf::{MessageField, well_known_types::any::Any};
@@ -59,6 +59,8 @@ pub struct Guest {
     pub stream_error: Mutex<Option<String>>,
     /// Stats, Pids and Kill never answer.
     pub hangs: AtomicBool,
+    /// What happened in it; the number of each is its place, counted from 1.
+    pub events: watch::Sender<Vec<String>>,
     /// Ends with a change, and all connections with it.
     cut: watch::Sender<u32>,
     next_pid: AtomicU32,
@@ -78,6 +80,8 @@ impl Guest {
             let service = shim_async::create_task(Arc::new(TaskService(Arc::clone(self))));
             let mut server = Server::new().bind(&format!("unix://{}", inner.display())).unwrap();
             server = server.register_service(service);
+            let sandbox = sandbox_ttrpc::create_sandbox_service(Arc::new(SandboxService(Arc::clone(self))));
+            server = server.register_service(sandbox);
             server.start().await.unwrap();
             std::mem::forget(server);
         }
@@ -325,6 +329,63 @@ impl shim_async::Task for TaskService {
     }
 }
 
+struct SandboxService(Arc<Guest>);
+
+#[async_trait]
+impl sandbox_ttrpc::SandboxService for SandboxService {
+    async fn get_events(
+        &self,
+        ctx: &TtrpcContext,
+        req: sandbox::GetEventsRequest,
+    ) -> ttrpc::Result<sandbox::Envelope> {
+        TaskService(Arc::clone(&self.0)).allowed(ctx)?;
+        let after = usize::try_from(req.after.unwrap()).unwrap();
+        let mut events = self.0.events.subscribe();
+        let topic = events.wait_for(|events| events.len() > after).await.unwrap()[after].clone();
+        let (namespace, sequence) = ("k8s.io".into(), after as u64 + 1);
+        Ok(sandbox::Envelope { namespace, topic, sequence, ..Default::default() })
+    }
+}
+
+/// containerd's service for events, which refuses those called `/bad`.
+#[derive(Default)]
+pub struct Events(pub Mutex<Vec<String>>);
+
+impl Events {
+    pub async fn serve(self: &Arc<Self>, socket: &Path) -> Server {
+        let events: Arc<dyn shim_async::Events + Send + Sync> = Arc::clone(self) as _;
+        let service = shim_async::create_events(events);
+        let mut server = Server::new().bind(&format!("unix://{}", socket.display())).unwrap();
+        server = server.register_service(service);
+        server.start().await.unwrap();
+        server
+    }
+
+    /// Waits for so many.
+    pub async fn wait_for(&self, count: usize) -> Vec<String> {
+        for _ in 0..PATIENCE.as_millis() / 5 {
+            let topics = self.0.lock().unwrap().clone();
+            if topics.len() >= count {
+                return topics;
+            }
+            sleep(Duration::from_millis(5)).await;
+        }
+        panic!("{:?} are not {count} events", self.0.lock().unwrap());
+    }
+}
+
+#[async_trait]
+impl shim_async::Events for Events {
+    async fn forward(&self, _: &TtrpcContext, req: api::ForwardRequest) -> ttrpc::Result<api::Empty> {
+        let envelope = req.envelope.unwrap();
+        if envelope.topic == "/bad" {
+            return Err(get_rpc_status(Code::INVALID_ARGUMENT, "no"));
+        }
+        self.0.lock().unwrap().push(format!("{} {}", envelope.namespace, envelope.topic));
+        Ok(api::Empty::new())
+    }
+}
+
 /// What a fake daemon was asked.
 #[derive(Default)]
 pub struct Daemon {
@@ -388,6 +449,7 @@ pub fn spawn_relay(program: &Path, dir: &Path, pidfd: Option<&OwnedFd>, log: Std
     let listener = StdListener::bind(dir.join("task.sock")).unwrap();
     let mut command = Command::new(program);
     command.arg("serve").arg("--pod-dir").arg(dir);
+    command.arg("--address").arg(dir.join("containerd.sock"));
     command.arg("--guest").arg(format!("hvsock://{}/vsock.sock", dir.display())).args(["--listen-fd", "3"]);
     if pidfd.is_some() {
         command.args(["--vmm-pidfd", "4"]);

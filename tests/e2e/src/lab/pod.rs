@@ -36,7 +36,7 @@ impl Pod<'_> {
     /// # Errors
     /// As containerd says.
     pub async fn create(&self, mut config: ContainerConfig) -> Result<String> {
-        let pods = self.config.linux.as_ref().and_then(|linux| linux.security_context.clone());
+        let pods = self.config.linux.as_ref().and_then(|linux| linux.security_context);
         // As kubelet: a pod that shares its processes says so of each of its containers.
         if let (Some(linux), Some(pods)) = (&mut config.linux, pods) {
             linux.security_context =
@@ -76,6 +76,7 @@ pub fn container(name: &str, image: &str, command: &[&str]) -> ContainerConfig {
         log_path: format!("{name}.log"),
         linux: Some(LinuxContainerConfig {
             security_context: Some(LinuxContainerSecurityContext { namespace_options: Some(own_pids()) }),
+            ..Default::default()
         }),
         ..Default::default()
     }

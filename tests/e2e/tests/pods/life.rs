@@ -1,10 +1,16 @@
 //! Pods and containers from creation to removal, and what is refused.
 
-use std::{sync::Arc, time::Duration};
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use anyhow::{Context, Result, ensure};
 use kuasar_e2e::{
-    cri::{ContainerState, LinuxSandboxSecurityContext, NamespaceMode, NamespaceOption, PodSandboxState},
+    cri::{
+        ContainerState, LinuxContainerResources, LinuxSandboxSecurityContext, NamespaceMode, NamespaceOption,
+        PodSandboxState,
+    },
     image::{ALIEN, BASH, BUSYBOX},
     lab::{self, Lab, Pod, QEMU},
     suite::handler,
@@ -57,6 +63,26 @@ pub(crate) async fn pod_life_is_idempotent(lab: Arc<Lab>) -> Result<()> {
     lab.cri.remove_pod(&pod.id).await.context("removing a removed pod")?;
     ensure!(lab.cri.pod_status(&pod.id).await.is_err(), "a removed pod still has a status");
     Ok(())
+}
+
+pub(crate) async fn the_want_of_memory_is_a_reason(lab: Arc<Lab>) -> Result<()> {
+    let pod = lab.pod("greedy", handler()).await?;
+    let mut config = lab::container("greedy", BUSYBOX, &["/bin/sh", "-c", "tail /dev/zero"]);
+    let resources = LinuxContainerResources { memory_limit_in_bytes: 16 << 20 };
+    config.linux.get_or_insert_default().resources = Some(resources);
+    let id = pod.create(config).await?;
+    lab.cri.start(&id).await?;
+    let status = lab.cri.ended(&id, SOON).await?;
+    ensure!(status.exit_code == 137, "its exit code is {}", status.exit_code);
+    // The reason comes by an event, which may be a moment later than the exit.
+    let until = Instant::now() + SOON;
+    let mut reason = status.reason;
+    while reason != "OOMKilled" && Instant::now() < until {
+        tokio::time::sleep(Duration::from_millis(50)).await;
+        reason = lab.cri.status(&id).await?.reason;
+    }
+    ensure!(reason == "OOMKilled", "its reason is {reason:?}");
+    pod.remove().await
 }
 
 pub(crate) async fn exit_codes_arrive(lab: Arc<Lab>) -> Result<()> {

@@ -20,7 +20,8 @@ use io::{
 use life::{
     a_command_that_does_not_exist, a_container_restarts_in_a_living_pod, a_host_network_pod_is_refused,
     an_image_of_another_architecture, containers_of_a_pod_share_processes,
-    exec_of_a_command_that_does_not_exist, exit_codes_arrive, pod_life_is_idempotent, two_images_in_one_pod,
+    exec_of_a_command_that_does_not_exist, exit_codes_arrive, pod_life_is_idempotent,
+    the_want_of_memory_is_a_reason, two_images_in_one_pod,
 };
 use network::{
     guest_kernel_is_not_the_hosts, guest_runs_from_the_initrd, guest_runs_without_virtiofsd,
@@ -34,6 +35,7 @@ fn main() -> ExitCode {
         cases![
             pod_life_is_idempotent,
             exit_codes_arrive,
+            the_want_of_memory_is_a_reason,
             exec_of_a_command_that_does_not_exist,
             a_command_that_does_not_exist,
             an_image_of_another_architecture,
