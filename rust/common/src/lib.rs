@@ -10,3 +10,4 @@ pub mod handshake;
 pub mod param;
 pub mod stdio;
 pub mod storage;
+pub mod streaming;

@@ -16,6 +16,7 @@ use containerd_shim_protos::shim_async::create_task;
 use kuasar_common::{
     api::sandbox_ttrpc::create_sandbox_service,
     constants::{CID_HOST, GUEST_RUNC, PORT_DEBUG, PORT_READY, PORT_STDIO, PORT_TTRPC},
+    streaming::route::{Incoming, Purpose, Rewound, purpose},
 };
 use tokio::{
     signal::unix::{SignalKind, signal},
@@ -35,10 +36,10 @@ use crate::{
     runc::{self, Runc},
     sandbox_service::Sandbox,
     stdio::{listener::StdioListener, registry::Registry},
-    streaming::{Streaming, frame, wire::asks_for_a_stream},
+    streaming::Streaming,
     task_service::TaskService,
     tasks::{Context, Tasks},
-    transport::{Incoming, Rewound, SmallWrites},
+    transport::SmallWrites,
 };
 
 /// The host listens before it starts the VM, so this is only for a device that is late.
@@ -191,16 +192,13 @@ type Accepted = SmallWrites<VsockStream>;
 /// Hands connections of the ttrpc port to the streaming service, or else to ttrpc's own server: their first frame tells.
 async fn route(port: VsockListener, calls: mpsc::Sender<Rewound<Accepted>>, streaming: Arc<Streaming>) {
     loop {
-        let mut connection = accepted(&port, PORT_TTRPC).await;
+        let connection = accepted(&port, PORT_TTRPC).await;
         let (calls, streaming) = (calls.clone(), Arc::clone(&streaming));
         tokio::spawn(async move {
-            match frame::read(&mut connection).await {
-                Ok(Some(first)) if asks_for_a_stream(&first) => {
-                    streaming.serve(Box::new(connection), &first).await;
-                }
-                Ok(Some(first)) => drop(calls.send(Rewound::new(first.encode(), connection)).await),
-                // It had nothing to ask.
-                Ok(None) => {}
+            match purpose(connection).await {
+                Ok(Purpose::Stream(connection, first)) => streaming.serve(Box::new(connection), &first).await,
+                Ok(Purpose::Calls(connection)) => drop(calls.send(connection).await),
+                Ok(Purpose::Nothing) => {}
                 Err(error) => log::info!("a connection to port {PORT_TTRPC}: {error}"),
             }
         });

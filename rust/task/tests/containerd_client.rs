@@ -10,7 +10,10 @@ use std::{
     time::Duration,
 };
 
-use kuasar_common::stdio::{Stream, header, payload_len};
+use kuasar_common::{
+    stdio::{Stream, header, payload_len},
+    streaming::frame,
+};
 use protobuf::Message;
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
@@ -22,7 +25,7 @@ use ttrpc::{Request, proto::KeyValue};
 use vmm_task::{
     auth::Token,
     stdio::registry::{Connection, Key, Registry},
-    streaming::{Streaming, frame},
+    streaming::Streaming,
 };
 
 const TOKEN: &str = "5a5a";

@@ -10,6 +10,10 @@ use kuasar_common::{
         transfer::{Data, WindowUpdate},
     },
     stdio::{Stream, header, payload_len},
+    streaming::{
+        bridge::WINDOW,
+        frame::{DATA, Frame, REQUEST, RESPONSE, read},
+    },
 };
 use protobuf::{Message, well_known_types::any::Any};
 use tokio::{
@@ -20,11 +24,7 @@ use ttrpc::{Code, Request, Response, proto::KeyValue};
 use vmm_task::{
     auth::Token,
     stdio::registry::{Connection, Key, Registry, Slot},
-    streaming::{
-        Streaming,
-        bridge::WINDOW,
-        frame::{DATA, Frame, REQUEST, RESPONSE, read},
-    },
+    streaming::Streaming,
 };
 
 const TOKEN: &str = "5a5a";

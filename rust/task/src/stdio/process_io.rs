@@ -9,7 +9,7 @@ use std::{
     time::Duration,
 };
 
-use kuasar_common::{constants::STDIO_WANTED, stdio::Stream};
+use kuasar_common::{constants::STDIO_WANTED, stdio::Stream, streaming::id_of};
 use rustix::{
     pipe::{PipeFlags, pipe_with},
     termios::{Winsize, tcsetwinsize},
@@ -23,7 +23,7 @@ use super::{
     registry::{Key, Registry, Slot},
     stdin::Input,
 };
-use crate::{reaper::Exit, runc::ChildStdio, streaming::names::id_of};
+use crate::{reaper::Exit, runc::ChildStdio};
 
 /// How long an exit waits for a reader that takes nothing.
 const READER_DEADLINE: Duration = Duration::from_secs(10);

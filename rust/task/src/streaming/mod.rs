@@ -1,13 +1,9 @@
 //! containerd's `Streaming` service, on the same port as the other services of the agent.
 //!
-//! Written by hand, frame by frame: ttrpc's own server cannot close one direction of a stream, nor the connection of one
-//! that has ended, which containerd up to 2.2 leaves to the server. One connection is one stream. As on every call from the
-//! host, the request carries the pod's token as metadata; whoever passes containerd's streams on adds it.
+//! As on every call from the host, the request carries the pod's token as metadata; whoever passes containerd's streams on
+//! adds it.
 
-pub mod bridge;
-pub mod frame;
 pub mod names;
-pub mod wire;
 
 use std::{
     collections::HashMap,
@@ -16,13 +12,20 @@ use std::{
     time::Duration,
 };
 
+use kuasar_common::{
+    constants::TOKEN_METADATA,
+    streaming::{
+        bridge::{self, END_DEADLINE, Policy},
+        frame::Frame,
+        wire::Wire,
+    },
+};
 use tokio::{
     io::duplex,
     sync::{mpsc, watch},
     time::timeout,
 };
 
-use self::{frame::Frame, wire::Wire};
 use crate::{
     auth::Token,
     stdio::registry::{Connection, Key, Registry, Transport},
@@ -59,7 +62,14 @@ impl Streaming {
 
     /// Serves a connection whose first frame asks for a stream.
     pub async fn serve(self: &Arc<Self>, transport: Box<dyn Transport>, request: &Frame) {
-        let opened = Wire::open(transport, request, &self.token).await;
+        let (reader, writer) = tokio::io::split(transport);
+        let allow = |request: &ttrpc::Request| {
+            let known = request.metadata.iter().any(|p| p.key == TOKEN_METADATA && self.token.is(&p.value));
+            known
+                .then_some(())
+                .ok_or_else(|| format!("the call does not carry the pod's token as {TOKEN_METADATA}"))
+        };
+        let opened = Wire::open(Box::new(reader), Box::new(writer), request, allow).await;
         if let Err(error) = opened.and_then(|(wire, id)| self.attach(wire, id)) {
             log::warn!("refused a stream: {error}");
         }
@@ -93,7 +103,7 @@ impl Streaming {
 }
 
 /// Waits until the stream's process is known, and joins the two.
-async fn connect(registry: Arc<Registry>, id: String, clients: mpsc::Receiver<Wire>) {
+async fn connect(registry: Arc<Registry>, id: String, mut clients: mpsc::Receiver<Wire>) {
     let meaning = registry.names.meaning(&id);
     let Some(key) = timeout(PROCESS_DEADLINE, known(meaning)).await.ok().flatten() else {
         registry.names.forget_unknown(&id);
@@ -103,7 +113,10 @@ async fn connect(registry: Arc<Registry>, id: String, clients: mpsc::Receiver<Wi
     let (ours, theirs) = duplex(BUFFER);
     let theirs: Box<dyn Transport> = Box::new(theirs);
     match registry.attach(key, Connection::new(theirs)) {
-        Ok(()) => bridge::run(stream, ours, clients).await,
+        Ok(()) => {
+            let policy = Policy { rest: Some(END_DEADLINE), ends_with_client: false };
+            bridge::run(stream, ours, None, &mut clients, policy).await;
+        }
         Err(error) => log::warn!("stream {id:?}: {error}"),
     }
 }

@@ -10,17 +10,6 @@ use tokio::sync::watch;
 
 use crate::stdio::registry::Key;
 
-/// The parameter of a stream's URL that is its id.
-const PARAMETER: &str = "streaming_id=";
-
-/// The streaming id in `stdin`, `stdout` or `stderr` of a Task request, if it is a stream's URL.
-#[must_use]
-pub fn id_of(url: &str) -> Option<&str> {
-    let (_, id) = url.split_once(PARAMETER)?;
-    let id = id.split(['&', '#']).next().unwrap_or_default();
-    (!id.is_empty()).then_some(id)
-}
-
 type Known = HashMap<String, watch::Sender<Option<Key>>>;
 
 /// All ids that somebody asked for or told.
@@ -61,15 +50,6 @@ mod tests {
     use kuasar_common::stdio::Stream;
 
     use super::*;
-
-    #[test]
-    fn ids_are_found_in_urls() {
-        assert_eq!(id_of("ttrpc+hvsock:///p/vsock.sock:1024?streaming_id=c1-stdout"), Some("c1-stdout"));
-        assert_eq!(id_of("unix:////p.sock?streaming_id=e-stdin&x=1"), Some("e-stdin"));
-        for none in ["", "vsock", "/run/fifo", "x?streaming_id=", "x?stream_id=a"] {
-            assert_eq!(id_of(none), None, "{none}");
-        }
-    }
 
     #[test]
     fn an_id_may_be_asked_for_before_it_is_told() {

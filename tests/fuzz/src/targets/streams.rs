@@ -1,10 +1,12 @@
 //! containerd's streams at the agent, and the debug console's frames: whatever a connection brings after its first line.
 
-use kuasar_common::console::FromHost;
-use vmm_task::streaming::{
-    frame::{DATA, Frame, HEADER, NO_DATA, REMOTE_CLOSED, REQUEST, read},
-    names::id_of,
-    wire::{Said, asks_for_a_stream, understand},
+use kuasar_common::{
+    console::FromHost,
+    streaming::{
+        frame::{DATA, Frame, HEADER, NO_DATA, REMOTE_CLOSED, REQUEST, read},
+        id_of,
+        wire::{Said, asks_for_a_stream, understand},
+    },
 };
 
 use super::run_async;

@@ -1,32 +1,56 @@
 //! One stream between whichever client has it open and the process whose it is.
 //!
 //! The bridge outlives its clients: when one breaks off, what it may not have read is kept for the next. containerd's
-//! reader grants 64 KiB whenever less than that is left to it, so what is more than two grants back has been read; the
-//! rest is sent again, since a repeated byte can be seen and a lost one cannot.
+//! reader grants 64 KiB whenever less than that is left to it, so what is more than two grants back has been read; and so
+//! has what left the connection some time ago. The rest is sent again, since a repeated byte can be seen and a lost one
+//! cannot.
 
 use std::{io, time::Duration};
 
-use kuasar_common::stdio::{HEADER, MAX_FRAME, Stream, header, payload_len};
 use tokio::{
-    io::{AsyncReadExt, AsyncWriteExt, DuplexStream},
+    io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt},
     sync::mpsc,
-    time::timeout,
+    time::{Instant, sleep, sleep_until, timeout},
 };
 
 use super::wire::{Said, Wire};
+use crate::stdio::{HEADER, MAX_FRAME, Stream, header, payload_len};
 
 /// Bytes that a receiver grants at a time, as containerd has it (`windowSize`).
 pub const WINDOW: usize = 64 * 1024;
 /// Most bytes of one message: containerd counts no more of a longer one, and waits for ever then.
 const MAX_DATA: usize = 32 * 1024;
-/// How long an ended stream waits for a client to read the rest of it, and a client for closing.
-const END_DEADLINE: Duration = Duration::from_secs(10);
+/// Bytes read from a process at a time.
+const CHUNK: usize = 16 * 1024;
+/// How long a client may take to close an ended stream.
+pub const END_DEADLINE: Duration = Duration::from_secs(10);
+/// How long after a client took the last byte out of its connection it counts as read. containerd hands bytes on at once;
+/// without this, every restart of it would repeat the last lines of every log.
+const SETTLE: Duration = Duration::from_secs(2);
 
-/// Runs one stream until it has ended. `process` speaks the frames of the stdio port.
-pub async fn run(stream: Stream, process: DuplexStream, clients: mpsc::Receiver<Wire>) {
+/// How long a stream that nobody can open any more is still served to whoever has it open.
+const LINGER: Duration = Duration::from_secs(30);
+
+/// What differs between those who run bridges.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Policy {
+    /// How long an ended output waits for a client to read the rest of it; for ever unless given.
+    pub rest: Option<Duration>,
+    /// Whether the input ends when its client leaves without a word.
+    pub ends_with_client: bool,
+}
+
+/// Runs one stream until it has ended, or until no more clients can come. `process` speaks the frames of the stdio port.
+pub async fn run<P: AsyncRead + AsyncWrite + Unpin>(
+    stream: Stream,
+    process: P,
+    first: Option<Wire>,
+    clients: &mut mpsc::Receiver<Wire>,
+    policy: Policy,
+) {
     match stream {
-        Stream::Stdin => Input { process, clients }.run().await,
-        Stream::Stdout | Stream::Stderr => Output::new(process, clients).run().await,
+        Stream::Stdin => Input { process, clients, policy }.run(first).await,
+        Stream::Stdout | Stream::Stderr => Output::new(process, clients, policy).run(first).await,
     }
 }
 
@@ -40,23 +64,25 @@ enum Next {
 }
 
 /// From the process to the client.
-struct Output {
-    process: DuplexStream,
-    clients: mpsc::Receiver<Wire>,
+struct Output<'a, P> {
+    process: P,
+    clients: &'a mut mpsc::Receiver<Wire>,
+    policy: Policy,
     /// Bytes as they come from the process, frames with their headers.
     raw: Vec<u8>,
     /// Bytes that no client is known to have read.
     kept: Vec<u8>,
     ended: bool,
+    /// When a client is given up, once no other can come.
+    until: Option<Instant>,
 }
 
-impl Output {
-    fn new(process: DuplexStream, clients: mpsc::Receiver<Wire>) -> Self {
-        Self { process, clients, raw: Vec::with_capacity(MAX_DATA), kept: Vec::new(), ended: false }
+impl<'a, P: AsyncRead + Unpin> Output<'a, P> {
+    fn new(process: P, clients: &'a mut mpsc::Receiver<Wire>, policy: Policy) -> Self {
+        Self { process, clients, policy, raw: Vec::new(), kept: Vec::new(), ended: false, until: None }
     }
 
-    async fn run(mut self) {
-        let mut client: Option<Wire> = None;
+    async fn run(mut self, mut client: Option<Wire>) {
         loop {
             let next = match client.take() {
                 Some(wire) => self.serve(wire).await,
@@ -72,16 +98,18 @@ impl Output {
 
     /// Without a client nothing is read: the process is held up, and nobody else.
     async fn await_client(&mut self) -> Next {
-        let next = if self.ended {
-            timeout(END_DEADLINE, self.clients.recv()).await.ok().flatten()
-        } else {
-            self.clients.recv().await
+        if self.until.is_some() {
+            return Next::Done;
+        }
+        let next = match self.policy.rest.filter(|_| self.ended) {
+            Some(rest) => timeout(rest, self.clients.recv()).await.ok().flatten(),
+            None => self.clients.recv().await,
         };
         next.map_or(Next::Done, Next::Client)
     }
 
     async fn serve(&mut self, mut wire: Wire) -> Next {
-        let (mut sent, mut granted, mut forgotten) = (0_usize, 0_usize, 0_usize);
+        let (mut sent, mut granted, mut forgotten) = (0_usize, wire.take_window(), 0_usize);
         loop {
             // Of `kept`, what this client has not been sent, as far as it lets us.
             let from = sent.saturating_sub(forgotten);
@@ -94,14 +122,32 @@ impl Output {
                 sent = sent.saturating_add(to.saturating_sub(from));
                 continue;
             }
-            if self.ended && from >= self.kept.len() {
-                return finish(wire).await;
+            let all_sent = from >= self.kept.len();
+            if self.ended && all_sent {
+                let next = finish(wire).await;
+                if matches!(next, Next::Done) {
+                    self.kept = Vec::new();
+                }
+                return next;
             }
             // No more than a client may be sent is read ahead.
             let wants = !self.ended && granted > sent;
+            if wants && self.raw.capacity() == self.raw.len() {
+                self.raw.reserve(CHUNK);
+            }
+            let give_up = async {
+                match self.until {
+                    Some(until) => sleep_until(until).await,
+                    None => std::future::pending().await,
+                }
+            };
             tokio::select! {
                 biased;
-                newer = self.clients.recv() => return newer.map_or(Next::Done, Next::Client),
+                newer = self.clients.recv(), if self.until.is_none() => match newer {
+                    Some(newer) => return Next::Client(newer),
+                    None => self.until = Some(Instant::now() + LINGER),
+                },
+                () = give_up => return Next::Done,
                 said = wire.said() => match said {
                     Some(Said::Window(more)) => {
                         granted = granted.saturating_add(more);
@@ -115,6 +161,12 @@ impl Output {
                 more = self.process.read_buf(&mut self.raw), if wants => {
                     self.ended = !matches!(more, Ok(1..)) | !unpack(&mut self.raw, &mut self.kept);
                 }
+                () = sleep(SETTLE), if all_sent && !self.kept.is_empty() => if wire.is_drained() {
+                    forgotten = sent;
+                    // Room is given back, too: most streams are quiet most of the time, and there are many.
+                    self.kept = Vec::new();
+                    self.raw.shrink_to_fit();
+                },
             }
         }
     }
@@ -132,32 +184,38 @@ fn unpack(raw: &mut Vec<u8>, payload: &mut Vec<u8>) -> bool {
 }
 
 /// Says that the stream has ended, and lets the client say so, too, before the connection closes.
-async fn finish(mut wire: Wire) -> Next {
+async fn finish(wire: Wire) -> Next {
+    // If the client left without a word, whether it has read everything is not known.
+    if end(wire).await { Next::Done } else { Next::Lost }
+}
+
+/// Ends a client's stream: the end is said, and the connection closed when the client has said so, too, or does not for long.
+/// False if it broke off instead.
+pub async fn end(mut wire: Wire) -> bool {
     if wire.end().await.is_err() {
-        return Next::Lost;
+        return false;
     }
     let closed = async {
         loop {
             match wire.said().await {
-                Some(Said::Closed) => return Next::Done,
+                Some(Said::Closed) => return true,
                 Some(_) => {}
-                // Whether it has read everything is not known.
-                None => return Next::Lost,
+                None => return false,
             }
         }
     };
-    timeout(END_DEADLINE, closed).await.unwrap_or(Next::Done)
+    timeout(END_DEADLINE, closed).await.unwrap_or(true)
 }
 
 /// From the client to the process.
-struct Input {
-    process: DuplexStream,
-    clients: mpsc::Receiver<Wire>,
+struct Input<'a, P> {
+    process: P,
+    clients: &'a mut mpsc::Receiver<Wire>,
+    policy: Policy,
 }
 
-impl Input {
-    async fn run(mut self) {
-        let mut client = None;
+impl<P: AsyncWrite + Unpin> Input<'_, P> {
+    async fn run(mut self, mut client: Option<Wire>) {
         loop {
             let next = match client.take() {
                 Some(wire) => self.serve(wire).await,
@@ -165,6 +223,10 @@ impl Input {
             };
             match next {
                 Next::Client(wire) => client = Some(wire),
+                Next::Lost if self.policy.ends_with_client => {
+                    let _ = self.process.write_all(&header(0)).await;
+                    return;
+                }
                 Next::Lost => {}
                 Next::Done => return,
             }

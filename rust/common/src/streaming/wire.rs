@@ -2,23 +2,22 @@
 
 use std::io;
 
-use kuasar_common::api::{
-    streaming::StreamInit,
-    transfer::{Data, WindowUpdate},
-};
 use protobuf::{
     Message,
     well_known_types::{any::Any, empty::Empty},
 };
 use tokio::{
-    io::{AsyncWriteExt, ReadHalf, WriteHalf},
+    io::{AsyncRead, AsyncWrite, AsyncWriteExt},
     sync::mpsc,
     task::AbortHandle,
 };
 use ttrpc::{Code, Request, Response};
 
 use super::frame::{DATA, Frame, NO_DATA, REMOTE_CLOSED, REQUEST, RESPONSE, read};
-use crate::{auth::Token, stdio::registry::Transport};
+use crate::api::{
+    streaming::StreamInit,
+    transfer::{Data, WindowUpdate},
+};
 
 /// The service that containerd's clients ask for.
 pub const SERVICE: &str = "containerd.services.streaming.v1.Streaming";
@@ -42,12 +41,28 @@ pub enum Said {
     Closed,
 }
 
+/// The receiving half of a connection.
+pub type Reader = Box<dyn AsyncRead + Send + Unpin>;
+
+/// The sending half of a connection.
+pub trait Writer: AsyncWrite + Send + Unpin {
+    /// Whether the other side has taken everything out of the connection, as far as that can be seen.
+    fn is_drained(&self) -> bool {
+        true
+    }
+}
+
+/// Nothing is seen behind a split connection's half.
+impl<T: AsyncWrite + Send> Writer for tokio::io::WriteHalf<T> {}
+
 /// The sending side of a connection, and what the other side says.
 pub struct Wire {
     stream: u32,
-    writer: WriteHalf<Box<dyn Transport>>,
+    writer: Box<dyn Writer>,
     said: mpsc::Receiver<Said>,
     reading: AbortHandle,
+    /// Bytes that the client lets be sent, said to somebody who could not send any yet.
+    early: usize,
 }
 
 impl Drop for Wire {
@@ -58,17 +73,17 @@ impl Drop for Wire {
 
 impl Wire {
     /// Opens the stream that `request`, the connection's first frame, asks for; its id is the second part of the result.
-    /// Whoever asks must know the pod's token.
+    /// `allow` says why a caller may not have it.
     ///
     /// # Errors
     /// When the client asks for something else, or breaks off.
     pub async fn open(
-        transport: Box<dyn Transport>,
+        mut reader: Reader,
+        mut writer: Box<dyn Writer>,
         request: &Frame,
-        token: &Token,
+        allow: impl FnOnce(&Request) -> Result<(), String>,
     ) -> io::Result<(Self, String)> {
-        let (mut reader, mut writer) = tokio::io::split(transport);
-        if let Err((code, why)) = check(request, token) {
+        if let Err((code, why)) = check(request, allow) {
             let mut response = Response::new();
             response.set_status(ttrpc::get_status(code, &why));
             let message = response.write_to_bytes()?;
@@ -80,7 +95,7 @@ impl Wire {
         let id = init(&mut reader, request.stream).await?;
         let (sender, said) = mpsc::channel(QUEUE);
         let reading = tokio::spawn(listen(reader, request.stream, sender)).abort_handle();
-        let mut wire = Self { stream: request.stream, writer, said, reading };
+        let mut wire = Self { stream: request.stream, writer, said, reading, early: 0 };
         wire.send(EMPTY_TYPE, &Empty::new()).await?;
         Ok((wire, id))
     }
@@ -118,6 +133,22 @@ impl Wire {
         self.said.recv().await
     }
 
+    /// Remembers a window for whoever serves the client later.
+    pub fn keep_window(&mut self, bytes: usize) {
+        self.early = self.early.saturating_add(bytes);
+    }
+
+    /// The windows that were said before, together.
+    pub(super) fn take_window(&mut self) -> usize {
+        std::mem::take(&mut self.early)
+    }
+
+    /// Whether the client has taken everything that was sent out of the connection, as far as that can be seen.
+    #[must_use]
+    pub fn is_drained(&self) -> bool {
+        self.writer.is_drained()
+    }
+
     async fn send(&mut self, kind: &str, message: &impl Message) -> io::Result<()> {
         let any = Any { type_url: kind.to_owned(), value: message.write_to_bytes()?, ..Default::default() };
         let frame = Frame { stream: self.stream, kind: DATA, flags: 0, message: any.write_to_bytes()? };
@@ -133,20 +164,16 @@ pub fn asks_for_a_stream(frame: &Frame) -> bool {
         && Request::parse_from_bytes(&frame.message).is_ok_and(|request| request.service == SERVICE)
 }
 
-fn check(frame: &Frame, token: &Token) -> Result<(), (Code, String)> {
+fn check(frame: &Frame, allow: impl FnOnce(&Request) -> Result<(), String>) -> Result<(), (Code, String)> {
     let request = Request::parse_from_bytes(&frame.message)
         .map_err(|error| (Code::INVALID_ARGUMENT, format!("parsing the request for a stream: {error}")))?;
     if request.method != METHOD {
         return Err((Code::UNIMPLEMENTED, format!("{SERVICE} has no method {:?}", request.method)));
     }
-    let name = kuasar_common::constants::TOKEN_METADATA;
-    if request.metadata.iter().any(|pair| pair.key == name && token.is(&pair.value)) {
-        return Ok(());
-    }
-    Err((Code::PERMISSION_DENIED, format!("the call does not carry the pod's token as {name}")))
+    allow(&request).map_err(|why| (Code::PERMISSION_DENIED, why))
 }
 
-async fn init(reader: &mut ReadHalf<Box<dyn Transport>>, stream: u32) -> io::Result<String> {
+async fn init(reader: &mut Reader, stream: u32) -> io::Result<String> {
     let invalid = |why: &str| io::Error::new(io::ErrorKind::InvalidData, format!("opening a stream: {why}"));
     let frame = read(reader).await?.ok_or_else(|| invalid("the client left before it said which"))?;
     let any = Any::parse_from_bytes(&frame.message)?;
@@ -156,16 +183,10 @@ async fn init(reader: &mut ReadHalf<Box<dyn Transport>>, stream: u32) -> io::Res
     Ok(StreamInit::parse_from_bytes(&any.value)?.id)
 }
 
-async fn listen(mut reader: ReadHalf<Box<dyn Transport>>, stream: u32, said: mpsc::Sender<Said>) {
-    loop {
-        let frame = match read(&mut reader).await {
-            Ok(Some(frame)) => frame,
-            Ok(None) => return,
-            Err(error) => return log::debug!("a stream's connection: {error}"),
-        };
-        let Some(messages) = understand(&frame, stream) else {
-            return log::info!("a stream's client said something that is not understood");
-        };
+/// Reads until the client leaves, breaks off, or says what is not understood: all the same to the stream.
+async fn listen(mut reader: Reader, stream: u32, said: mpsc::Sender<Said>) {
+    while let Ok(Some(frame)) = read(&mut reader).await {
+        let Some(messages) = understand(&frame, stream) else { return };
         for message in messages.into_iter().flatten() {
             if said.send(message).await.is_err() {
                 return;
