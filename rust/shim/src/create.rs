@@ -27,7 +27,8 @@ use crate::{
     life::Exit,
     log::log,
     registry::{Container, Process, lock},
-    stdio::{Files, Stdio, Wanted},
+    stdio::{Files, Opener, Stdio, StdioError, Wanted},
+    streams::Names,
     task::{EXIT_KILLED, Relay, WORK_LIMIT, at_least, work},
 };
 
@@ -76,7 +77,8 @@ impl Relay {
             return Err(guest_error(&doing, CallError::Dead));
         }
         let process = &container.init;
-        let files = Files::open(&process.wanted, false).map_err(|e| stdio_error(&doing, &e))?;
+        let mut names = Names::default();
+        let files = self.open_files(process, &mut names, false).map_err(|e| stdio_error(&doing, &e))?;
         self.pay_release(id).await.map_err(host_error)?;
         let prepare = prepare_request(&create);
         let (prepared, stdio) = tokio::join!(
@@ -100,7 +102,7 @@ impl Relay {
             Ok((pid, payload)) => {
                 let watcher =
                     tokio::spawn(watch(Arc::clone(self), id.to_owned(), String::new(), Arc::clone(process)));
-                process.created(pid, stdio, watcher.abort_handle());
+                process.created(pid, stdio, names, watcher.abort_handle());
                 self.end_if_dead(process);
                 log!("container {id} is created, process {pid} in the guest");
                 Ok(payload)
@@ -196,7 +198,8 @@ impl Relay {
     ) -> Answer {
         let (id, exec_id) = (exec.id.clone(), exec.exec_id.clone());
         let failed = |e| stdio_error(doing, &e);
-        let files = Files::open(&process.wanted, true).map_err(failed)?;
+        let mut names = Names::default();
+        let files = self.open_files(process, &mut names, true).map_err(failed)?;
         let stdio = Stdio::connect(files, &self.guest, &container.id, &exec_id, &process.life).await;
         let stdio = stdio.map_err(failed)?;
         (exec.stdin, exec.stdout, exec.stderr) = marks(&process.wanted);
@@ -204,9 +207,14 @@ impl Relay {
         let call = Call { payload: encode(&exec)?, limit, ..work("Exec", request) };
         let payload = self.guest.call(call).await.map_err(|e| guest_error(doing, e))?;
         let watcher = tokio::spawn(watch(Arc::clone(self), id, exec_id, Arc::clone(process)));
-        process.created(0, stdio, watcher.abort_handle());
+        process.created(0, stdio, names, watcher.abort_handle());
         self.end_if_dead(process);
         Ok(payload)
+    }
+
+    fn open_files(&self, process: &Process, names: &mut Names, exec: bool) -> Result<Files, StdioError> {
+        let opener = Opener { streams: &self.streams, outputs: &process.outputs, names, exec };
+        Files::open(&process.wanted, opener)
     }
 
     /// The VM may have died between the guest's answer and the process's place in the registry.

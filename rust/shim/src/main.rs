@@ -17,6 +17,7 @@ mod pump;
 mod registry;
 mod serve;
 mod stdio;
+mod streams;
 mod task;
 mod vm;
 

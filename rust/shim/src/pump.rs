@@ -1,14 +1,18 @@
-//! Copying bytes between a fifo and a stream connection, frame by frame, until the stream's end.
+//! Copying bytes between containerd's side of a stream and the guest's, frame by frame, until the stream's end.
+
+mod source;
 
 use std::{io, sync::Arc, time::Duration};
 
 use kuasar_common::stdio::{HEADER, header, payload_len};
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
-    net::unix::pipe,
     sync::Notify,
     time::sleep,
 };
+
+use self::source::Next;
+pub(crate) use self::source::Source;
 
 use crate::{
     guest::Conn,
@@ -85,13 +89,7 @@ async fn patiently<T>(life: &Life, io: impl Future<Output = io::Result<T>>) -> R
 }
 
 /// Copies a process's input until `close`, until nobody can write any more, or until the process is over.
-pub(crate) async fn input(
-    mut source: pipe::Receiver,
-    port: Port,
-    mut conn: Conn,
-    close: Arc<Notify>,
-    life: Life,
-) {
+pub(crate) async fn input(mut source: Source, port: Port, mut conn: Conn, close: Arc<Notify>, life: Life) {
     let mut unsent = Vec::new();
     loop {
         let stop = tokio::select! {
@@ -118,12 +116,7 @@ pub(crate) async fn input(
 }
 
 /// Sends frames; `unsent` keeps the frame that a broken connection did not take.
-async fn input_frames(
-    source: &mut pipe::Receiver,
-    conn: &mut Conn,
-    close: &Notify,
-    unsent: &mut Vec<u8>,
-) -> Stop {
+async fn input_frames(source: &mut Source, conn: &mut Conn, close: &Notify, unsent: &mut Vec<u8>) -> Stop {
     let mut closing = false;
     loop {
         if !unsent.is_empty() {
@@ -141,51 +134,22 @@ async fn input_frames(
         }
         if !closing {
             tokio::select! {
-                ready = source.readable() => if let Err(e) = ready {
+                ready = source.ready() => if let Err(e) = ready {
                     return Stop::Host(e);
                 },
                 () = close.notified() => closing = true,
             }
         }
-        match next_frame(source, closing) {
+        if closing {
+            source.settle().await;
+        }
+        match source.next(closing) {
             Ok(Next::Frame(frame)) => *unsent = frame,
             Ok(_) if closing => *unsent = header(0).to_vec(),
             Ok(Next::Gone) => closing = true,
             Ok(Next::Nothing) => {}
             Err(e) => return Stop::Host(e),
         }
-    }
-}
-
-/// What a fifo holds right now.
-enum Next {
-    /// Bytes, as a frame.
-    Frame(Vec<u8>),
-    /// Nothing yet.
-    Nothing,
-    /// Nothing, and nobody who could write.
-    Gone,
-}
-
-/// What the fifo holds right now. When `closing`, the fifo itself is asked: tokio's readiness may
-/// not yet know of bytes that were written before containerd closed.
-fn next_frame(source: &pipe::Receiver, closing: bool) -> io::Result<Next> {
-    let mut frame = vec![0; HEADER + CHUNK];
-    let room = frame.get_mut(HEADER..).unwrap_or_default();
-    let got = if closing {
-        rustix::io::retry_on_intr(|| rustix::io::read(source, &mut *room)).map_err(io::Error::from)
-    } else {
-        source.try_read(room)
-    };
-    match got {
-        Ok(0) => Ok(Next::Gone),
-        Ok(got) => {
-            frame.truncate(HEADER + got);
-            frame.get_mut(..HEADER).unwrap_or_default().copy_from_slice(&header(got));
-            Ok(Next::Frame(frame))
-        }
-        Err(e) if e.kind() == io::ErrorKind::WouldBlock => Ok(Next::Nothing),
-        Err(e) => Err(e),
     }
 }
 

@@ -14,6 +14,7 @@ use tokio::task::AbortHandle;
 use crate::{
     life::Life,
     stdio::{Stdio, Wanted},
+    streams::{Names, Outputs},
 };
 
 /// Locks; what a panicking holder left behind is still the best there is.
@@ -36,6 +37,8 @@ pub(crate) struct Process {
     /// As received from containerd, and echoed to it.
     pub(crate) wanted: Wanted,
     pub(crate) life: Life,
+    /// Its outputs among containerd's streams.
+    pub(crate) outputs: Outputs,
     state: Mutex<State>,
 }
 
@@ -43,14 +46,17 @@ struct State {
     phase: Phase,
     pid: u32,
     stdio: Stdio,
+    /// Its streams; containerd may open them as long as it knows the process.
+    names: Names,
     /// Waits for the exit in the guest.
     watcher: Option<AbortHandle>,
 }
 
 impl Process {
     fn new(wanted: Wanted) -> Self {
-        let state = State { phase: Phase::Creating, pid: 0, stdio: Stdio::default(), watcher: None };
-        Self { wanted, life: Life::new(), state: Mutex::new(state) }
+        let (stdio, names) = (Stdio::default(), Names::default());
+        let state = State { phase: Phase::Creating, pid: 0, stdio, names, watcher: None };
+        Self { wanted, life: Life::new(), outputs: Outputs::new(), state: Mutex::new(state) }
     }
 
     pub(crate) fn phase(&self) -> Phase {
@@ -67,8 +73,8 @@ impl Process {
     }
 
     /// It exists in the guest now.
-    pub(crate) fn created(&self, pid: u32, stdio: Stdio, watcher: AbortHandle) {
-        *lock(&self.state) = State { phase: Phase::Created, pid, stdio, watcher: Some(watcher) };
+    pub(crate) fn created(&self, pid: u32, stdio: Stdio, names: Names, watcher: AbortHandle) {
+        *lock(&self.state) = State { phase: Phase::Created, pid, stdio, names, watcher: Some(watcher) };
     }
 
     /// It runs now. What Create named stays its pid.
@@ -94,7 +100,9 @@ impl Process {
     pub(crate) fn deleted(&self, status: u32) {
         self.life.end(status);
         self.close();
-        if let Some(watcher) = lock(&self.state).watcher.take() {
+        let mut state = lock(&self.state);
+        state.names = Names::default();
+        if let Some(watcher) = state.watcher.take() {
             watcher.abort();
         }
     }

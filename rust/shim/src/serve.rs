@@ -2,17 +2,26 @@
 
 use std::{
     fs, io,
-    os::fd::{AsRawFd, FromRawFd, IntoRawFd, OwnedFd},
+    os::fd::{AsRawFd, FromRawFd, OwnedFd},
     path::{Path, PathBuf},
     sync::Arc,
+    time::Duration,
 };
 
-use kuasar_common::constants::pod_files;
+use kuasar_common::{
+    constants::pod_files,
+    streaming::route::{Incoming, Purpose, Rewound, purpose},
+};
 use rustix::{
     net::sockopt::socket_acceptconn,
     process::{Resource, getrlimit, setrlimit},
 };
-use ttrpc::asynchronous::Server;
+use tokio::{
+    net::{UnixListener, UnixStream},
+    sync::mpsc,
+    time::sleep,
+};
+use ttrpc::asynchronous::{Server, transport::Listener};
 
 use crate::{
     args::Serve,
@@ -20,9 +29,15 @@ use crate::{
     guest::Guest,
     host::Host,
     log::{log, name_pod},
+    streams::Streams,
     task::Relay,
     vm::Vm,
 };
+
+/// Connections that wait for ttrpc's server.
+const WAITING: usize = 16;
+/// Pause after a connection could not be accepted, as when there are no descriptors left.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
 /// Why a relay could not begin.
 #[derive(Debug, thiserror::Error)]
@@ -33,6 +48,8 @@ pub(crate) enum ServeError {
     BadToken { path: PathBuf },
     #[error("taking over file descriptor {fd} as {what}: {source}")]
     Descriptor { fd: i32, what: &'static str, source: io::Error },
+    #[error("listening on the Task endpoint: {0}")]
+    Listener(io::Error),
     #[error("starting the runtime: {0}")]
     Runtime(io::Error),
     #[error("watching the VM's process: {0}")]
@@ -64,16 +81,47 @@ pub(crate) fn serve(args: Serve) -> Result<(), ServeError> {
         let vm = Vm::new(pidfd).map_err(ServeError::Vm)?;
         let guest = Guest::new(args.guest, token, vm);
         let relay = Relay::new(guest, Host::new(&args.pod_dir));
-        // SAFETY: `listener` was checked to be a listening socket, and its ownership ends here.
-        let server = unsafe { Server::new().add_unix_listener(listener.into_raw_fd()) }?;
+        let listener = listen(listener).map_err(ServeError::Listener)?;
+        let (calls, incoming) = mpsc::channel(WAITING);
+        let server = Server::new().add_listener(Listener::new(Incoming(incoming)));
         let mut server = server.register_service(relay.service());
         server.start().await?;
+        tokio::spawn(route(listener, calls, Arc::clone(&relay.streams)));
         log!("serving, process {}", std::process::id());
         let relay: Arc<Relay> = relay;
         events::forward(&relay.guest, &args.containerd).await;
         // SIGTERM, which has its default effect, is how a relay ends: there is nothing to say or save then.
         std::future::pending().await
     })
+}
+
+fn listen(socket: OwnedFd) -> io::Result<UnixListener> {
+    let listener = std::os::unix::net::UnixListener::from(socket);
+    listener.set_nonblocking(true)?;
+    UnixListener::from_std(listener)
+}
+
+/// Hands connections to the streams or to ttrpc's own server: their first frame tells.
+async fn route(listener: UnixListener, calls: mpsc::Sender<Rewound<UnixStream>>, streams: Arc<Streams>) {
+    loop {
+        let connection = match listener.accept().await {
+            Ok((connection, _)) => connection,
+            Err(e) => {
+                log!("accepting a connection: {e}");
+                sleep(ACCEPT_PAUSE).await;
+                continue;
+            }
+        };
+        let (calls, streams) = (calls.clone(), Arc::clone(&streams));
+        tokio::spawn(async move {
+            match purpose(connection).await {
+                Ok(Purpose::Stream(connection, first)) => streams.serve(connection, &first).await,
+                Ok(Purpose::Calls(connection)) => drop(calls.send(connection).await),
+                Ok(Purpose::Nothing) => {}
+                Err(e) => log!("a connection to the Task endpoint: {e}"),
+            }
+        });
+    }
 }
 
 fn wrong(what: String) -> io::Error {

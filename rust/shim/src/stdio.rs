@@ -1,8 +1,9 @@
-//! Stdio of one process: containerd's fifos (or files) on one side, stream connections to the guest on the other.
+//! Stdio of one process: containerd's fifos, streams or files on one side, stream connections to the guest on the other.
 //!
 //! A fifo is opened for reading *and* writing, which on Linux is the same as holding both ends: an absent or restarted
 //! reader gives no EPIPE, a writer that went away no EOF, and what nobody reads waits in the pipe and then in the guest.
 //! Only an exec's input ends with its writer, too: no client comes back to an exec, and `ctr` may never say CloseIO.
+//! Streams (see [`crate::streams`]) behave the same.
 
 use std::{
     fs::{File, OpenOptions},
@@ -15,15 +16,23 @@ use std::{
 use kuasar_common::{
     constants::PORT_STDIO,
     handshake::MAX_LINE,
-    stdio::{Hello, Stream},
+    stdio::{Hello, Stream, header},
+    streaming::id_of,
 };
-use tokio::{io::AsyncWriteExt, net::unix::pipe, sync::Notify, task::JoinSet, time::timeout};
+use tokio::{
+    io::{AsyncWriteExt, DuplexStream},
+    net::unix::pipe,
+    sync::Notify,
+    task::JoinSet,
+    time::timeout,
+};
 
 use crate::{
     guest::{Conn, DialError, Guest, read_line},
     life::Life,
     log::log,
-    pump,
+    pump::{self, Source},
+    streams::{Names, Outputs, Streams},
 };
 
 /// How long the streams of a deleted process may still take, whatever its reader does.
@@ -37,8 +46,8 @@ pub(crate) enum StdioError {
     #[error("opening {stream:?} {path}: {source}")]
     Open { stream: Stream, path: String, source: io::Error },
     #[error(
-        "opening {stream:?} {uri}: {scheme}:// is not supported by this runtime, it takes fifos and file:// (a logging \
-         program would need containerd's shim on the host)"
+        "opening {stream:?} {uri}: {scheme}:// is not supported by this runtime, it takes fifos, streams and file:// (a \
+         logging program would need containerd's shim on the host)"
     )]
     Scheme { stream: Stream, uri: String, scheme: String },
     #[error("opening {stream:?}: {source}")]
@@ -71,9 +80,45 @@ impl Wanted {
     }
 }
 
+/// What opening containerd's side of stdio takes.
+pub(crate) struct Opener<'a> {
+    pub(crate) streams: &'a Arc<Streams>,
+    pub(crate) outputs: &'a Outputs,
+    /// The streams that were claimed.
+    pub(crate) names: &'a mut Names,
+    /// Whether it is for an exec, and not for a container's own process.
+    pub(crate) exec: bool,
+}
+
+impl Opener<'_> {
+    fn claim(&mut self, stream: Stream, uri: &str) -> Option<DuplexStream> {
+        let id = id_of(uri)?;
+        Some(self.streams.claim(id, stream, !self.exec, self.outputs, self.names))
+    }
+
+    fn sink(&mut self, stream: Stream, uri: &str) -> Result<Sink, StdioError> {
+        self.claim(stream, uri).map_or_else(|| Sink::open(stream, uri), |end| Ok(Sink::Stream(end)))
+    }
+
+    /// A fifo that ends when its writer goes away, unless that may come back.
+    fn source(&mut self, path: &str) -> Result<Source, StdioError> {
+        if let Some(end) = self.claim(Stream::Stdin, path) {
+            return Ok(Source::Stream { end, raw: Vec::new() });
+        }
+        let open = pipe::OpenOptions::new().read_write(!self.exec).open_receiver(path);
+        open.map(Source::Fifo).map_err(|source| StdioError::Open {
+            stream: Stream::Stdin,
+            path: path.to_owned(),
+            source,
+        })
+    }
+}
+
 /// Where output goes.
 pub(crate) enum Sink {
     Pipe(pipe::Sender),
+    /// One of containerd's streams; takes frames.
+    Stream(DuplexStream),
     /// Regular files and devices, which epoll does not know; writing to them does not wait for anyone.
     File(File),
     /// A sink that failed. What follows is dropped, so that a full disk does not stop the container.
@@ -104,6 +149,10 @@ impl Sink {
     pub(crate) async fn write_all(&mut self, bytes: &[u8]) {
         let result = match self {
             Self::Pipe(pipe) => pipe.write_all(bytes).await,
+            Self::Stream(end) => match end.write_all(&header(bytes.len())).await {
+                Ok(()) => end.write_all(bytes).await,
+                Err(e) => Err(e),
+            },
             Self::File(file) => io::Write::write_all(file, bytes),
             Self::Broken => Ok(()),
         };
@@ -112,12 +161,6 @@ impl Sink {
             *self = Self::Broken;
         }
     }
-}
-
-/// Opens containerd's stdin; unless `kept`, it ends when its writer goes away.
-fn open_source(path: &str, kept: bool) -> Result<pipe::Receiver, StdioError> {
-    let open = pipe::OpenOptions::new().read_write(kept).open_receiver(path);
-    open.map_err(|source| StdioError::Open { stream: Stream::Stdin, path: path.to_owned(), source })
 }
 
 /// A stream's connection to the guest, able to be made again.
@@ -164,19 +207,18 @@ impl Port {
 
 /// containerd's side of a process's stdio, open.
 pub(crate) struct Files {
-    stdin: Option<pipe::Receiver>,
+    stdin: Option<Source>,
     stdout: Option<Sink>,
     stderr: Option<Sink>,
 }
 
 impl Files {
-    /// Opens what is wanted, for a container's own process or for an exec. Nobody is waited for.
-    pub(crate) fn open(wanted: &Wanted, exec: bool) -> Result<Self, StdioError> {
-        let sink = |stream| wanted.path(stream).map(|path| Sink::open(stream, path)).transpose();
+    /// Opens what is wanted. Nobody is waited for.
+    pub(crate) fn open(wanted: &Wanted, mut opener: Opener<'_>) -> Result<Self, StdioError> {
         Ok(Self {
-            stdin: wanted.path(Stream::Stdin).map(|path| open_source(path, !exec)).transpose()?,
-            stdout: sink(Stream::Stdout)?,
-            stderr: sink(Stream::Stderr)?,
+            stdin: wanted.path(Stream::Stdin).map(|path| opener.source(path)).transpose()?,
+            stdout: wanted.path(Stream::Stdout).map(|path| opener.sink(Stream::Stdout, path)).transpose()?,
+            stderr: wanted.path(Stream::Stderr).map(|path| opener.sink(Stream::Stderr, path)).transpose()?,
         })
     }
 }

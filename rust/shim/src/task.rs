@@ -8,10 +8,11 @@ use std::{
 
 use async_trait::async_trait;
 use containerd_shim_protos::api::{
-    CloseIORequest, ConnectRequest, ConnectResponse, PidsResponse, ProcessInfo, StartResponse, StateRequest,
-    WaitResponse,
+    CloseIORequest, ConnectRequest, ConnectResponse, KillRequest, PidsResponse, ProcessInfo, StartResponse,
+    StateRequest, WaitResponse,
 };
 use protobuf::MessageField;
+use tokio::time::timeout;
 use ttrpc::{
     Code,
     asynchronous::{MethodHandler, Service, TtrpcContext},
@@ -21,10 +22,11 @@ use ttrpc::{
 
 use crate::{
     answer::{Answer, decode, encode, guest_error, not_found, response},
-    guest::{Call, CallError, Guest, TASK_SERVICE},
+    guest::{Call, CallError, Guest, SANDBOX_SERVICE, TASK_SERVICE},
     host::Host,
     log::log,
     registry::{Container, Phase, Process, Registry, lock},
+    streams::Streams,
 };
 
 /// Exit status of what was killed by a signal 9, as shells have it: also of everything in a VM that died.
@@ -35,6 +37,12 @@ pub(crate) const WORK_LIMIT: Duration = Duration::from_secs(120);
 const CALL_LIMIT: Duration = Duration::from_secs(60);
 /// Limit of what containerd asks in passing. It asks node-wide, one container after the other.
 const PROBE_LIMIT: Duration = Duration::from_millis(1800);
+
+/// How long a guest may take to kill a container before it is asked whether it is there at all.
+const KILL_LIMIT: Duration = Duration::from_secs(10);
+const SIGKILL: u32 = 9;
+/// How long an exit waits for containerd to read the process's streams to their ends.
+const READ_LIMIT: Duration = Duration::from_secs(4);
 
 /// Every method of the Task service.
 const METHODS: [&str; 17] = [
@@ -62,6 +70,7 @@ pub(crate) struct Relay {
     pub(crate) guest: Arc<Guest>,
     pub(crate) host: Host,
     pub(crate) containers: Registry,
+    pub(crate) streams: Arc<Streams>,
     /// Containers that are gone but for the daemon, which has yet to be told.
     pub(crate) unreleased: Mutex<HashSet<String>>,
     /// One release at a time, so that a late one cannot hit a new container of the same id.
@@ -74,6 +83,7 @@ impl Relay {
             guest: Arc::new(guest),
             host,
             containers: Registry::default(),
+            streams: Arc::default(),
             unreleased: Mutex::default(),
             releasing: tokio::sync::Mutex::default(),
         });
@@ -167,6 +177,8 @@ impl Relay {
     async fn wait(self: Arc<Self>, request: Request) -> Answer {
         let (_, process, _) = self.process(&request.payload)?;
         let exit = process.life.ended().await;
+        // containerd gives up its streams when it learns of the exit, and the end of a log with them.
+        let _ = timeout(READ_LIMIT, process.outputs.read()).await;
         let exited_at = MessageField::some(exit.timestamp());
         encode(&WaitResponse { exit_status: exit.status, exited_at, ..Default::default() })
     }
@@ -192,10 +204,40 @@ impl Relay {
 
     async fn kill(&self, request: Request) -> Answer {
         let (container, process, exec) = self.process(&request.payload)?;
+        let finished =
+            || not_found(&format!("killing {}: process already finished", name(&container, &exec)));
         if process.life.exit().is_some() {
-            return Err(not_found(&format!("killing {}: process already finished", name(&container, &exec))));
+            return Err(finished());
         }
-        self.forward("Kill", request).await
+        if !exec.is_empty() || decode::<KillRequest>(&request.payload)?.signal != SIGKILL {
+            return self.forward("Kill", request).await;
+        }
+        let call = Call { limit: Some(KILL_LIMIT), repeatable: true, ..work("Kill", request) };
+        let doing = format!("killing {}", name(&container, &exec));
+        match self.guest.call(call).await {
+            Ok(payload) => Ok(payload),
+            Err(CallError::Dead) => Err(finished()),
+            Err(e @ CallError::Timeout(_)) if self.guest_is_silent().await => {
+                log!("{doing}: {e}, nor does it answer anything else: killing the VM");
+                self.guest.vm.kill().map_err(|e| get_status(Code::INTERNAL, format!("{doing}: {e}")))?;
+                let gone = timeout(KILL_LIMIT, process.life.ended()).await;
+                gone.map(|_| Vec::new()).map_err(|_| guest_error(&doing, e))
+            }
+            Err(e) => Err(guest_error(&doing, e)),
+        }
+    }
+
+    /// Whether the guest is hung: then a pod with it could never be stopped, for containerd kills the containers first.
+    async fn guest_is_silent(&self) -> bool {
+        let call = Call {
+            service: SANDBOX_SERVICE,
+            method: "Check",
+            payload: Vec::new(),
+            metadata: Vec::new(),
+            limit: Some(PROBE_LIMIT),
+            repeatable: true,
+        };
+        matches!(self.guest.call(call).await, Err(CallError::Timeout(_)))
     }
 
     /// Never empty: containerd forgets a task without processes when it restarts, exit code and all.

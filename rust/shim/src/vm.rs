@@ -2,6 +2,7 @@
 
 use std::{io, os::fd::OwnedFd, sync::Arc};
 
+use rustix::process::{Signal, pidfd_send_signal};
 use tokio::{
     io::{Interest, unix::AsyncFd},
     sync::watch,
@@ -12,6 +13,7 @@ use crate::log::log;
 /// The VM as the relay knows it: it lives until it is declared dead, once and for all.
 pub(crate) struct Vm {
     dead: watch::Sender<bool>,
+    pidfd: Option<Arc<AsyncFd<OwnedFd>>>,
     /// Whether the kernel tells of its death. If not, a guest that cannot be reached any more counts as dead.
     pub(crate) watched: bool,
 }
@@ -19,11 +21,14 @@ pub(crate) struct Vm {
 impl Vm {
     /// A living VM; `pidfd` refers to its VMM and becomes readable with its end.
     pub(crate) fn new(pidfd: Option<OwnedFd>) -> io::Result<Arc<Self>> {
-        let vm = Arc::new(Self { dead: watch::Sender::new(false), watched: pidfd.is_some() });
-        if let Some(pidfd) = pidfd {
+        let register = |pidfd| {
             // SAFETY: an `OwnedFd` keeps its descriptor open and the same until it is dropped.
-            let pidfd = unsafe { AsyncFd::register_with_interest(pidfd, Interest::READABLE) }
-                .map_err(|e| e.into_parts().1)?;
+            unsafe { AsyncFd::register_with_interest(pidfd, Interest::READABLE) }
+        };
+        let pidfd = pidfd.map(register).transpose().map_err(|e| e.into_parts().1)?.map(Arc::new);
+        let watched = pidfd.is_some();
+        let vm = Arc::new(Self { dead: watch::Sender::new(false), pidfd: pidfd.clone(), watched });
+        if let Some(pidfd) = pidfd {
             let vm = Arc::clone(&vm);
             tokio::spawn(async move {
                 match pidfd.readable().await {
@@ -44,6 +49,12 @@ impl Vm {
     pub(crate) async fn dead(&self) {
         // The sender is in `self`, so this cannot end early.
         let _ = self.dead.subscribe().wait_for(|dead| *dead).await;
+    }
+
+    /// Kills the VM's process, if it is known.
+    pub(crate) fn kill(&self) -> io::Result<()> {
+        let pidfd = self.pidfd.as_ref().ok_or(io::ErrorKind::Unsupported)?;
+        Ok(pidfd_send_signal(pidfd.get_ref(), Signal::KILL)?)
     }
 
     /// Makes the death known.

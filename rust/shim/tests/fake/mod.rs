@@ -333,6 +333,15 @@ struct SandboxService(Arc<Guest>);
 
 #[async_trait]
 impl sandbox_ttrpc::SandboxService for SandboxService {
+    async fn check(
+        &self,
+        _: &TtrpcContext,
+        _: sandbox::CheckRequest,
+    ) -> ttrpc::Result<protobuf::well_known_types::empty::Empty> {
+        TaskService(Arc::clone(&self.0)).maybe_hang().await;
+        Ok(Default::default())
+    }
+
     async fn get_events(
         &self,
         ctx: &TtrpcContext,

@@ -7,7 +7,9 @@
     reason = "a test that cannot go on fails"
 )]
 
+#[path = "../fake/mod.rs"]
 mod fake;
+mod streams;
 
 use std::{
     fs::{self, File},
@@ -540,7 +542,7 @@ async fn failures_leave_nothing_and_say_why() {
     let (why, text) = create(&pod.create_request(CID, "binary:///bin/logger?id=1")).await;
     assert_eq!(why, Code::INVALID_ARGUMENT);
     assert!(
-        text.contains("binary:// is not supported by this runtime, it takes fifos and file://"),
+        text.contains("binary:// is not supported by this runtime, it takes fifos, streams and file://"),
         "{text}"
     );
     let (_, text) = create(&pod.create_request(CID, "/nowhere/out")).await;
@@ -597,6 +599,20 @@ async fn a_guest_that_hangs_holds_nobody_up() {
     let request = api::KillRequest { id: CID.into(), signal: 15, ..Default::default() };
     let kill = pod.task.kill(context::with_duration(Duration::from_millis(300)), &request);
     assert!(soon("Kill", kill).await.is_err(), "the caller's deadline is kept");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_container_in_a_guest_that_hangs_can_be_killed() {
+    let mut pod = Pod::new().await;
+    pod.create(CID, "").await;
+    pod.start(CID, "").await.unwrap();
+    pod.guest.hangs.store(true, Ordering::SeqCst);
+    pod.kill(CID).await.unwrap();
+    assert_eq!(pod.wait(CID, "").await.unwrap().exit_status, 137);
+    assert!(!pod.vmm.wait().unwrap().success(), "nothing less than the VM's end can end it");
+    assert!(pod.log().contains("nor does it answer anything else: killing the VM"), "{}", pod.log());
+    assert_eq!(code(pod.kill(CID).await).0, Code::NOT_FOUND);
+    assert_eq!(pod.delete(CID, "").await.unwrap().exit_status, 137);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
