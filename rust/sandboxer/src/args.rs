@@ -22,6 +22,9 @@ pub struct Args {
     /// error, warn, info, debug, trace, or directives as in RUST_LOG; wins over the file.
     #[arg(long, value_name = "L")]
     pub log_level: Option<String>,
+    /// Writes to this file where the time of each pod goes, for chrome://tracing and Perfetto.
+    #[arg(long, value_name = "FILE")]
+    pub trace: Option<PathBuf>,
     /// Prints the version.
     #[arg(long, short)]
     pub version: bool,

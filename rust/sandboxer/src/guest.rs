@@ -70,6 +70,7 @@ impl Guest {
     ///
     /// # Errors
     /// When the agent cannot be reached, refuses, or takes longer than `deadline`.
+    #[tracing::instrument(name = "set guest up", level = "trace", skip_all)]
     pub async fn setup(&self, request: &SetupSandboxRequest, deadline: Duration) -> Result<(), GuestError> {
         let call = async {
             self.client()
@@ -85,6 +86,7 @@ impl Guest {
     ///
     /// # Errors
     /// When the agent cannot be reached, refuses, or takes longer than `deadline`.
+    #[tracing::instrument(name = "shut guest down", level = "trace", skip_all)]
     pub async fn shutdown(&self, grace: Duration, deadline: Duration) -> Result<(), GuestError> {
         let mut request = ShutdownRequest::new();
         request.timeout_ms = u32::try_from(grace.as_millis()).unwrap_or(u32::MAX);

@@ -15,4 +15,5 @@ pub mod process;
 pub mod protos;
 #[cfg(test)]
 mod testing;
+pub mod trace;
 pub mod vmm;

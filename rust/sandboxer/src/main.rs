@@ -8,8 +8,8 @@ use std::{
 
 use anyhow::Context;
 use clap::Parser;
-use tracing_subscriber::EnvFilter;
-use vmm_sandboxer::{args::Args, config::Config, daemon, pod::Environment, vmm};
+use tracing_subscriber::{EnvFilter, Layer, layer::SubscriberExt, util::SubscriberInitExt};
+use vmm_sandboxer::{args::Args, config::Config, daemon, pod::Environment, trace::ChromeTrace, vmm};
 
 fn main() -> ExitCode {
     let args = Args::parse();
@@ -45,11 +45,16 @@ fn run(args: Args) -> anyhow::Result<()> {
     let level = args.log_level.as_ref().unwrap_or(&config.sandbox.log_level);
     let filter =
         EnvFilter::try_new(level).with_context(|| format!("understanding the log level {level:?}"))?;
-    tracing_subscriber::fmt()
-        .with_env_filter(filter)
+    let log = tracing_subscriber::fmt::layer()
         .with_writer(std::io::stderr)
         .with_ansi(std::io::stderr().is_terminal())
-        .init();
+        .with_filter(filter);
+    let trace = args.trace.as_ref().map(|path| {
+        let trace =
+            ChromeTrace::create(path).with_context(|| format!("creating the trace {}", path.display()));
+        trace.map(|trace| trace.with_filter(ChromeTrace::filter()))
+    });
+    tracing_subscriber::registry().with(log).with(trace.transpose()?).init();
     let environment = Environment {
         // A path of a pod reaches other processes, whose working folder is another.
         dir: std::path::absolute(&args.dir).context("resolving --dir")?,

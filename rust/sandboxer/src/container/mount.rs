@@ -84,6 +84,7 @@ pub fn rootfs(mounts: &[RootfsMount], target: &Path, stage: &Path) -> Result<(),
     })
 }
 
+#[tracing::instrument(name = "mount rootfs", level = "trace", skip_all)]
 fn rootfs_one(one: &RootfsMount, target: &Path, stage: &Path) -> Result<(), MountError> {
     let target = join_below(target, &one.target)?;
     let (flags, data) = parse_options(&one.options)?;
@@ -216,6 +217,7 @@ fn mount_point(path: &Path, is_dir: bool) -> Result<(), MountError> {
 
 /// A bind mount that is complete before it gets to `target`: flags and propagation that are set later would not reach
 /// the copies of the mount in other mount namespaces, so virtiofsd's would stay writable.
+#[tracing::instrument(name = "mount volume", level = "trace", skip_all)]
 fn staged_bind(
     source: &Path,
     target: &Path,

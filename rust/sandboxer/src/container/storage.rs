@@ -100,6 +100,7 @@ impl Storage {
     ///
     /// # Errors
     /// When the spec is refused, or the host cannot provide something.
+    #[tracing::instrument(name = "mount and write spec", level = "trace", skip_all)]
     pub fn prepare(
         &self,
         target: &Target,
@@ -152,6 +153,7 @@ impl Storage {
     ///
     /// # Errors
     /// When something stays mounted.
+    #[tracing::instrument(name = "unmount", level = "trace", skip_all)]
     pub fn unmount(&self) -> Result<(), StorageError> {
         mount::unmount_below(&self.shared)?;
         Ok(mount::unmount_below(&self.stage)?)

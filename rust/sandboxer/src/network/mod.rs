@@ -105,6 +105,7 @@ impl NetworkError {
 ///
 /// # Errors
 /// When the namespace cannot be entered or read, or has a link, route or rule of a kind that cannot be given to a VM.
+#[tracing::instrument(name = "prepare network", level = "trace", skip_all)]
 pub async fn prepare(netns: &Path, queues: u32) -> Result<PodNetwork, NetworkError> {
     let path = netns.to_owned();
     within(netns, move |handle| async move { prepare_here(&handle, &path, queues).await }).await
@@ -114,6 +115,7 @@ pub async fn prepare(netns: &Path, queues: u32) -> Result<PodNetwork, NetworkErr
 ///
 /// # Errors
 /// When something is there and cannot be removed.
+#[tracing::instrument(name = "remove network", level = "trace", skip_all)]
 pub async fn remove(record: &NetworkRecord) -> Result<(), NetworkError> {
     let record = record.clone();
     match within(&record.netns.clone(), move |handle| async move { remove_here(&handle, &record).await })

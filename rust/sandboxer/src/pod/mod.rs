@@ -199,6 +199,7 @@ impl Pod {
     }
 
     /// Makes what a container needs; returns its bundle's path in the guest.
+    #[tracing::instrument(name = "prepare container", level = "trace", skip_all)]
     async fn prepare(
         &self,
         container: String,
@@ -213,6 +214,7 @@ impl Pod {
     }
 
     /// Removes what a container needed.
+    #[tracing::instrument(name = "release container", level = "trace", skip_all)]
     async fn release(&self, container: String) -> Result<(), StorageError> {
         self.with_storage(move |storage| storage.release(&container)).await
     }
@@ -245,6 +247,7 @@ impl Pod {
         }
     }
 
+    #[tracing::instrument(name = "record", level = "trace", skip_all)]
     fn persist(&self, work: &Work) -> Result<(), StepError> {
         self.record(work).write(&self.dir).map_err(StepError::file(self.dir.join(pod_files::RECORD)))
     }

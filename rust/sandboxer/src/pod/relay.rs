@@ -22,6 +22,7 @@ pub(super) fn endpoint(dir: &Path) -> io::Result<OwnedFd> {
 }
 
 /// Starts the relay of a pod whose VM is running.
+#[tracing::instrument(name = "start relay", level = "trace", skip_all)]
 pub(super) fn spawn(
     environment: &Environment,
     dir: &Path,

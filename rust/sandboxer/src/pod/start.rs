@@ -58,6 +58,7 @@ impl Pod {
         }
     }
 
+    #[tracing::instrument(name = "start", level = "trace", skip_all)]
     async fn bring_up(self: &Arc<Self>, work: &mut Work, caller: &mut Caller) -> Result<(), PodError> {
         let deadline = Deadline::new(self.environment.start_timeout);
         self.set_phase(Phase::Starting);
@@ -103,6 +104,7 @@ impl Pod {
     }
 
     /// The parts that need nothing but the folder.
+    #[tracing::instrument(name = "prepare folder", level = "trace", skip_all)]
     async fn files(self: &Arc<Self>) -> Result<(String, OwnedFd, HostServer), StepError> {
         let path = self.dir.join(pod_files::TOKEN);
         let token = new_token(&path).map_err(StepError::file(&path))?;
@@ -114,6 +116,7 @@ impl Pod {
         Ok((token, endpoint, host))
     }
 
+    #[tracing::instrument(name = "write files", level = "trace", skip_all)]
     async fn pod_files(&self, work: &Work, network: &PodNetwork) -> Result<(), StepError> {
         let hosts = setup::hosts(&work.spec.hostname, &network.interfaces);
         let (hostname, resolv_conf) = (format!("{}\n", work.spec.hostname), work.spec.resolv_conf.clone());
@@ -198,6 +201,7 @@ fn step<T, E: Into<StepError>>(step: &'static str, done: Result<T, E>) -> Result
     })
 }
 
+#[tracing::instrument(name = "wait for guest", level = "trace", skip_all)]
 async fn greet(vm: &dyn Vm, token: &str, deadline: Deadline) -> Result<ReadyGuest, StepError> {
     let mut agent = vm.ready(deadline.left()).await.map_err(|error: VmError| StepError::from(error))?;
     agent.give_token(token).await?;

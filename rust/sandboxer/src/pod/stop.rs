@@ -39,6 +39,7 @@ impl Pod {
         self.remove_all(&mut work).await
     }
 
+    #[tracing::instrument(name = "stop", level = "trace", skip_all)]
     async fn stop_locked(&self, work: &mut Work) -> Result<(), PodError> {
         let running = self.view().phase == Phase::Running;
         if let Some(vm) = work.vm.clone() {
@@ -66,6 +67,7 @@ impl Pod {
     }
 
     /// Lets containers end and file systems sync; a guest that does not answer is ended all the same.
+    #[tracing::instrument(name = "end containers", level = "trace", skip_all)]
     async fn shut_guest_down(&self, vm: &dyn Vm) {
         let token = match fs::read_to_string(self.dir.join(pod_files::TOKEN)) {
             Ok(token) => token,
@@ -78,6 +80,7 @@ impl Pod {
         }
     }
 
+    #[tracing::instrument(name = "remove", level = "trace", skip_all)]
     pub(super) async fn remove_all(&self, work: &mut Work) -> Result<(), PodError> {
         self.stop_locked(work).await?;
         if let Some(relay) = &work.relay {
@@ -98,6 +101,7 @@ impl Pod {
     }
 }
 
+#[tracing::instrument(name = "end VM", level = "trace", skip_all)]
 async fn stop_vm(vm: &Arc<dyn Vm>) -> Result<(), StepError> {
     if let Err(error) = vm.stop(false, QUIT).await {
         tracing::warn!(%error, "the VMM does not quit, killing it");

@@ -52,6 +52,7 @@ pub(super) async fn execute<C: QmpCommand>(
 ///
 /// # Errors
 /// When QEMU does not answer, or the VM is in another state.
+#[tracing::instrument(name = "ping QMP", level = "trace", skip_all)]
 pub(super) async fn ping(socket: &Path, deadline: Duration) -> Result<(), VmError> {
     let status = execute(socket, qmp::query_status {}, deadline).await?;
     if status.running {

@@ -77,6 +77,7 @@ fn failed(step: &'static str) -> impl Fn(io::Error) -> VmError {
     move |error| VmError::Start { step, why: error.to_string(), log: String::new() }
 }
 
+#[tracing::instrument(name = "start QEMU and its companions", level = "trace", skip_all)]
 async fn start_all(qemu: &Qemu, mut spec: VmSpec, started: &mut Started) -> Result<QemuVm, VmError> {
     let config = &qemu.config;
     // Both companions start now and find their way while QEMU is being prepared.
@@ -118,6 +119,7 @@ fn companion(program: &Path, spec: &VmSpec, log: &str) -> Spawn {
 }
 
 /// Spawning blocks until the program executes.
+#[tracing::instrument(name = "start a process", level = "trace", skip_all)]
 async fn run(spawn: Spawn) -> Result<Process, VmError> {
     let spawned = tokio::task::spawn_blocking(move || spawn.spawn()).await;
     Ok(spawned.map_err(|e| failed("starting QEMU")(e.into()))??)
