@@ -2,10 +2,14 @@
 
 use std::fs::File;
 use std::io::{self, BufReader, Read};
+use std::path::Path;
+use std::process::Stdio;
 
 use flate2::read::GzDecoder;
 
-use crate::report::Report;
+use crate::cpio::{Packing, ZSTD};
+use crate::report::{LARGEST, Report};
+use crate::{Error, Result};
 
 const SECTION: &str = "archive";
 const HEADER: usize = 110;
@@ -13,9 +17,15 @@ const HEADER: usize = 110;
 const MAX_UNPACKED: u64 = 4 << 30;
 const MAX_NAME: u64 = 4096;
 
-/// Whether a file that starts so is an initrd.
-pub(crate) fn is_initrd(start: &[u8; 6]) -> bool {
-    start.starts_with(&[0x1f, 0x8b]) || start == b"070701"
+/// How a file that starts so is packed, if it is an initrd.
+pub(crate) fn packing(start: &[u8; 6]) -> Option<Packing> {
+    if start.starts_with(&[0x1f, 0x8b]) {
+        Some(Packing::Gzip)
+    } else if start.starts_with(&[0x28, 0xb5, 0x2f, 0xfd]) {
+        Some(Packing::Zstd)
+    } else {
+        (start == b"070701").then_some(Packing::None)
+    }
 }
 
 #[derive(Default)]
@@ -24,22 +34,42 @@ struct Summary {
     bytes: u64,
     foreign: u64,
     init: Option<u32>,
+    /// Size and name, the largest first.
+    largest: Vec<(u64, String)>,
     complete: bool,
 }
 
 /// Adds what the archive holds to the report.
-pub(crate) fn examine(file: &File, report: &mut Report) {
-    let mut magic = [0; 2];
-    let packed =
-        std::os::unix::fs::FileExt::read_exact_at(file, &mut magic, 0).is_ok() && magic == [0x1f, 0x8b];
-    report.note(SECTION, "packing", if packed { "gzip" } else { "none" });
-    let mut summary = Summary::default();
-    let plain = BufReader::with_capacity(1 << 16, file);
-    let end = if packed {
-        read(GzDecoder::new(plain).take(MAX_UNPACKED), &mut summary)
-    } else {
-        read(plain.take(MAX_UNPACKED), &mut summary)
+pub(crate) fn examine(file: &File, path: &Path, packing: Packing, report: &mut Report) -> Result<()> {
+    let name = match packing {
+        Packing::None => "none",
+        Packing::Gzip => "gzip",
+        Packing::Zstd => "zstd",
     };
+    report.note(SECTION, "packing", name);
+    let plain = BufReader::with_capacity(1 << 16, file);
+    match packing {
+        Packing::None => judge(plain, report),
+        Packing::Gzip => judge(GzDecoder::new(plain), report),
+        Packing::Zstd => {
+            let input = file.try_clone().map_err(Error::io("read", path))?;
+            let mut command = ZSTD.command(Path::new(""), 0)?;
+            command.args(["-d", "-q", "-c"]).stdin(input).stdout(Stdio::piped()).stderr(Stdio::null());
+            let mut child = command.spawn().map_err(Error::io("unpack", path))?;
+            if let Some(unpacked) = child.stdout.take() {
+                judge(BufReader::with_capacity(1 << 16, unpacked), report);
+            }
+            // What follows the end of the archive is not read; the program ends by the pipe that nobody reads.
+            child.wait().map_err(Error::io("unpack", path))?;
+        }
+    }
+    Ok(())
+}
+
+/// Adds what an unpacked archive holds to the report.
+pub fn judge(input: impl Read, report: &mut Report) {
+    let mut summary = Summary::default();
+    let end = read(input.take(MAX_UNPACKED), &mut summary);
     report.note(SECTION, "entries", summary.entries);
     report.note(SECTION, "content", format!("{} bytes", summary.bytes));
     let reason = end.err().map_or_else(|| "has no end mark".to_owned(), |e| e.to_string());
@@ -56,6 +86,9 @@ pub(crate) fn examine(file: &File, report: &mut Report) {
         summary.foreign == 0,
         "must all be 0:0",
     );
+    for (size, path) in summary.largest {
+        report.note("largest files", "file", format!("{size:>10} bytes  /{path}"));
+    }
 }
 
 fn read(mut input: impl Read, summary: &mut Summary) -> io::Result<()> {
@@ -89,6 +122,13 @@ fn read(mut input: impl Read, summary: &mut Summary) -> io::Result<()> {
         summary.entries += 1;
         summary.bytes += size;
         summary.foreign += u64::from(uid != 0 || gid != 0);
+        if mode & 0o170_000 == 0o100_000 {
+            let place = summary.largest.partition_point(|(other, _)| *other >= size);
+            if place < LARGEST {
+                summary.largest.insert(place, (size, name.escape_ascii().to_string()));
+                summary.largest.truncate(LARGEST);
+            }
+        }
         if name == b"init" {
             summary.init = Some(mode);
         }

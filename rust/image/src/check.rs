@@ -52,13 +52,40 @@ impl Arch {
     }
 }
 
+/// What has to be process 1 of the guest.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Process1 {
+    /// The agent; systemd would be a mistake.
+    Agent,
+    /// systemd, which starts the agent as a service.
+    Systemd,
+}
+
 /// Checks that the kernel of a guest could start `init` (absolute, as seen in the guest) as process 1.
 ///
 /// # Errors
 /// [`Error::Root`] with the reason: missing, a folder, not executable, no program, for another machine, its loader or
-/// interpreter missing.
-pub fn init(root: &Path, init: &Path, arch: Arch) -> Result<()> {
-    program(root, init, arch, 0).map_err(|reason| Error::Root { root: root.to_owned(), reason })
+/// interpreter missing; systemd where the agent has to be, or the other way round.
+pub fn init(root: &Path, init: &Path, arch: Arch, wanted: Process1) -> Result<()> {
+    program(root, init, arch, 0)
+        .and_then(|()| process_1(root, init, wanted))
+        .map_err(|reason| Error::Root { root: root.to_owned(), reason })
+}
+
+fn process_1(root: &Path, init: &Path, wanted: Process1) -> Result<(), String> {
+    let (real, shown) = (resolve(root, init)?, init.display());
+    let data = fs::read(&real).map_err(|e| format!("{shown} cannot be read: {e}"))?;
+    // Its program is called so; a copy under another name still loads its library.
+    let library = b"libsystemd-core";
+    let systemd = real.file_name().is_some_and(|name| name == "systemd")
+        || data.windows(library.len()).any(|w| w == library);
+    match (systemd, wanted) {
+        (true, Process1::Agent) => Err(format!(
+            "{shown} is systemd, and the agent must be process 1; say --systemd for a root whose systemd starts the agent"
+        )),
+        (false, Process1::Systemd) => Err(format!("{shown} is not systemd, which --systemd says it is")),
+        _ => Ok(()),
+    }
 }
 
 fn program(root: &Path, path: &Path, arch: Arch, depth: usize) -> Result<(), String> {
@@ -219,7 +246,7 @@ mod tests {
     }
 
     fn verdict(root: &Path) -> String {
-        match init(root, Path::new("/sbin/init"), Arch::X86_64) {
+        match init(root, Path::new("/sbin/init"), Arch::X86_64, Process1::Agent) {
             Ok(()) => "good".into(),
             Err(error) => error.to_string().split_once(": ").unwrap().1.to_owned(),
         }
@@ -254,7 +281,7 @@ mod tests {
     fn another_architecture_is_refused() {
         let dir = root(&elf(EM_AARCH64, None));
         assert_eq!(verdict(dir.path()), "/sbin/init is built for aarch64, the image is for x86_64");
-        assert!(init(dir.path(), Path::new("/sbin/init"), Arch::Aarch64).is_ok());
+        assert!(init(dir.path(), Path::new("/sbin/init"), Arch::Aarch64, Process1::Agent).is_ok());
     }
 
     #[test]
@@ -264,6 +291,23 @@ mod tests {
         fs::create_dir(dir.path().join("lib64")).unwrap();
         put(dir.path(), "lib64/ld.so", &elf(EM_X86_64, None));
         assert_eq!(verdict(dir.path()), "good");
+    }
+
+    #[test]
+    fn systemd_is_refused_where_the_agent_must_be_process_1() {
+        let dir = root(b"");
+        fs::remove_file(dir.path().join("sbin/init")).unwrap();
+        fs::create_dir_all(dir.path().join("lib/systemd")).unwrap();
+        put(dir.path(), "lib/systemd/systemd", &elf(EM_X86_64, None));
+        symlink("../lib/systemd/systemd", dir.path().join("sbin/init")).unwrap();
+        let said = "/sbin/init is systemd, and the agent must be process 1; say --systemd for a root whose systemd starts the agent";
+        assert_eq!(verdict(dir.path()), said);
+        let with_systemd = |root: &Path| init(root, Path::new("/sbin/init"), Arch::X86_64, Process1::Systemd);
+        assert!(with_systemd(dir.path()).is_ok());
+        let copy = root(&[elf(EM_X86_64, None), b"\0libsystemd-core-257.so\0".to_vec()].concat());
+        assert_eq!(verdict(copy.path()), said);
+        let agent = with_systemd(root(&elf(EM_X86_64, None)).path()).unwrap_err().to_string();
+        assert!(agent.ends_with(": /sbin/init is not systemd, which --systemd says it is"), "{agent}");
     }
 
     #[test]

@@ -1,19 +1,24 @@
 //! The initrd: a newc cpio archive, as the kernel's `init/initramfs.c` unpacks it.
 
 use std::fs::File;
-use std::io::{self, Read, Write};
+use std::io::{self, BufWriter, Read, Write};
 use std::path::Path;
 
 use flate2::{Compression, GzBuilder};
 
+use crate::tool::Tool;
 use crate::tree::{Entry, Kind};
 use crate::{Error, Result};
+
+pub(crate) const ZSTD: Tool = Tool::new("zstd", "zstd");
 
 /// How the archive is packed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Packing {
     /// gzip, best compression, no name and no time in its header.
     Gzip,
+    /// zstd, level 19, one thread.
+    Zstd,
     /// Not at all.
     None,
 }
@@ -22,14 +27,23 @@ pub enum Packing {
 /// stamp `mtime` (seconds since 1970).
 ///
 /// # Errors
-/// When a file cannot be read, changes while it is read, or is of 4 GiB or more.
-pub fn write<W: Write>(out: W, output: &Path, entries: &[Entry], mtime: u32, packing: Packing) -> Result<()> {
+/// When a file cannot be read, changes while it is read, or is of 4 GiB or more; when `zstd` is missing or fails.
+pub fn write(out: &File, output: &Path, entries: &[Entry], mtime: u32, packing: Packing) -> Result<()> {
+    let buffered = BufWriter::with_capacity(1 << 16, out);
     match packing {
-        Packing::None => archive(out, output, entries, mtime).map(drop),
+        Packing::None => archive(buffered, output, entries, mtime).map(drop),
         Packing::Gzip => {
-            let packer = GzBuilder::new().mtime(0).write(out, Compression::best());
+            let packer = GzBuilder::new().mtime(0).write(buffered, Compression::best());
             let packer = archive(packer, output, entries, mtime)?;
             packer.finish().and_then(|mut out| out.flush()).map_err(Error::io("write", output))
+        }
+        Packing::Zstd => {
+            let mut command = ZSTD.command(Path::new(""), mtime)?;
+            // A size in the header would need the whole archive first; the kernel wants neither that nor a checksum.
+            command.args(["-19", "--single-thread", "--no-check", "-q", "-c"]);
+            ZSTD.filter(command, out, output, |pipe| {
+                archive(BufWriter::with_capacity(1 << 16, pipe), output, entries, mtime).map(drop)
+            })
         }
     }
 }

@@ -27,13 +27,15 @@ pub enum Error {
         reason: String,
     },
     /// A tool this crate runs is missing.
-    #[error("{tool} was not found in PATH; it is part of e2fsprogs (Debian keeps it in /usr/sbin)")]
+    #[error("{tool} was not found in PATH; it is part of {package} (Debian keeps it in /usr/sbin)")]
     ToolMissing {
         /// Name of the program.
         tool: &'static str,
+        /// The package that brings it.
+        package: &'static str,
     },
     /// A tool this crate runs failed.
-    #[error("{tool} failed while making the file system: {detail}")]
+    #[error("{tool} failed while making the image: {detail}")]
     Tool {
         /// Name of the program.
         tool: &'static str,

@@ -8,8 +8,9 @@ use std::fmt::Write as _;
 use std::io::Write as _;
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
-use std::process::{Command, Output, Stdio};
+use std::process::Command;
 
+use crate::tool::Tool;
 use crate::tree::{Entry, Kind};
 use crate::{Error, Result};
 
@@ -25,6 +26,10 @@ pub const LABEL: &str = "kuasar";
 /// Features, all others off. No journal and no checksums: the image is never written and is verified as a whole by
 /// its hash, so both would cost the guest start time and give it nothing.
 const FEATURES: &str = "none,sparse_super,large_file,filetype,extent,flex_bg,dir_nlink,extra_isize";
+
+const MKE2FS: Tool = Tool::new("mke2fs", "e2fsprogs");
+const DEBUGFS: Tool = Tool::new("debugfs", "e2fsprogs");
+const E2FSCK: Tool = Tool::new("e2fsck", "e2fsprogs");
 
 const INODES_PER_BLOCK: u64 = BLOCK / 256;
 const BLOCKS_PER_GROUP: u64 = BLOCK * 8;
@@ -82,31 +87,24 @@ pub fn make(image: &Path, offset: u64, bytes: u64, inodes: u64, entries: &[Entry
 
     let extended =
         format!("hash_seed={HASH_SEED},root_owner=0:0,lazy_itable_init=0,nodiscard,offset={offset}");
-    let mut mke2fs = tool("mke2fs", image, epoch)?;
+    let mut mke2fs = command(MKE2FS, image, epoch)?;
     mke2fs.args(["-F", "-q", "-b", "4096", "-I", "256", "-m", "0", "-O", FEATURES, "-U", UUID, "-L", LABEL]);
     mke2fs.args(["-N", &inodes.to_string(), "-E", &extended]);
     mke2fs.arg(base_name(image)).arg((bytes / BLOCK).to_string());
-    let output = run("mke2fs", &mut mke2fs)?;
-    if !output.status.success() {
-        return Err(failed("mke2fs", &output));
-    }
+    MKE2FS.run(&mut mke2fs)?;
 
     let mut at = OsString::from(base_name(image));
     at.push(format!("?offset={offset}"));
-    let mut debugfs = tool("debugfs", image, epoch)?;
+    let mut debugfs = command(DEBUGFS, image, epoch)?;
     debugfs.arg("-w").arg("-f").arg(file.path()).arg(&at);
-    let output = run("debugfs", &mut debugfs)?;
+    let output = DEBUGFS.output(&mut debugfs)?;
     // debugfs exits with 0 whatever its script met; only its banner may be on stderr.
     let complained = String::from_utf8_lossy(&output.stderr).lines().any(|l| !l.starts_with("debugfs "));
     if complained || !output.status.success() {
-        return Err(failed("debugfs", &output));
+        return Err(DEBUGFS.failed(&output));
     }
 
-    let mut fsck = tool("e2fsck", image, epoch)?;
-    let output = run("e2fsck", fsck.arg("-fn").arg(&at))?;
-    if !output.status.success() {
-        return Err(failed("e2fsck", &output));
-    }
+    E2FSCK.run(command(E2FSCK, image, epoch)?.arg("-fn").arg(&at))?;
     Ok(())
 }
 
@@ -169,34 +167,14 @@ fn unusable(entry: &Entry, reason: &str) -> Error {
     Error::Format { path: entry.source.clone(), reason: reason.into() }
 }
 
-/// A tool with nothing of the builder's environment but PATH. It runs in the image's folder, so that the name it gets
-/// has no character that e2fsprogs reads as an option.
-fn tool(name: &'static str, image: &Path, epoch: u32) -> Result<Command> {
-    let path = std::env::var_os("PATH").unwrap_or_default();
-    let program = std::env::split_paths(&path).map(|dir| dir.join(name)).find(|file| file.is_file());
-    let mut command = Command::new(program.ok_or(Error::ToolMissing { tool: name })?);
-    command.env_clear().env("PATH", path).env("LC_ALL", "C").env("TZ", "UTC");
-    command.env("MKE2FS_CONFIG", "/dev/null");
-    // The first is known to 1.47.0, the second to later releases.
-    command.env("E2FSPROGS_FAKE_TIME", epoch.to_string()).env("SOURCE_DATE_EPOCH", epoch.to_string());
-    if let Some(folder) = image.parent().filter(|p| !p.as_os_str().is_empty()) {
-        command.current_dir(folder);
-    }
-    command.stdin(Stdio::null());
+/// A tool of e2fsprogs, run in the image's folder.
+fn command(tool: Tool, image: &Path, epoch: u32) -> Result<Command> {
+    let mut command = tool.command(image.parent().unwrap_or(Path::new("")), epoch)?;
+    // The first is known to 1.47.0, the standard variable to later releases.
+    command.env("MKE2FS_CONFIG", "/dev/null").env("E2FSPROGS_FAKE_TIME", epoch.to_string());
     Ok(command)
 }
 
 fn base_name(image: &Path) -> &std::ffi::OsStr {
     image.file_name().unwrap_or_default()
-}
-
-fn run(name: &'static str, command: &mut Command) -> Result<Output> {
-    command.output().map_err(|e| Error::Tool { tool: name, detail: format!("it did not start: {e}") })
-}
-
-fn failed(tool: &'static str, output: &Output) -> Error {
-    let text = [output.stderr.as_slice(), output.stdout.as_slice()].concat();
-    let text = String::from_utf8_lossy(&text);
-    let lines: Vec<_> = text.lines().filter(|l| !l.starts_with(&format!("{tool} "))).take(10).collect();
-    Error::Tool { tool, detail: format!("{}: {}", output.status, lines.join("; ")) }
 }

@@ -9,17 +9,25 @@
 //! a directory listing, no owner or time stamp of the builder's files. `SOURCE_DATE_EPOCH`, when set, is the one time
 //! used.
 
-mod archive;
+pub mod archive;
 pub mod check;
 pub mod cpio;
+mod crc32c;
 pub mod disk;
+pub mod erofs;
 pub mod error;
 pub mod ext4;
-mod filesystem;
+mod gpt;
+mod list;
 pub mod mbr;
 pub mod pfn;
 pub mod report;
+pub mod source;
+mod superblock;
+mod tool;
 pub mod tree;
+pub mod verity;
+pub mod xfs;
 
 pub use error::{Error, Result};
 

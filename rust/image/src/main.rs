@@ -5,9 +5,9 @@ use std::process::ExitCode;
 
 use anyhow::{Context, Result, bail};
 use clap::{Parser, Subcommand, ValueEnum};
-use kuasar_image::check::Arch;
+use kuasar_image::check::{Arch, Process1};
 use kuasar_image::cpio::Packing;
-use kuasar_image::disk::{self, Options};
+use kuasar_image::disk::{self, Content, FileSystem, Options};
 use kuasar_image::{MIB, report};
 
 /// Builds, inspects and verifies guest images. Equal root file systems give equal bytes; every time stamp is
@@ -35,10 +35,13 @@ enum Command {
         place: Place,
         /// File system
         #[arg(long, value_enum, default_value = "ext4")]
-        fs: FileSystem,
+        fs: FileSystemName,
         /// Free space to leave in the file system, MiB
         #[arg(long, value_name = "N", default_value_t = 0)]
         reserve_mib: u32,
+        /// Put a hash tree for dm-verity behind the file system, and print what the daemon's [hypervisor.verity] needs
+        #[arg(long)]
+        verity: bool,
     },
     /// Print both partition tables, the PFN superblock and the file system, field by field
     Inspect {
@@ -49,6 +52,9 @@ enum Command {
     Verify {
         /// Disk image or initrd
         file: PathBuf,
+        /// Also check every block against this root hash of its dm-verity tree
+        #[arg(long, value_name = "HEX")]
+        root_hash: Option<String>,
     },
     /// Write the partition tables and the PFN superblock only, for a file system put at 3 MiB by other means
     Header {
@@ -72,17 +78,23 @@ struct Place {
     /// Machine the guest runs on [default: this one]
     #[arg(long, value_enum)]
     arch: Option<ArchName>,
+    /// Process 1 is systemd, which starts the agent as a service
+    #[arg(long)]
+    systemd: bool,
 }
 
 #[derive(Clone, Copy, ValueEnum)]
 enum Compress {
     Gzip,
+    Zstd,
     None,
 }
 
 #[derive(Clone, Copy, ValueEnum)]
-enum FileSystem {
+enum FileSystemName {
     Ext4,
+    Erofs,
+    Xfs,
 }
 
 #[derive(Clone, Copy, ValueEnum)]
@@ -108,19 +120,28 @@ fn run(cli: Cli) -> Result<()> {
         Command::Initrd { place, compress } => {
             let packing = match compress {
                 Compress::Gzip => Packing::Gzip,
+                Compress::Zstd => Packing::Zstd,
                 Compress::None => Packing::None,
             };
             Ok(disk::build_initrd(&place.options()?, packing)?)
         }
-        Command::Build { place, fs: FileSystem::Ext4, reserve_mib } => {
-            disk::build(&place.options()?, u64::from(reserve_mib) * MIB)?;
+        Command::Build { place, fs, reserve_mib, verity } => {
+            let fs = match fs {
+                FileSystemName::Ext4 => FileSystem::Ext4,
+                FileSystemName::Erofs => FileSystem::Erofs,
+                FileSystemName::Xfs => FileSystem::Xfs,
+            };
+            let content = Content { fs, reserve: u64::from(reserve_mib) * MIB, verity };
+            if let Some(verity) = disk::build(&place.options()?, content)? {
+                print!("{verity}");
+            }
             Ok(())
         }
         Command::Inspect { file } => {
             print!("{}", report::examine(&file)?);
             Ok(())
         }
-        Command::Verify { file } => verify(&file),
+        Command::Verify { file, root_hash } => verify(&file, root_hash.as_deref()),
         Command::Header { output, size_mib } => {
             disk::write_header(&output, size_mib.map(|n| u64::from(n) * MIB))?;
             Ok(())
@@ -128,7 +149,7 @@ fn run(cli: Cli) -> Result<()> {
     }
 }
 
-fn verify(file: &Path) -> Result<()> {
+fn verify(file: &Path, root_hash: Option<&str>) -> Result<()> {
     let report = report::examine(file)?;
     let mut count = 0;
     for field in report.problems() {
@@ -138,6 +159,9 @@ fn verify(file: &Path) -> Result<()> {
     }
     if count > 0 {
         bail!("{}: {count} of {} fields are wrong", file.display(), report.fields.len());
+    }
+    if let Some(root_hash) = root_hash {
+        kuasar_image::verity::check(file, root_hash)?;
     }
     println!("{}: good, {} fields", file.display(), report.fields.len());
     Ok(())
@@ -152,6 +176,7 @@ impl Place {
                 .context("guests do not run on this machine's architecture; name one with --arch")?,
         };
         let epoch = kuasar_image::source_date_epoch()?;
-        Ok(Options { rootfs: &self.rootfs, output: &self.output, arch, epoch })
+        let process_1 = if self.systemd { Process1::Systemd } else { Process1::Agent };
+        Ok(Options { rootfs: &self.rootfs, output: &self.output, arch, epoch, process_1 })
     }
 }

@@ -5,12 +5,17 @@
 
 use std::fmt::{self, Display};
 use std::fs::File;
-use std::os::unix::fs::FileExt;
 use std::path::Path;
 
-use crate::mbr::{self, Partition};
-use crate::pfn::{self, Superblock};
-use crate::{Error, Result, archive, disk, filesystem};
+use crate::mbr::{self, SECTOR};
+use crate::pfn::{self, Superblock, field};
+use crate::source::{self, FileSource, Source};
+use crate::{Error, MIB, Result, archive, disk, gpt, list, superblock, verity};
+
+/// What a dm-verity superblock starts with.
+const VERITY: &[u8; 8] = b"verity\0\0";
+/// How many of the largest files are named.
+pub(crate) const LARGEST: usize = 10;
 
 /// One field of an image.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -85,67 +90,139 @@ pub fn examine(path: &Path) -> Result<Report> {
         return Err(Error::Format { path: path.to_owned(), reason: "is not a regular file".into() });
     }
     let file = File::open(path).map_err(Error::io("open", path))?;
-    let size = meta.len();
+    let image = FileSource { file: &file, size: meta.len() };
+    let start: [u8; 6] = source::block(&image, 0).map_err(Error::io("read", path))?;
+    let Some(packing) = archive::packing(&start) else {
+        return disk_image(&image).map_err(Error::io("read", path));
+    };
     let mut report = Report::default();
-    let mut start = [0; 6];
-    if size >= 6 {
-        file.read_exact_at(&mut start, 0).map_err(Error::io("read", path))?;
-    }
-    if archive::is_initrd(&start) {
-        report.note("file", "kind", "initrd");
-        report.note("file", "size", format!("{size} bytes"));
-        archive::examine(&file, &mut report);
-    } else {
-        report.note("file", "kind", "disk image");
-        disk_image(&file, path, size, &mut report)?;
-    }
+    report.note("file", "kind", "initrd");
+    report.note("file", "size", format!("{} bytes", image.size));
+    archive::examine(&file, path, packing, &mut report)?;
     Ok(report)
 }
 
-fn disk_image(file: &File, path: &Path, size: u64, report: &mut Report) -> Result<()> {
+/// Examines a disk image.
+///
+/// # Errors
+/// Only when it cannot be read.
+pub fn disk_image(image: &dyn Source) -> std::io::Result<Report> {
+    let mut report = Report::default();
+    let size = image.size();
+    report.note("file", "kind", "disk image");
     let verdict = disk::check_size(size).err().map(|e| e.to_string()).unwrap_or_default();
     report.check("file", "size", format!("{size} bytes"), verdict.is_empty(), &verdict);
     if size <= disk::FS_OFFSET {
-        return Ok(());
+        return Ok(report);
     }
-    table(report, "table 1, at 0", &block(file, path, 0)?, disk::partition(size, 0));
-    superblock(report, &block(file, path, pfn::OFFSET)?, size);
-    let second = block(file, path, disk::DAX_OFFSET)?;
-    table(report, "table 2, at 2 MiB", &second, disk::partition(size, disk::DAX_OFFSET));
-    filesystem::examine(report, &block(file, path, disk::FS_OFFSET)?, size - disk::FS_OFFSET);
+    let start = table(&mut report, "table 1, at 0", image, 0, size)?;
+    superblock(&mut report, &source::block(image, pfn::OFFSET)?, size);
+    table(&mut report, "table 2, at 2 MiB", image, disk::DAX_OFFSET, size)?;
+    // Images of other builders may have their file system elsewhere.
+    let start = start.filter(|start| (MIB..size).contains(start)).unwrap_or(disk::FS_OFFSET);
+    content(&mut report, image, start)?;
+    Ok(report)
+}
+
+/// The file system, what lies behind it, and its largest files.
+fn content(report: &mut Report, image: &dyn Source, at: u64) -> std::io::Result<()> {
+    let section =
+        if at == disk::FS_OFFSET { "file system, at 3 MiB" } else { "file system, where table 1 says" };
+    let room = image.size() - at;
+    let Some((known, bytes)) = superblock::examine(report, section, &source::block(image, at)?, room) else {
+        return Ok(());
+    };
+    if bytes > 0 && bytes < room {
+        verity(report, &source::block(image, at + bytes)?, bytes, room);
+    }
+    for (size, path) in list::largest(image, at, known, LARGEST)? {
+        report.note("largest files", "file", format!("{size:>10} bytes  {path}"));
+    }
     Ok(())
 }
 
-/// Reads `N` bytes; those beyond the end of the file are zero.
-fn block<const N: usize>(file: &File, path: &Path, offset: u64) -> Result<[u8; N]> {
-    let mut block = [0; N];
-    let mut at = offset;
-    let mut rest = block.as_mut_slice();
-    while !rest.is_empty() {
-        let count = file.read_at(rest, at).map_err(Error::io("read", path))?;
-        if count == 0 {
-            break;
-        }
-        at += count as u64;
-        rest = rest.get_mut(count..).unwrap_or_default();
+/// What `veritysetup` writes before a tree (its `struct verity_sb`).
+fn verity(report: &mut Report, sb: &[u8; 512], bytes: u64, room: u64) {
+    const SECTION: &str = "dm-verity, behind the file system";
+    if !sb.starts_with(VERITY) {
+        return;
     }
-    Ok(block)
+    let u32_at = |at| u32::from_le_bytes(field(sb, at));
+    let versions = (u32_at(8), u32_at(12));
+    report.check(
+        SECTION,
+        "version",
+        format!("{}, hash type {}", versions.0, versions.1),
+        versions == (1, 1),
+        "must be 1, hash type 1",
+    );
+    report.note(SECTION, "uuid", hex(&field::<16>(sb, 16)));
+    let algorithm: [u8; 32] = field(sb, 32);
+    let algorithm = algorithm.split(|b| *b == 0).next().unwrap_or_default();
+    report.check(
+        SECTION,
+        "hash",
+        algorithm.escape_ascii(),
+        algorithm == b"sha256",
+        "must be sha256, which the guest's kernel knows",
+    );
+    let sizes = (u32_at(64), u32_at(68));
+    report.check(
+        SECTION,
+        "block sizes",
+        format!("{} and {} bytes", sizes.0, sizes.1),
+        sizes == (4096, 4096),
+        "must be 4096",
+    );
+    let blocks = u64::from_le_bytes(field(sb, 72));
+    let wanted = format!("must be {}, as many as the file system has", bytes / 4096);
+    report.check(SECTION, "data blocks", blocks, blocks == bytes / 4096, wanted);
+    let salt = usize::from(u16::from_le_bytes(field(sb, 80)));
+    report.note(SECTION, "salt", sb.get(88..88 + salt.min(256)).map(hex).unwrap_or_default());
+    let needed = verity::size(bytes);
+    report.check(
+        SECTION,
+        "tree",
+        format!("{needed} bytes"),
+        bytes.saturating_add(needed) <= room,
+        "does not fit into the file",
+    );
 }
 
-fn table(report: &mut Report, section: &'static str, sector: &[u8; 512], wanted: Partition) {
-    let table = mbr::decode(sector);
+/// Where the tree's superblock lies, bytes from the start of the file system; none when there is none.
+pub(crate) fn verity_offset(file: &File, path: &Path) -> Result<Option<u64>> {
+    let size = file.metadata().map_err(Error::io("read the size of", path))?.len();
+    let image = FileSource { file, size };
+    let io = |e| Error::io("read", path)(e);
+    let start = source::block(&image, disk::FS_OFFSET).map_err(io)?;
+    let room = size.saturating_sub(disk::FS_OFFSET);
+    let found = superblock::examine(&mut Report::default(), "", &start, room);
+    let Some((_, bytes)) = found.filter(|(_, bytes)| *bytes > 0) else { return Ok(None) };
+    let sb: [u8; 8] = source::block(&image, disk::FS_OFFSET + bytes).map_err(Error::io("read", path))?;
+    Ok((sb == *VERITY).then_some(bytes))
+}
+
+/// Adds the partition table at `base`. Gives where its first partition starts, bytes from the start of the file.
+fn table(
+    report: &mut Report,
+    section: &'static str,
+    image: &dyn Source,
+    base: u64,
+    size: u64,
+) -> std::io::Result<Option<u64>> {
+    let wanted = disk::partition(size, base);
+    let table = mbr::decode(&source::block(image, base)?);
     let [first, others @ ..] = table.partitions;
     let signature = if table.signature { "55 aa" } else { "none" };
     report.check(section, "signature", signature, table.signature, "no partition table ends here with 55 aa");
     report.note(section, "disk id", format!("{:#010x}", table.disk_id));
     let kind = format!("{:#04x}", first.kind);
-    report.check(
-        section,
-        "type",
-        kind,
-        first.kind == wanted.kind,
-        format!("must be {:#04x}, Linux", wanted.kind),
-    );
+    let linux = format!("must be {:#04x}, Linux", wanted.kind);
+    report.check(section, "type", kind, first.kind == wanted.kind, linux);
+    if table.signature && first.kind == gpt::TYPE_PROTECTIVE {
+        let start = gpt::examine(report, section, image, base)?;
+        return Ok(start.and_then(|start| start.checked_add(base)));
+    }
     let place = format!("must be {}: the file system lies 3 MiB into the file", wanted.start);
     report.check(section, "start", format!("sector {}", first.start), first.start == wanted.start, place);
     let length = format!("must be {}, to the end of the file", wanted.sectors);
@@ -153,6 +230,8 @@ fn table(report: &mut Report, section: &'static str, sector: &[u8; 512], wanted:
     report.check(section, "sectors", sectors, first.sectors == wanted.sectors, length);
     let used = others.iter().filter(|p| p.is_used()).count();
     report.check(section, "other entries", used, used == 0, "there must be one partition only");
+    let found = table.signature && first.is_used();
+    Ok(found.then(|| base + u64::from(first.start) * SECTOR))
 }
 
 fn superblock(report: &mut Report, raw: &[u8; pfn::SIZE], size: u64) {

@@ -1,0 +1,128 @@
+//! dm-verity: a tree of hashes behind the file system, whose root on the kernel's command line vouches for every block.
+//! `veritysetup` makes it and checks it.
+
+use std::fmt;
+use std::fs::File;
+use std::path::Path;
+
+use crate::ext4::BLOCK;
+use crate::tool::Tool;
+use crate::{Error, Result, disk, report};
+
+const VERITYSETUP: Tool = Tool::new("veritysetup", "cryptsetup");
+/// UUID of every tree made here; an image is known by its root hash, not by this.
+const UUID: &str = "6b756173-6172-4000-8000-000000000005";
+const HASHES_PER_BLOCK: u64 = BLOCK / 32;
+
+/// What the kernel has to be told: the tree begins in the block after the superblock, which is behind the data.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Verity {
+    /// SHA-256 of the tree's root, hexadecimal.
+    pub root_hash: String,
+    /// Blocks of 4096 bytes that it covers.
+    pub data_blocks: u64,
+}
+
+/// As the daemon's configuration has it.
+impl fmt::Display for Verity {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        writeln!(f, "root_hash = \"{}\"\ndata_blocks = {}", self.root_hash, self.data_blocks)
+    }
+}
+
+/// Bytes of the superblock and the tree for `data` bytes.
+#[must_use]
+pub fn size(data: u64) -> u64 {
+    let mut level = data.div_ceil(BLOCK);
+    let mut blocks = 1;
+    loop {
+        level = level.div_ceil(HASHES_PER_BLOCK);
+        blocks += level;
+        if level <= 1 {
+            return blocks * BLOCK;
+        }
+    }
+}
+
+/// Puts the tree behind the `data` bytes at `offset`.
+pub(crate) fn append(image: &File, path: &Path, offset: u64, data: u64, epoch: u32) -> Result<Verity> {
+    let (alone, data_blocks) = extract(image, path, offset, data, 0)?;
+    let mut command = command(alone.path(), epoch)?;
+    command.arg("format").args(arguments(data)).args(["--salt=-", "--uuid", UUID]);
+    let name = alone.path().file_name().unwrap_or_default();
+    let output = VERITYSETUP.run(command.arg(name).arg(name))?;
+    let said = String::from_utf8_lossy(&output.stdout).into_owned();
+    let root_hash =
+        said.lines().find_map(|line| line.strip_prefix("Root hash:")).map(|hash| hash.trim().to_owned());
+    let root_hash = root_hash.ok_or_else(|| VERITYSETUP.failed_with("it named no root hash".into()))?;
+    let made = alone.as_file().metadata().map_err(Error::io("read the size of", path))?.len();
+    if made != data + size(data) {
+        return Err(VERITYSETUP.failed_with(format!(
+            "its tree has {} bytes, not {}",
+            made - data,
+            size(data)
+        )));
+    }
+    disk::copy(alone.as_file(), data, image, offset + data, size(data)).map_err(Error::io("write", path))?;
+    Ok(Verity { root_hash, data_blocks })
+}
+
+/// Checks every block of a disk image against a root hash.
+///
+/// # Errors
+/// When a block or the tree differs, the image has none, or `veritysetup` is missing.
+pub fn check(path: &Path, root_hash: &str) -> Result<()> {
+    let image = File::open(path).map_err(Error::io("open", path))?;
+    let none = || Error::Format {
+        path: path.to_owned(),
+        reason: "has no dm-verity tree behind its file system".into(),
+    };
+    let data = report::verity_offset(&image, path)?.ok_or_else(none)?;
+    let (alone, _) = extract(&image, path, disk::FS_OFFSET, data, size(data))?;
+    let name = alone.path().file_name().unwrap_or_default();
+    let mut command = command(alone.path(), 0)?;
+    command.arg("verify").arg(format!("--hash-offset={data}")).arg(name).arg(name).arg(root_hash);
+    VERITYSETUP.run(&mut command).map(drop)
+}
+
+/// The file system, and what is behind it, in a file of its own.
+fn extract(
+    image: &File,
+    path: &Path,
+    offset: u64,
+    data: u64,
+    more: u64,
+) -> Result<(tempfile::NamedTempFile, u64)> {
+    let folder = std::env::temp_dir();
+    let alone = tempfile::NamedTempFile::new().map_err(Error::io("create a file in", &folder))?;
+    alone.as_file().set_len(data + more).map_err(Error::io("set the size of", alone.path()))?;
+    disk::copy(image, offset, alone.as_file(), 0, data + more).map_err(Error::io("copy from", path))?;
+    Ok((alone, data / BLOCK))
+}
+
+fn arguments(data: u64) -> [String; 5] {
+    [
+        "--hash=sha256".to_owned(),
+        "--data-block-size=4096".to_owned(),
+        "--hash-block-size=4096".to_owned(),
+        format!("--data-blocks={}", data / BLOCK),
+        format!("--hash-offset={data}"),
+    ]
+}
+
+fn command(file: &Path, epoch: u32) -> Result<std::process::Command> {
+    VERITYSETUP.command(file.parent().unwrap_or(Path::new("")), epoch)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sizes_count_every_level_and_the_superblock() {
+        assert_eq!(size(4096), 2 * 4096);
+        assert_eq!(size(128 * 4096), 2 * 4096);
+        assert_eq!(size(129 * 4096), 4 * 4096);
+        assert_eq!(size(20_000 * 4096), (1 + 157 + 2 + 1) * 4096);
+    }
+}
