@@ -35,7 +35,9 @@ macro_rules! targets {
 // One line each, sorted.
 targets! {
     command_line
+    disk_image
     handshake
+    initrd
     oci_spec
     stdio
     storages
