@@ -21,7 +21,8 @@ use tokio::{
 
 use config::{BRIDGE, VARIANTS, cni_config, containerd_config};
 pub use config::{
-    NAMESPACE, QEMU, QEMU_9P, QEMU_INITRD, RUNC, SOCKET, daemon_config, folder_of, handlers, socket_of, table,
+    Containerd, NAMESPACE, QEMU, QEMU_9P, QEMU_INITRD, RUNC, SOCKET, daemon_config, folder_of, handlers,
+    socket_of, table,
 };
 use pod::own_pids;
 pub use pod::{Pod, container};
@@ -65,6 +66,19 @@ impl Lab {
     /// # Errors
     /// When a program does not come up; the text shows the end of its log.
     pub async fn start(machine: Machine, paths: Paths, handlers: &[&str]) -> Result<Self> {
+        Self::start_with(machine, paths, handlers, &Containerd::default()).await
+    }
+
+    /// As [`Lab::start`], with a containerd that differs.
+    ///
+    /// # Errors
+    /// As those of [`Lab::start`].
+    pub async fn start_with(
+        machine: Machine,
+        paths: Paths,
+        handlers: &[&str],
+        containerd: &Containerd,
+    ) -> Result<Self> {
         for folder in ["log", "containerd", "cni", "pods", "images", "tmp"] {
             fs::create_dir_all(machine.root.join(folder))?;
         }
@@ -77,7 +91,7 @@ impl Lab {
             let log = log_of(&machine, daemon.handler);
             listening(&mut daemon.child, &socket_of(daemon.handler), &log).await?;
         }
-        let mut containerd = start_containerd(&machine, &paths)?;
+        let mut containerd = start_containerd(&machine, &paths, containerd)?;
         listening(&mut containerd, Path::new(SOCKET), &log_of(&machine, "containerd")).await?;
         let cri = Cri::connect(Path::new(SOCKET)).await?;
         let lab =
@@ -316,13 +330,16 @@ fn start_daemon(
     Ok(Daemon { handler, child })
 }
 
-fn start_containerd(machine: &Machine, paths: &Paths) -> Result<Child> {
+fn start_containerd(machine: &Machine, paths: &Paths, settings: &Containerd) -> Result<Child> {
     fs::write(machine.root.join("cni/10-lab.conflist"), cni_config(machine))?;
     let config = machine.root.join("containerd.toml");
-    fs::write(&config, containerd_config(machine, paths))?;
+    fs::write(&config, containerd_config(machine, paths, settings))?;
+    let program = settings.program.clone().unwrap_or_else(|| paths.tool("containerd"));
     let path = std::env::var("PATH").unwrap_or_default();
     let path = format!("{}:{}:{path}", paths.relay_dir.display(), paths.tools.display());
-    let mut command = Command::new(paths.tool("containerd"));
+    // The shims that were built with another containerd come before those of the unpacked one.
+    let path = format!("{}:{path}", program.parent().unwrap_or(Path::new("/")).display());
+    let mut command = Command::new(program);
     command.arg("--config").arg(&config).env("PATH", path);
     spawn(machine, "containerd", &mut command)
 }

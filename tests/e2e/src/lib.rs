@@ -5,9 +5,11 @@
 //! - [`paths`]: where the programs and artefacts under test are, and what to run when one is missing
 //! - [`image`]: OCI images made from files, without a registry
 //! - [`lab`]: containerd and the daemons in that machine
+//! - [`conformance`]: the table of `docs/cri-conformance.md`, and what came out against it
 //! - [`cri`]: the client, one method per call
 //! - [`suite`]: test list to exit status
 
+pub mod conformance;
 pub mod cri;
 pub mod image;
 pub mod lab;

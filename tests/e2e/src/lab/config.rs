@@ -22,12 +22,26 @@ pub const QEMU_INITRD: &str = "kuasar-qemu-initrd";
 /// Handler of ordinary containers, to tell a fault of the lab from one of ours.
 pub const RUNC: &str = "runc";
 
+/// What the CNI plugin for port mappings calls.
+const IPTABLES: &str = "/usr/sbin/iptables";
+
 /// The pods' bridge.
 pub(super) const BRIDGE: &str = "klab0";
 
 /// Keys of `[hypervisor]` by handler, over the `config.toml` of the image.
 pub(super) const VARIANTS: [(&str, &[(&str, &str)]); 3] =
     [(QEMU, &[]), (QEMU_9P, &[("share_fs", "9p"), ("root", "blk")]), (QEMU_INITRD, &[("root", "initrd")])];
+
+/// What may differ from the lab's usual containerd.
+#[derive(Clone, Debug, Default)]
+pub struct Containerd {
+    /// The program, when it is not the unpacked one.
+    pub program: Option<PathBuf>,
+    /// Folder of `hosts.toml` files, when images are pulled through CRI.
+    pub registries: Option<PathBuf>,
+    /// Whether NRI is on, as it is in containerd's own settings.
+    pub nri: bool,
+}
 
 /// All handlers whose pods are VMs.
 pub fn handlers() -> impl Iterator<Item = &'static str> {
@@ -89,31 +103,37 @@ pub fn table<'a>(parent: &'a mut toml::Table, key: &str) -> Result<&'a mut toml:
 }
 
 pub(super) fn cni_config(machine: &Machine) -> String {
+    let mut plugins = vec![serde_json::json!({
+        "type": "bridge", "bridge": BRIDGE, "isGateway": true, "ipMasq": false,
+        "ipam": {
+            "type": "host-local",
+            "dataDir": machine.root.join("cni/leases"),
+            "ranges": [[{"subnet": "10.88.77.0/24"}]],
+            "routes": [{"dst": "0.0.0.0/0"}],
+        },
+    })];
+    // Only where its program is: the demo has no use for it.
+    if Path::new(IPTABLES).exists() {
+        plugins.push(serde_json::json!({"type": "portmap", "capabilities": {"portMappings": true}}));
+    }
     serde_json::json!({
         "cniVersion": "1.0.0",
         "name": "lab",
-        "plugins": [{
-            "type": "bridge", "bridge": BRIDGE, "isGateway": true, "ipMasq": false,
-            "ipam": {
-                "type": "host-local",
-                "dataDir": machine.root.join("cni/leases"),
-                "ranges": [[{"subnet": "10.88.77.0/24"}]],
-                "routes": [{"dst": "0.0.0.0/0"}],
-            },
-        }],
+        "plugins": plugins,
     })
     .to_string()
 }
 
 /// Stock settings, but for places, and without what needs a network or a device of the host.
-pub(super) fn containerd_config(machine: &Machine, paths: &Paths) -> String {
+pub(super) fn containerd_config(machine: &Machine, paths: &Paths, containerd: &Containerd) -> String {
     let root = machine.root.display();
+    let nri = if containerd.nri { "" } else { "\"io.containerd.nri.v1.nri\", " };
     let mut text = format!(
         r#"version = 3
 root = "{root}/containerd"
 state = "/run/containerd"
 disabled_plugins = [
-  "io.containerd.internal.v1.opt", "io.containerd.nri.v1.nri", "io.containerd.snapshotter.v1.btrfs",
+  "io.containerd.internal.v1.opt", {nri}"io.containerd.snapshotter.v1.btrfs",
   "io.containerd.snapshotter.v1.devmapper", "io.containerd.snapshotter.v1.zfs", "io.containerd.snapshotter.v1.blockfile",
 ]
 [grpc]
@@ -134,6 +154,12 @@ disabled_plugins = [
         image::PAUSE,
         paths.tool("cni").display(),
     );
+    if let Some(folder) = &containerd.registries {
+        text.push_str(&format!(
+            "[plugins.'io.containerd.cri.v1.images'.registry]\n  config_path = \"{}\"\n",
+            folder.display()
+        ));
+    }
     for (handler, _) in VARIANTS {
         text.push_str(&format!(
             r#"[proxy_plugins.{handler}]

@@ -1,0 +1,133 @@
+//! The judge: the CRI validation suite against a runtime handler, and its verdict against `docs/cri-conformance.md`.
+//! One case a spec. `KUASAR_BLESS=1` writes what came out into the table instead of comparing.
+
+mod suite;
+
+use std::{
+    collections::BTreeMap,
+    path::{Path, PathBuf},
+    process::ExitCode,
+};
+
+use anyhow::{Context, Result, bail};
+use kuasar_e2e::{
+    conformance::{Outcome, Table, Verdict},
+    lab::{self, Containerd, Lab},
+    machine::{self, Machine},
+    paths::Paths,
+    suite::handler,
+};
+use libtest_mimic::{Arguments, Failed, Trial};
+use tokio::runtime::Runtime;
+
+use suite::{Programs, Registry};
+
+fn main() -> ExitCode {
+    match judge() {
+        Ok(code) => code,
+        Err(e) => {
+            eprintln!("error: {e:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn document() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../../docs/cri-conformance.md")
+}
+
+fn judge() -> Result<ExitCode> {
+    let args = Arguments::from_args();
+    if args.list {
+        let specs = Table::read(&document())?;
+        let trials = specs.specs().map(|spec| Trial::test(spec, || Ok(()))).collect();
+        return Ok(libtest_mimic::run(&args, trials).exit_code());
+    }
+    let machine = match machine::enter()? {
+        Ok(machine) => machine,
+        Err(code) => return Ok(code),
+    };
+    let runtime = Runtime::new().context("starting the async runtime")?;
+    let paths = Paths::find()?;
+    let programs = Programs::find(&paths)?;
+    let column = programs.column(handler())?;
+    let (outcomes, wrong) = runtime.block_on(run(machine, paths, &programs, args.filter.as_deref()))?;
+    let all = args.filter.is_none() && suite::focus().is_none();
+    if std::env::var_os("KUASAR_BLESS").is_some() {
+        let mut table = Table::read(&document())?;
+        table.bless(&column, &outcomes, all);
+        table.write(&document())?;
+    }
+    let table = Table::read(&document())?;
+    let mut trials: Vec<_> = outcomes.iter().map(|outcome| trial(&table, &column, outcome)).collect();
+    if all {
+        let missing = table.missing(&column, &outcomes);
+        trials.extend(missing.into_iter().map(|spec| failed(&spec, "the table has it, the suite has not")));
+    }
+    let args = Arguments { filter: None, ..args };
+    let conclusion = libtest_mimic::run(&args, trials);
+    say_times(&outcomes);
+    for line in &wrong {
+        eprintln!("while ending: {line}");
+    }
+    let good = !conclusion.has_failed() && wrong.is_empty();
+    Ok(if good { ExitCode::SUCCESS } else { ExitCode::from(101) })
+}
+
+/// Starts everything, runs the suite, ends everything. Returns the outcomes, and what went wrong at the end.
+async fn run(
+    machine: Machine,
+    paths: Paths,
+    programs: &Programs,
+    filter: Option<&str>,
+) -> Result<(Vec<Outcome>, Vec<String>)> {
+    let registries = machine.root.join("registries");
+    suite::write_registries(&registries)?;
+    let registry = Registry::start(programs, &machine).await?;
+    let settings =
+        Containerd { program: programs.containerd.clone(), registries: Some(registries), nri: true };
+    let handlers: &[&str] = if handler() == lab::RUNC { &[] } else { &[lab::QEMU] };
+    let lab = Lab::start_with(machine, paths, handlers, &settings).await?;
+    lab.import_images().await?;
+    let outcomes = suite::run(&lab, programs, &registry, filter).await;
+    let forgotten = if handler() == lab::RUNC { suite::forget_containers(&lab).await } else { Ok(()) };
+    let mut wrong = lab.stop().await;
+    wrong.extend(forgotten.err().map(|e| format!("{e:#}")));
+    wrong.extend(registry.end().await.err().map(|e| format!("{e:#}")));
+    suite::clean_up();
+    let outcomes = outcomes?;
+    if outcomes.is_empty() {
+        bail!("no spec was run: nothing matches");
+    }
+    Ok((outcomes, wrong))
+}
+
+fn trial(table: &Table, column: &str, outcome: &Outcome) -> Trial {
+    let verdict = table.judge(column, outcome);
+    let spec = outcome.spec.clone();
+    match verdict {
+        Verdict::AsExpected => Trial::test(spec, || Ok(())),
+        Verdict::Wrong(why) => {
+            let why = format!("{why}\n{}", outcome.message);
+            Trial::test(spec, move || Err(Failed::from(why)))
+        }
+    }
+}
+
+fn failed(spec: &str, why: &'static str) -> Trial {
+    Trial::test(spec, move || Err(Failed::from(why)))
+}
+
+fn say_times(outcomes: &[Outcome]) {
+    let mut states = BTreeMap::<&str, usize>::new();
+    for outcome in outcomes {
+        *states.entry(outcome.state.word()).or_default() += 1;
+    }
+    let seconds: f64 = outcomes.iter().map(|outcome| outcome.seconds).sum();
+    println!("{} specs in {seconds:.0} s: {states:?}", outcomes.len());
+    let mut slowest: Vec<_> = outcomes.iter().collect();
+    slowest.sort_by(|a, b| b.seconds.total_cmp(&a.seconds));
+    for outcome in slowest.iter().take(5) {
+        println!("  {:5.1} s  {}", outcome.seconds, outcome.spec);
+    }
+}

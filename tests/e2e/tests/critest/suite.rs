@@ -1,0 +1,221 @@
+//! The suite as a program beside containerd, and the registry that it pulls from.
+
+use std::{
+    fs::{self, File},
+    path::{Path, PathBuf},
+    process::Stdio,
+    time::Duration,
+};
+
+use anyhow::{Context, Result, anyhow, bail};
+use kuasar_e2e::{
+    conformance::{Outcome, State},
+    lab::{Lab, SOCKET, run as run_command},
+    machine::Machine,
+    paths::Paths,
+    suite::handler,
+};
+use serde_json::Value;
+use tokio::{
+    io::{AsyncBufReadExt, BufReader},
+    process::{Child, Command},
+    time::timeout,
+};
+
+/// Where the registry listens, inside the private machine.
+const REGISTRY: &str = "127.0.0.1:5000";
+const NRI: &str = "/run/nri";
+/// A hang of the suite is longer.
+const DEADLINE: Duration = Duration::from_secs(45 * 60);
+
+/// The programs made of `tests/critest`, and the containerd to judge with.
+#[derive(Debug)]
+pub(crate) struct Programs {
+    folder: PathBuf,
+    busybox: PathBuf,
+    nginx: PathBuf,
+    /// `KUASAR_CONTAINERD`, when given.
+    pub(crate) containerd: Option<PathBuf>,
+    version: String,
+}
+
+impl Programs {
+    pub(crate) fn find(paths: &Paths) -> Result<Self> {
+        let tools = paths.tools.parent().context("the folder of tools has no parent")?;
+        let (folder, nginx) = (tools.join("critest"), tools.join("nginx"));
+        let busybox = tools.join("busybox-shared");
+        for file in [
+            folder.join("critest"),
+            folder.join("registry"),
+            folder.join("nnp"),
+            nginx.join("usr/sbin/nginx"),
+        ] {
+            if !file.is_file() {
+                bail!("{} is not there: run tests/lab/setup --check", file.display());
+            }
+        }
+        let containerd = std::env::var_os("KUASAR_CONTAINERD").map(PathBuf::from);
+        let program = containerd.clone().unwrap_or_else(|| paths.tool("containerd"));
+        let output = std::process::Command::new(&program).arg("--version").output();
+        let output = output.with_context(|| format!("running {}", program.display()))?;
+        let version = version(&String::from_utf8_lossy(&output.stdout))?;
+        Ok(Self { folder, busybox, nginx, containerd, version })
+    }
+
+    /// Head of the table's column for a handler with this containerd.
+    pub(crate) fn column(&self, handler: &str) -> Result<String> {
+        Ok(format!("{handler}, containerd {}", self.version))
+    }
+}
+
+/// `2.1` of `containerd github.com/containerd/containerd/v2 v2.1.9 …` or of a packager's `2.1.9~ds1-1`.
+fn version(text: &str) -> Result<String> {
+    let word = text.split_whitespace().nth(2).context("containerd says no version")?;
+    let mut parts = word.trim_start_matches('v').split('.');
+    match (parts.next(), parts.next()) {
+        (Some(major), Some(minor)) if minor.bytes().all(|b| b.is_ascii_digit()) => {
+            Ok(format!("{major}.{minor}"))
+        }
+        _ => bail!("{word} is no version of containerd"),
+    }
+}
+
+/// The registry; it ends with its standard input.
+#[derive(Debug)]
+pub(crate) struct Registry {
+    child: Child,
+    digest: String,
+}
+
+impl Registry {
+    pub(crate) async fn start(programs: &Programs, machine: &Machine) -> Result<Self> {
+        fs::create_dir_all(machine.root.join("log"))?;
+        let log = File::create(machine.root.join("log/registry.log"))?;
+        let mut child = Command::new(programs.folder.join("registry"))
+            .args(["--listen", REGISTRY, "--busybox"])
+            .arg(&programs.busybox)
+            .arg("--nginx")
+            .arg(&programs.nginx)
+            .arg("--nnp")
+            .arg(programs.folder.join("nnp"))
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(log)
+            .kill_on_drop(true)
+            .spawn()
+            .context("starting the registry")?;
+        let mut lines = BufReader::new(child.stdout.take().context("no output of the registry")?).lines();
+        let line = timeout(Duration::from_secs(60), lines.next_line()).await;
+        let Some(digest) = line.context("the registry does not come up")?? else {
+            let log = fs::read_to_string(machine.root.join("log/registry.log")).unwrap_or_default();
+            bail!("the registry ended: {log}");
+        };
+        Ok(Self { child, digest })
+    }
+
+    pub(crate) async fn end(mut self) -> Result<()> {
+        drop(self.child.stdin.take());
+        let status = timeout(Duration::from_secs(10), self.child.wait()).await;
+        let status = status.context("the registry does not end")??;
+        if status.success() { Ok(()) } else { Err(anyhow!("the registry ended with {status}")) }
+    }
+}
+
+/// Sends every pull to the registry, whichever was asked for.
+pub(crate) fn write_registries(folder: &Path) -> Result<()> {
+    fs::create_dir_all(folder.join("_default"))?;
+    let text = format!("[host.\"http://{REGISTRY}\"]\n  capabilities = [\"pull\", \"resolve\"]\n");
+    fs::write(folder.join("_default/hosts.toml"), text).context("writing hosts.toml")
+}
+
+/// A regular expression of the specs to run, for trying one.
+pub(crate) fn focus() -> Option<String> {
+    std::env::var("KUASAR_FOCUS").ok()
+}
+
+/// Runs the suite. `filter` is a part of a spec's name.
+pub(crate) async fn run(
+    lab: &Lab,
+    programs: &Programs,
+    registry: &Registry,
+    filter: Option<&str>,
+) -> Result<Vec<Outcome>> {
+    let results = lab.machine.root.join("results");
+    let log = lab.logs().join("critest.log");
+    let out = File::create(&log).with_context(|| format!("creating {}", log.display()))?;
+    let mut critest = Command::new(programs.folder.join("critest"));
+    critest
+        .arg(format!("--runtime-endpoint=unix://{SOCKET}"))
+        .arg(format!("--runtime-handler={}", handler()))
+        .arg(format!("--results={}", results.display()))
+        .arg(format!("--digest-image={}", registry.digest))
+        .arg(format!("--nri-socket={NRI}/nri.sock"))
+        .args([
+            "--ginkgo.no-color",
+            "--ginkgo.v",
+            "--ginkgo.seed=1",
+            "--ginkgo.timeout=44m",
+            "--test.timeout=0",
+        ])
+        .args(focus().or(filter.map(escape)).map(|focus| format!("--ginkgo.focus={focus}")))
+        .env("TMPDIR", lab.machine.root.join("tmp"))
+        .stdin(Stdio::null())
+        .stdout(out.try_clone()?)
+        .stderr(out)
+        .kill_on_drop(true);
+    let mut child = critest.spawn().context("starting the suite")?;
+    let status = timeout(DEADLINE, child.wait()).await.context("the suite does not end")??;
+    let text = fs::read_to_string(&results).with_context(|| {
+        format!("the suite ended with {status} and left no results; {}", lab.log("critest"))
+    })?;
+    text.lines().map(outcome).collect()
+}
+
+fn escape(text: &str) -> String {
+    let mut escaped = String::new();
+    for c in text.chars() {
+        if !c.is_alphanumeric() && c != ' ' {
+            escaped.push('\\');
+        }
+        escaped.push(c);
+    }
+    escaped
+}
+
+fn outcome(line: &str) -> Result<Outcome> {
+    let value: Value = serde_json::from_str(line).context("reading a result")?;
+    let text = |key: &str| value.get(key).and_then(Value::as_str).unwrap_or_default().to_owned();
+    let spec = text("spec");
+    let state = match text("state").as_str() {
+        "passed" => State::Passes,
+        "skipped" => State::Skipped,
+        _ => State::Fails,
+    };
+    let seconds = value.get("seconds").and_then(Value::as_f64).unwrap_or_default();
+    let spec = spec.trim_start_matches("[k8s.io] ").to_owned();
+    Ok(Outcome { spec, state, message: text("message"), seconds })
+}
+
+/// Pods of runc that containerd itself forgot, where one of NRI's specs lets a plugin fail. None of ours may be left so:
+/// those are counted by the machine.
+pub(crate) async fn forget_containers(lab: &Lab) -> Result<()> {
+    for (kind, how) in [("tasks", "--force"), ("containers", "--keep-snapshot=false")] {
+        let listed = run_command(lab.ctr().args([kind, "ls", "-q"])).await?;
+        for id in String::from_utf8_lossy(&listed).lines() {
+            run_command(lab.ctr().args([kind, "rm", how, id])).await?;
+        }
+    }
+    Ok(())
+}
+
+/// What containerd and the suite leave outside of the folders that are removed as a whole.
+pub(crate) fn clean_up() {
+    for path in [format!("{NRI}/nri.sock"), NRI.to_owned()] {
+        let _ = fs::remove_file(&path);
+        let _ = fs::remove_dir(&path);
+    }
+    // runc's pods without a parent go here. Only empty ones: another run may be using it.
+    for hierarchy in kuasar_e2e::leaks::hierarchies() {
+        let _ = fs::remove_dir(hierarchy.join("k8s.io"));
+    }
+}
