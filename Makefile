@@ -1,7 +1,7 @@
 # The task menu. Each task is a script of its own; nothing is decided here.
 
 .DEFAULT_GOAL := menu
-.PHONY: menu demo check e2e image bench-boot fuzz setup
+.PHONY: menu demo check check-all e2e image bench-boot fuzz setup
 
 NIX := tests/nixpkgs-standin/nix
 
@@ -18,6 +18,9 @@ demo: ## build everything, run a container in a microVM pod, show it (IMAGE=, CM
 
 check: ## every test of the project; ends with one line of totals
 	@tests/lab/check
+
+check-all: ## the same, and the CRI validation suite for runc and on the newest containerd
+	@tests/lab/check style crates nix unit e2e critest rebuild critest-all
 
 e2e: ## the black-box tests over CRI alone
 	@tests/lab/check e2e
