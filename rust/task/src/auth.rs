@@ -12,6 +12,8 @@ use ttrpc::{
     r#async::{MethodHandler, Service, TtrpcContext},
 };
 
+use crate::limits::bounded;
+
 /// The pod's secret, set once by the handshake.
 #[derive(Default)]
 pub struct Token {
@@ -39,7 +41,7 @@ impl Token {
     }
 }
 
-/// Puts the token's check before every method of the services.
+/// Puts the token's check before every method of the services, and what holds for all of them around it.
 #[must_use]
 pub fn guarded(services: HashMap<String, Service>, token: &Arc<Token>) -> HashMap<String, Service> {
     services.into_iter().map(|(name, service)| (name, guard(service, token))).collect()
@@ -68,7 +70,8 @@ impl MethodHandler for Guarded {
             .get(TOKEN_METADATA)
             .is_some_and(|values| values.iter().any(|value| self.token.is(value)));
         if known {
-            return self.inner.handler(ctx, req).await;
+            let method = req.method.clone();
+            return bounded(&method, self.inner.handler(ctx, req)).await;
         }
         log::warn!("refused {}/{}: wrong or no token", req.service, req.method);
         let mut response = Response::new();

@@ -18,6 +18,7 @@ pub mod events;
 pub mod handshake;
 pub mod hooks;
 mod launch;
+pub mod limits;
 pub mod logging;
 pub mod metrics;
 pub mod netlink;

@@ -1,14 +1,9 @@
 //! The agent as a whole: its ports, its services, its life.
 
 use std::{
-    any::Any,
     collections::HashMap,
-    future::poll_fn,
     io,
-    panic::{AssertUnwindSafe, catch_unwind},
-    pin::pin,
     sync::{Arc, atomic::AtomicU64},
-    task::Poll,
     time::Duration,
 };
 
@@ -32,6 +27,7 @@ use crate::{
     config::TaskConfig,
     console::Consoles,
     handshake::{HandshakeError, HostLink},
+    limits::unless_it_panics,
     reaper::Reaper,
     runc::{self, Runc},
     sandbox_service::Sandbox,
@@ -89,7 +85,7 @@ pub async fn run(config: &TaskConfig) -> Result<(), AgentError> {
     let ttrpc = listen(PORT_TTRPC)?;
     let stdio = listen(PORT_STDIO)?;
     let mut host = HostLink::ready(connect().await?).await?;
-    let served = unless_it_panics(serve(config, ttrpc, stdio, &mut host)).await;
+    let served = told(serve(config, ttrpc, stdio, &mut host)).await;
     match served {
         Ok(()) => Ok(()),
         Err(error) => {
@@ -100,20 +96,8 @@ pub async fn run(config: &TaskConfig) -> Result<(), AgentError> {
 }
 
 /// Turns a panic into an error: the host must be told why its VM ends.
-async fn unless_it_panics(work: impl Future<Output = Result<(), AgentError>>) -> Result<(), AgentError> {
-    let mut work = pin!(work);
-    poll_fn(|context| {
-        let polled = catch_unwind(AssertUnwindSafe(|| work.as_mut().poll(context)));
-        polled.unwrap_or_else(|panic| Poll::Ready(Err(AgentError::Panic(panic_message(panic.as_ref())))))
-    })
-    .await
-}
-
-fn panic_message(panic: &(dyn Any + Send)) -> String {
-    let text = panic.downcast_ref::<&str>().copied();
-    text.or_else(|| panic.downcast_ref::<String>().map(String::as_str))
-        .unwrap_or("without a message")
-        .to_owned()
+async fn told(work: impl Future<Output = Result<(), AgentError>>) -> Result<(), AgentError> {
+    unless_it_panics(work).await.unwrap_or_else(|panic| Err(AgentError::Panic(panic)))
 }
 
 async fn serve(
@@ -243,12 +227,12 @@ mod tests {
 
     #[tokio::test]
     async fn a_panic_becomes_the_reason_that_the_host_is_told() {
-        let broken = unless_it_panics(async {
+        let broken = told(async {
             tokio::task::yield_now().await;
             panic!("no {}", "way");
         });
         let reason = broken.await.unwrap_err().to_string();
         assert_eq!(reason, "a defect of the agent: it panicked: no way");
-        unless_it_panics(async { Ok(()) }).await.unwrap();
+        told(async { Ok(()) }).await.unwrap();
     }
 }
