@@ -141,7 +141,13 @@ impl SandboxService for Sandbox {
 
     async fn update_routes(&self, _: &TtrpcContext, req: UpdateRoutesRequest) -> ttrpc::Result<Empty> {
         let routes: Vec<plan::Route> = plan::all(&req.routes)?;
-        Network::new()?.replace_routes(&routes)?;
+        let neighbours: Vec<plan::Neighbour> = plan::all(&req.neighbours.neighbours)?;
+        let mut network = Network::new()?;
+        // First: a gateway may be reachable only through one.
+        if req.neighbours.is_some() {
+            network.replace_neighbours(&neighbours)?;
+        }
+        network.replace_routes(&routes)?;
         Ok(Empty::new())
     }
 

@@ -189,6 +189,17 @@ fn updates_while_running() {
     network.replace_routes(&routes(&wanted)).unwrap();
     let v6 = ip("-6 route show");
     assert!(v6.contains("fd01::/64 dev eth1 proto static metric 70") && !v6.contains("metric 50"), "{v6}");
+    // And one with a metric is not the one without that is wanted now.
+    wanted[0].metric = 0;
+    wanted[3].metric = 80;
+    network.replace_routes(&routes(&wanted)).unwrap();
+    let (v4, v6) = (ip("route show"), ip("-6 route show"));
+    assert!(v6.contains("fd01::/64 dev eth1 proto static metric 1024") && !v6.contains("metric 70"), "{v6}");
+    assert!(v4.contains("default via 10.2.0.1 dev eth0 proto static metric 80"), "{v4}");
+    wanted[3].metric = 0;
+    network.replace_routes(&routes(&wanted)).unwrap();
+    let v4 = ip("route show");
+    assert!(v4.contains("default via 10.2.0.1 dev eth0 proto static") && !v4.contains("metric 80"), "{v4}");
 
     let neighbour = |mac: &str| api::Neighbour {
         address: "fd00::1".into(),
@@ -200,6 +211,16 @@ fn updates_while_running() {
         network.add_neighbours(&plan::all(&[neighbour(mac)]).unwrap()).unwrap();
         assert!(ip("-6 neigh show dev eth1").contains(&format!("fd00::1 lladdr {mac} PERMANENT")));
     }
+    let mut other = neighbour("ee:ee:ee:ee:ee:03");
+    (other.address, other.device) = ("10.2.0.77".into(), "eth0".into());
+    network.replace_neighbours(&plan::all(&[other]).unwrap()).unwrap();
+    let (v4, v6) = (ip("-4 neigh show nud permanent"), ip("-6 neigh show nud permanent"));
+    assert!(
+        v4.contains("10.2.0.77 dev eth0 lladdr ee:ee:ee:ee:ee:03") && !v6.contains("fd00::1"),
+        "{v4}{v6}"
+    );
+    network.replace_neighbours(&[]).unwrap();
+    assert_eq!(ip("-4 neigh show nud permanent"), "");
 
     // Nothing is wanted any more: what is left is the kernel's own.
     network.replace_routes(&[]).unwrap();

@@ -24,6 +24,8 @@ use self::{
 };
 use crate::error::TaskError;
 
+/// Metric of an IPv6 route that was given none (`IP6_RT_PRIO_USER` of `net/ip6_route.h`).
+const IP6_METRIC: u32 = 1024;
 /// Index of the loopback link in every network namespace.
 const LOOPBACK: u32 = 1;
 
@@ -139,14 +141,37 @@ impl Network {
             message.header.family = family(neighbour.address);
             message.header.ifindex = index(&links, &neighbour.device)?;
             message.header.state = NeighbourState::Permanent;
-            let address = match neighbour.address {
-                IpAddr::V4(address) => NeighbourAddress::Inet(address),
-                IpAddr::V6(address) => NeighbourAddress::Inet6(address),
-            };
-            message.attributes.push(NeighbourAttribute::Destination(address));
+            message.attributes.push(NeighbourAttribute::Destination(neighbour_address(neighbour.address)));
             message.attributes.push(NeighbourAttribute::LinkLayerAddress(neighbour.mac.to_vec()));
             self.set(RouteNetlinkMessage::NewNeighbour(message), NLM_F_CREATE | NLM_F_REPLACE)
                 .map_err(TaskError::io(format!("adding the neighbour {}", neighbour.address)))?;
+        }
+        Ok(())
+    }
+
+    /// Adds `neighbours` and removes all other permanent ones.
+    ///
+    /// # Errors
+    /// When there is no such link, or the kernel refuses.
+    pub fn replace_neighbours(&mut self, neighbours: &[Neighbour]) -> Result<(), TaskError> {
+        self.add_neighbours(neighbours)?;
+        let links = self.links()?;
+        let mut wanted = Vec::new();
+        for neighbour in neighbours {
+            wanted.push((index(&links, &neighbour.device)?, neighbour_address(neighbour.address)));
+        }
+        let dump = self.socket.dump(RouteNetlinkMessage::GetNeighbour(NeighbourMessage::default()));
+        for message in dump.map_err(TaskError::io("listing neighbours"))? {
+            let RouteNetlinkMessage::NewNeighbour(neighbour) = message else { continue };
+            let is = |(link, address): &(u32, NeighbourAddress)| {
+                let destination = NeighbourAttribute::Destination(address.clone());
+                neighbour.header.ifindex == *link && neighbour.attributes.contains(&destination)
+            };
+            let ours = neighbour.header.state == NeighbourState::Permanent;
+            if ours && neighbour.header.ifindex != LOOPBACK && !wanted.iter().any(is) {
+                let removed = self.set(RouteNetlinkMessage::DelNeighbour(neighbour), 0);
+                removed.map_err(TaskError::io("removing a neighbour"))?;
+            }
         }
         Ok(())
     }
@@ -246,6 +271,13 @@ fn family(address: IpAddr) -> AddressFamily {
     if address.is_ipv4() { AddressFamily::Inet } else { AddressFamily::Inet6 }
 }
 
+const fn neighbour_address(address: IpAddr) -> NeighbourAddress {
+    match address {
+        IpAddr::V4(address) => NeighbourAddress::Inet(address),
+        IpAddr::V6(address) => NeighbourAddress::Inet6(address),
+    }
+}
+
 fn address_message(index: u32, address: IpAddr, bits: u8) -> AddressMessage {
     let mut message = AddressMessage::default();
     message.header.index = index;
@@ -307,9 +339,16 @@ fn route_message(route: &Route, index: u32) -> RouteMessage {
 fn same_route(exists: &RouteMessage, wanted: &RouteMessage, plan: &Route) -> bool {
     let has = |attribute: &RouteAttribute| exists.attributes.contains(attribute);
     let gateway = |attribute: &&RouteAttribute| matches!(attribute, RouteAttribute::Gateway(_));
+    let metric = exists.attributes.iter().find_map(|attribute| match attribute {
+        RouteAttribute::Priority(metric) => Some(*metric),
+        _ => None,
+    });
     let same_metric = match plan.metric {
-        Some(metric) => has(&RouteAttribute::Priority(metric)),
-        None => true,
+        Some(wanted) => metric == Some(wanted),
+        // The kernel gives routes of IPv6 one.
+        None => {
+            metric.is_none_or(|metric| metric == 0 || (plan.destination.0.is_ipv6() && metric == IP6_METRIC))
+        }
     };
     exists.header.address_family == wanted.header.address_family
         && exists.header.destination_prefix_length == wanted.header.destination_prefix_length
