@@ -5,11 +5,13 @@
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing)]
 
+mod changes;
 mod console;
 mod given;
 mod life;
 mod limits;
 mod load;
+mod memory;
 mod mini;
 mod pids;
 mod pod;
@@ -99,6 +101,9 @@ async fn a_pod_lives(kind: Kind, cmdline: &str) {
     let at = Instant::now();
     takeover(&pod).await;
     step("take-over", at);
+    let at = Instant::now();
+    changes::network(&pod).await;
+    step("network changes", at);
     let at = Instant::now();
     slew(&pod).await;
     step("slew", at);
