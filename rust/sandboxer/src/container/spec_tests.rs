@@ -142,6 +142,23 @@ fn shm_is_the_pods() {
 }
 
 #[test]
+fn a_volume_at_shm_is_the_users() {
+    let at_shm = |source: &str| {
+        let mut spec = cri();
+        let mounts = spec["mounts"].as_array_mut().unwrap();
+        mounts.retain(|mount| mount["destination"] != "/dev/shm");
+        mounts.push(json!({"destination": "/dev/shm", "type": "bind", "source": source, "options": ["rbind", "rprivate", "rw"]}));
+        rewritten(spec)
+    };
+    let volume = "/var/lib/kubelet/pods/1/volumes/kubernetes.io~empty-dir/shm";
+    let (spec, binds) = at_shm(volume);
+    assert_eq!(binds.last().unwrap().source, std::path::Path::new(volume));
+    assert_eq!(mount(&spec, "/dev/shm")["source"], "/run/kuasar/state/c1/mounts/3");
+    let (spec, _) = at_shm("/run/containerd/io.containerd.grpc.v1.cri/sandboxes/5/shm");
+    assert_eq!(mount(&spec, "/dev/shm")["source"], "/dev/shm");
+}
+
+#[test]
 fn a_minimal_spec_is_completed() {
     let (spec, binds) = rewritten(json!({"ociVersion": "1.0.2"}));
     assert_eq!(spec["root"]["path"], "/run/kuasar/state/c1/rootfs");

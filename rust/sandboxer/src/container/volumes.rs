@@ -56,7 +56,7 @@ fn rewrite_one(mount: &mut Object, container: &str, index: usize) -> Result<Opti
             format!("{destination} has id mappings, which the VM does not support; set hostUsers: true"),
         ));
     }
-    if destination.trim_end_matches('/') == "/dev/shm" {
+    if destination.trim_end_matches('/') == "/dev/shm" && is_the_pods_shm(&kind, &source) {
         share_shm(mount, &options);
         return Ok(None);
     }
@@ -93,6 +93,14 @@ fn rewrite_one(mount: &mut Object, container: &str, index: usize) -> Result<Opti
     // "bind" without "rbind" means the top mount only.
     let recursive = has("rbind") || !has("bind");
     Ok(Some(Bind { name, source: PathBuf::from(source), destination, read_only, recursive }))
+}
+
+/// Whether a mount at `/dev/shm` is the one that every container gets, and not a volume of the user's, which is what a pod
+/// that needs more shared memory has there.
+fn is_the_pods_shm(kind: &str, source: &str) -> bool {
+    // As containerd makes it for its own sandboxes, or the host's.
+    let of_a_sandbox = source.contains("/io.containerd.grpc.v1.cri/sandboxes/") && source.ends_with("/shm");
+    kind != "bind" || of_a_sandbox || source.trim_end_matches('/') == "/dev/shm"
 }
 
 /// All containers of the pod see the VM's one /dev/shm, as with a pod's sandbox on the host.
