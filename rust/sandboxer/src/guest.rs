@@ -1,11 +1,14 @@
 //! The daemon's calls to the agent in a guest.
 
-use std::{io, time::Duration};
+use std::{
+    io,
+    time::{Duration, SystemTime},
+};
 
 use kuasar_common::{
     address::GuestAddress,
     api::{
-        sandbox::{SetupSandboxRequest, ShutdownRequest},
+        sandbox::{SetupSandboxRequest, ShutdownRequest, SyncClockPacket},
         sandbox_ttrpc::SandboxServiceClient,
     },
     constants::{PORT_TTRPC, TOKEN_METADATA},
@@ -19,6 +22,11 @@ use ttrpc::{
     asynchronous::{Client, transport::Socket},
     context::{self, Context},
 };
+
+use crate::clock::{Sample, epoch_ns};
+
+/// How often a guest is asked for its time before its clock is corrected: the best answer counts.
+const CLOCK_SAMPLES: usize = 3;
 
 /// Longest answer of a hybrid socket to `CONNECT`.
 const MAX_ANSWER: u64 = 64;
@@ -52,7 +60,7 @@ pub enum GuestError {
     },
 }
 
-/// One guest's agent. Every call opens a connection of its own; there are two in a pod's life.
+/// One guest's agent. Every call opens a connection of its own: they are rare.
 #[derive(Clone, Debug)]
 pub struct Guest {
     address: GuestAddress,
@@ -94,6 +102,32 @@ impl Guest {
             self.client().await?.shutdown(self.context(deadline), &request).await.map_err(failed("Shutdown"))
         };
         within("Shutdown", deadline, call).await.map(drop)
+    }
+
+    /// Puts the guest's clock right by the host's; returns by how many nanoseconds, 0 if it was right.
+    ///
+    /// # Errors
+    /// When the agent cannot be reached, refuses, or takes longer than `deadline`.
+    pub async fn sync_clock(&self, deadline: Duration) -> Result<i64, GuestError> {
+        const METHOD: &str = "SyncClock";
+        let now = || epoch_ns(SystemTime::now());
+        let call = async {
+            let client = self.client().await?;
+            let mut best: Option<Sample> = None;
+            for _ in 0..CLOCK_SAMPLES {
+                let packet = SyncClockPacket { ClientSendTime: now(), ..Default::default() };
+                let answer = client.sync_clock(self.context(deadline), &packet).await;
+                let sample = Sample::new(packet.ClientSendTime, &answer.map_err(failed(METHOD))?, now());
+                best = Some(best.map_or(sample, |best| best.better(sample)));
+            }
+            let delta = best.map_or(0, Sample::correction);
+            if delta != 0 {
+                let packet = SyncClockPacket { Delta: delta, ClientSendTime: now(), ..Default::default() };
+                client.sync_clock(self.context(deadline), &packet).await.map_err(failed(METHOD))?;
+            }
+            Ok(delta)
+        };
+        within(METHOD, deadline, call).await
     }
 
     fn context(&self, deadline: Duration) -> Context {

@@ -4,6 +4,7 @@
 //! [`guest`] talks to the agent; [`vmm`], [`network`] and [`process`] are below all of them.
 
 pub mod args;
+mod clock;
 pub mod config;
 pub mod container;
 pub mod controller;

@@ -7,7 +7,7 @@ use std::{
     path::{Path, PathBuf},
     sync::{
         Arc, Mutex,
-        atomic::{AtomicBool, Ordering},
+        atomic::{AtomicBool, AtomicI64, Ordering},
     },
     time::{Duration, SystemTime},
 };
@@ -16,7 +16,7 @@ use async_trait::async_trait;
 use kuasar_common::{
     address::GuestAddress,
     api::{
-        sandbox::{SetupSandboxRequest, ShutdownRequest},
+        sandbox::{SetupSandboxRequest, ShutdownRequest, SyncClockPacket},
         sandbox_ttrpc::{SandboxService, create_sandbox_service},
     },
     constants::{TOKEN_METADATA, pod_files},
@@ -29,7 +29,7 @@ use protobuf::well_known_types::empty::Empty;
 use tokio::{
     io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader},
     net::{UnixListener, UnixStream},
-    sync::Mutex as AsyncMutex,
+    sync::{Mutex as AsyncMutex, Notify, watch},
     time::timeout,
 };
 use ttrpc::{
@@ -38,6 +38,7 @@ use ttrpc::{
 };
 
 use crate::{
+    clock::epoch_ns,
     config::HypervisorConfig,
     container::mount::unmount_below,
     pod::Environment,
@@ -72,6 +73,12 @@ pub(crate) struct FakeHypervisor {
     pub(crate) started: Mutex<Vec<Arc<Process>>>,
     /// What SetupSandbox got.
     pub(crate) setups: Arc<Mutex<Vec<SetupSandboxRequest>>>,
+    /// How far guests' clocks are behind, in nanoseconds.
+    pub(crate) behind: Arc<AtomicI64>,
+    /// How often VMs went on after a pause.
+    pub(crate) resumptions: watch::Sender<u64>,
+    /// Makes a guest give up.
+    pub(crate) gives_up: Arc<Notify>,
 }
 
 #[derive(Debug)]
@@ -80,6 +87,7 @@ struct FakeVm {
     process: Arc<Process>,
     ready: AsyncMutex<Option<ReadyListener>>,
     dies: bool,
+    resumptions: watch::Receiver<u64>,
 }
 
 #[async_trait]
@@ -106,12 +114,20 @@ impl Hypervisor for FakeHypervisor {
         }
         fs::write(spec.dir.join(pod_files::LOG).join("console.log"), "Kernel panic\n")
             .map_err(VmError::io("logging"))?;
-        let guest = FakeGuest { fault: self.fault, setups: self.setups.clone(), token: Arc::default() };
+        let guest = FakeGuest {
+            fault: self.fault,
+            setups: self.setups.clone(),
+            token: Arc::default(),
+            behind: self.behind.clone(),
+            gives_up: self.gives_up.clone(),
+        };
         if self.fault != Fault::Silent {
             tokio::spawn(guest.run(socket));
         }
         let dies = self.fault == Fault::Dies;
-        Ok(Arc::new(FakeVm { dir: spec.dir, process, ready: AsyncMutex::new(Some(listener)), dies }))
+        let ready = AsyncMutex::new(Some(listener));
+        let resumptions = self.resumptions.subscribe();
+        Ok(Arc::new(FakeVm { dir: spec.dir, process, ready, dies, resumptions }))
     }
 
     async fn adopt(&self, record: VmRecord) -> Result<Option<Arc<dyn Vm>>, VmError> {
@@ -121,6 +137,7 @@ impl Hypervisor for FakeHypervisor {
             process: Arc::new(process),
             ready: AsyncMutex::new(None),
             dies: false,
+            resumptions: self.resumptions.subscribe(),
         })))
     }
 }
@@ -161,6 +178,10 @@ impl Vm for FakeVm {
             .map_err(|e| VmError::Unsupported(e.to_string()))
     }
 
+    fn resumptions(&self) -> Option<watch::Receiver<u64>> {
+        Some(self.resumptions.clone())
+    }
+
     async fn hot_attach(&self, _: DeviceInfo) -> Result<DeviceAddress, VmError> {
         Err(VmError::Unsupported("no hot-plug".into()))
     }
@@ -188,6 +209,8 @@ struct FakeGuest {
     fault: Fault,
     setups: Arc<Mutex<Vec<SetupSandboxRequest>>>,
     token: Arc<Mutex<String>>,
+    behind: Arc<AtomicI64>,
+    gives_up: Arc<Notify>,
 }
 
 impl FakeGuest {
@@ -208,6 +231,11 @@ impl FakeGuest {
         ready.read_line(&mut line).await.unwrap();
         let token: serde_json::Value = serde_json::from_str(&line).unwrap();
         token["token"].as_str().unwrap().clone_into(&mut self.token.lock().unwrap());
+        let gives_up = self.gives_up.clone();
+        tokio::spawn(async move {
+            gives_up.notified().await;
+            ready.write_all(b"{\"fatal\":{\"reason\":\"no cgroup v2\"}}\n").await.unwrap();
+        });
         while let Ok((mut stream, _)) = listener.accept().await {
             let mut asked = [0; 13];
             stream.read_exact(&mut asked).await.unwrap();
@@ -243,6 +271,17 @@ impl SandboxService for FakeGuest {
         }
         self.setups.lock().unwrap().push(request);
         Ok(Empty::new())
+    }
+
+    async fn sync_clock(
+        &self,
+        context: &TtrpcContext,
+        packet: SyncClockPacket,
+    ) -> ttrpc::Result<SyncClockPacket> {
+        self.check(context)?;
+        self.behind.fetch_sub(packet.Delta, Ordering::Relaxed);
+        let now = epoch_ns(SystemTime::now()) - self.behind.load(Ordering::Relaxed);
+        Ok(SyncClockPacket { ClientArriveTime: now, ServerSendTime: now, ..packet })
     }
 
     async fn shutdown(&self, context: &TtrpcContext, _: ShutdownRequest) -> ttrpc::Result<Empty> {

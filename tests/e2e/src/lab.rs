@@ -244,7 +244,11 @@ impl Lab {
         self.run(config, handler).await
     }
 
-    async fn run(&self, config: PodSandboxConfig, handler: &str) -> Result<Pod<'_>> {
+    /// Runs a pod of this configuration.
+    ///
+    /// # Errors
+    /// As containerd says.
+    pub async fn run(&self, config: PodSandboxConfig, handler: &str) -> Result<Pod<'_>> {
         let id = self.cri.run_pod(&config, handler).await.map_err(|status| {
             anyhow!("running a pod with {handler}: {}\n{}", status.message(), self.log(handler))
         })?;

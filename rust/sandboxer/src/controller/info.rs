@@ -17,6 +17,11 @@ pub(super) fn of(pod: &Pod, view: &View) -> HashMap<String, String> {
         Phase::Stopped => "stopped",
     };
     let info = json!({"pid": view.pid, "processStatus": status, "runtimeType": RUNTIME_TYPE});
-    let ours = json!({"folder": pod.dir(), "exitCode": view.exit.map(|exit| exit.code)});
+    let exit = view.exit.as_ref();
+    let ours = json!({
+        "folder": pod.dir(),
+        "exitCode": exit.map(|exit| exit.code),
+        "reason": exit.and_then(|exit| exit.reason.as_deref()),
+    });
     HashMap::from([("info".to_owned(), info.to_string()), ("kuasar".to_owned(), ours.to_string())])
 }

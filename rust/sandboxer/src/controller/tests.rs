@@ -1,6 +1,6 @@
 //! containerd's side of the protocol, over a real socket.
 
-use std::{fs, path::PathBuf, time::Duration};
+use std::{fs, path::PathBuf, sync::atomic::Ordering, time::Duration};
 
 use hyper_util::rt::TokioIo;
 use kuasar_common::{
@@ -256,6 +256,59 @@ async fn the_death_of_the_vm_ends_wait_and_status() {
     assert_eq!(exit.exit_status, 137);
     assert_eq!(status(&mut client).await.unwrap().state, "SANDBOX_NOTREADY");
     stop(&mut client).await.unwrap();
+    shutdown(&mut client).await.unwrap();
+    lab.assert_clean();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn why_an_agent_gave_up_is_told_and_remembered() {
+    let lab = Lab::new(Fault::None);
+    let (mut client, pods) = serve(&lab).await;
+    client.create(create(&lab, &pod_config())).await.unwrap();
+    start(&mut client).await.unwrap();
+    let reason = |status: ControllerStatusResponse| {
+        let ours: serde_json::Value = serde_json::from_str(&status.info["kuasar"]).unwrap();
+        ours["reason"].clone()
+    };
+    assert_eq!(reason(status(&mut client).await.unwrap()), serde_json::Value::Null);
+    lab.hypervisor.gives_up.notify_one();
+    lab.vmm().signal(rustix::process::Signal::KILL).unwrap();
+    timeout(Duration::from_secs(5), wait(client.clone())).await.expect("Wait ends").unwrap();
+    let told = "the guest's agent gave up: no cgroup v2";
+    assert_eq!(reason(status(&mut client).await.unwrap()), told);
+    // It is written right after it is told.
+    let record = lab.path("pods/p1/pod.json");
+    eventually("it is recorded", || fs::read_to_string(&record).unwrap().contains("gave up")).await;
+    pods.leave();
+    drop((client, pods));
+    let (mut client, _pods) = serve(&lab).await;
+    assert_eq!(reason(status(&mut client).await.unwrap()), told);
+    shutdown(&mut client).await.unwrap();
+    lab.assert_clean();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_guests_clock_is_put_right_at_the_start_after_a_pause_and_by_the_next_daemon() {
+    const HOUR: i64 = 3_600_000_000_000;
+    let lab = Lab::new(Fault::None);
+    let behind = &lab.hypervisor.behind;
+    let is_right = || behind.load(Ordering::Relaxed).abs() < 1_000_000_000;
+    let (mut client, pods) = serve(&lab).await;
+    client.create(create(&lab, &pod_config())).await.unwrap();
+    behind.store(HOUR, Ordering::Relaxed);
+    start(&mut client).await.unwrap();
+    eventually("it is right at the start", is_right).await;
+    // Nobody looks again at once.
+    behind.store(-HOUR, Ordering::Relaxed);
+    tokio::time::sleep(Duration::from_millis(100)).await;
+    assert!(!is_right());
+    lab.hypervisor.resumptions.send_modify(|count| *count += 1);
+    eventually("it is right after a pause", is_right).await;
+    pods.leave();
+    drop((client, pods));
+    behind.store(HOUR, Ordering::Relaxed);
+    let (mut client, _pods) = serve(&lab).await;
+    eventually("it is right after a restart of the daemon", is_right).await;
     shutdown(&mut client).await.unwrap();
     lab.assert_clean();
 }

@@ -5,6 +5,7 @@
 
 mod caller;
 mod cgroup;
+mod clock;
 mod error;
 mod host;
 mod log;
@@ -21,7 +22,7 @@ mod store;
 use std::{
     collections::BTreeMap,
     path::{Path, PathBuf},
-    sync::{Arc, PoisonError},
+    sync::{Arc, PoisonError, atomic::AtomicBool},
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
@@ -44,6 +45,7 @@ use self::{
     record::{ExitRecord, PodRecord, VERSION},
 };
 use crate::{
+    clock::epoch_ns,
     config::HypervisorConfig,
     container::{Storage, StorageError, mount::RootfsMount, spec::Target},
     network::NetworkRecord,
@@ -84,12 +86,20 @@ pub struct View {
 }
 
 /// How a pod ended.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Exit {
     /// As a shell shows it.
     pub code: u32,
     /// When it was noticed.
     pub at: SystemTime,
+    /// Why, if nobody had asked for it and it is known.
+    pub reason: Option<String>,
+}
+
+impl Exit {
+    const fn new(code: u32, at: SystemTime) -> Self {
+        Self { code, at, reason: None }
+    }
 }
 
 /// A pod.
@@ -104,6 +114,8 @@ pub struct Pod {
     work: Mutex<Work>,
     storage: Mutex<Storage>,
     watchers: std::sync::Mutex<Vec<AbortHandle>>,
+    /// Somebody asked for the VM's end.
+    stopping: AtomicBool,
 }
 
 /// What a pod holds of the host; behind its lock.
@@ -136,6 +148,7 @@ impl Pod {
             work: Mutex::new(Work { spec, ..Work::default() }),
             storage: Mutex::new(Storage::new(&dir)),
             watchers: std::sync::Mutex::default(),
+            stopping: AtomicBool::new(false),
             dir,
         })
     }
@@ -188,12 +201,12 @@ impl Pod {
     pub async fn wait(&self) -> Exit {
         let mut view = self.view.subscribe();
         loop {
-            if let Some(exit) = view.borrow_and_update().exit {
+            if let Some(exit) = view.borrow_and_update().exit.clone() {
                 return exit;
             }
             if view.changed().await.is_err() {
                 // Cannot be: the sender lives in `self`.
-                return Exit { code: 255, at: SystemTime::now() };
+                return Exit::new(255, SystemTime::now());
             }
         }
     }
@@ -237,13 +250,17 @@ impl Pod {
             version: VERSION,
             id: self.id.clone(),
             phase: view.phase,
-            created_ns: setup::epoch_ns(view.created),
+            created_ns: epoch_ns(view.created),
             spec: work.spec.clone(),
             network: work.network.clone(),
             vm: work.vm.as_ref().map(|vm| vm.record()),
             relay: work.relay.as_ref().map(|relay| relay.record()),
             cgroups: work.cgroups.clone(),
-            exit: view.exit.map(|exit| ExitRecord { code: exit.code, at_ns: setup::epoch_ns(exit.at) }),
+            exit: view.exit.map(|exit| ExitRecord {
+                code: exit.code,
+                at_ns: epoch_ns(exit.at),
+                reason: exit.reason,
+            }),
         }
     }
 

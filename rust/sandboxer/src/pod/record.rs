@@ -31,12 +31,15 @@ pub enum Phase {
 }
 
 /// How a pod ended.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct ExitRecord {
     /// Status as containerd gets it.
     pub code: u32,
     /// Nanoseconds since the Unix epoch.
     pub at_ns: i64,
+    /// Why, if nobody had asked for it and it is known.
+    #[serde(default)]
+    pub reason: Option<String>,
 }
 
 /// The file.

@@ -117,7 +117,7 @@ impl Pods {
                 if let Err(error) = pod.stop().await {
                     tracing::error!(%error, "clearing up after a sandbox that ended");
                 }
-                pod.set_ended(Exit { code: 255, at: SystemTime::now() });
+                pod.set_ended(Exit::new(255, SystemTime::now()));
             }
         }
     }
@@ -129,7 +129,11 @@ fn revive(environment: &Environment, id: &str, record: &PodRecord) -> Arc<Pod> {
         phase: record.phase,
         pid: record.vm.as_ref().map_or(0, |vm| vm.vmm.pid),
         created: from_epoch_ns(record.created_ns),
-        exit: record.exit.map(|exit| Exit { code: exit.code, at: from_epoch_ns(exit.at_ns) }),
+        exit: record.exit.as_ref().map(|exit| Exit {
+            code: exit.code,
+            at: from_epoch_ns(exit.at_ns),
+            reason: exit.reason.clone(),
+        }),
     };
     let pod = Pod::new(environment, id, record.spec.clone(), view);
     if let Ok(mut work) = pod.work.try_lock() {

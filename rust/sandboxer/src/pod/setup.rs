@@ -1,13 +1,13 @@
 //! What a pod's guest is told once, and the files that its containers share.
 
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::time::SystemTime;
 
 use kuasar_common::api::sandbox::{Interface, SetupSandboxRequest};
 use protobuf::well_known_types::any::Any;
 use serde_json::json;
 
 use super::spec::PodSpec;
-use crate::network::PodNetwork;
+use crate::{clock::epoch_ns, network::PodNetwork};
 
 /// The agent's instructions.
 pub(super) fn request(id: &str, spec: &PodSpec, network: &PodNetwork) -> SetupSandboxRequest {
@@ -27,11 +27,6 @@ pub(super) fn request(id: &str, spec: &PodSpec, network: &PodNetwork) -> SetupSa
     request.shared_pid_namespace = spec.shared_pids;
     request.clock_ns = epoch_ns(SystemTime::now());
     request
-}
-
-/// Nanoseconds since the Unix epoch; 0 for a clock before it.
-pub(super) fn epoch_ns(time: SystemTime) -> i64 {
-    time.duration_since(UNIX_EPOCH).map_or(0, |past| i64::try_from(past.as_nanos()).unwrap_or(i64::MAX))
 }
 
 /// Text of `/etc/hosts` for containers that kubelet gave none.

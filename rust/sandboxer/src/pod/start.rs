@@ -4,11 +4,13 @@ use std::{
     fs::OpenOptions,
     io::{Read, Write},
     os::{fd::OwnedFd, unix::fs::OpenOptionsExt},
-    sync::Arc,
+    sync::{Arc, atomic::Ordering},
     time::{Duration, Instant, SystemTime},
 };
 
 use kuasar_common::constants::pod_files;
+use tokio::{task::JoinHandle, time::timeout};
+use tracing::Instrument;
 
 use super::{
     Caller, Exit, Phase, Pod, PodError, StepError, View, Work, cgroup, host::HostServer, log, relay, setup,
@@ -21,6 +23,8 @@ use crate::{
     vmm::{DeviceInfo, ReadyGuest, Vm, VmError, VmSpec},
 };
 
+/// How long the last words of a guest whose VM has ended may take to be read.
+const LAST_WORDS: Duration = Duration::from_secs(1);
 /// Logs that may explain why a guest does not come up.
 const GUEST_LOGS: [&str; 3] = ["console.log", "agent.log", "vmm.log"];
 
@@ -48,7 +52,7 @@ impl Pod {
                 Ok(self.view())
             }
             Err(error) => {
-                self.set_ended(Exit { code: 255, at: SystemTime::now() });
+                self.set_ended(Exit::new(255, SystemTime::now()));
                 // containerd does not call again for a sandbox that failed to start.
                 if let Err(error) = self.remove_all(&mut work).await {
                     tracing::error!(%error, "undoing a failed start");
@@ -152,13 +156,16 @@ impl Pod {
 
     /// Notices the end of what a running pod is made of.
     pub(super) fn watch(self: &Arc<Self>, vm: Arc<dyn Vm>, relay: Arc<Process>, agent: Option<ReadyGuest>) {
+        self.keep_clock(vm.clone());
         let (pod, watched) = (self.clone(), vm.clone());
+        let last_words = last_words(agent);
         let ended = async move {
             let exit = watched.wait().await;
-            let by_us = pod.view().phase == Phase::Stopped;
-            tracing::info!(code = ?exit.code, by_us, "the VM has ended");
+            let by_us = pod.stopping.load(Ordering::Relaxed);
+            let reason = if by_us { None } else { Some(reason(&*watched, last_words).await) };
+            tracing::info!(code = ?exit.code, by_us, reason, "the VM has ended");
             // Nobody's child any more after a restart, so nobody knows; containerd expects a number.
-            pod.set_ended(Exit { code: exit.code.unwrap_or(255), at: exit.at });
+            pod.set_ended(Exit { code: exit.code.unwrap_or(255), at: exit.at, reason });
             let work = pod.work.lock().await;
             if pod.dir.exists()
                 && let Err(error) = pod.persist(&work)
@@ -183,14 +190,27 @@ impl Pod {
             }
         };
         self.beside(relay_ended);
-        if let Some(mut agent) = agent {
-            let fatal = async move {
-                if let Some(reason) = agent.fatal().await {
-                    tracing::error!(?reason, "the guest's agent gives up");
-                }
-            };
-            self.beside(fatal);
+    }
+}
+
+/// What the agent says before it ends its VM, if it does. Listened to from now on.
+fn last_words(agent: Option<ReadyGuest>) -> JoinHandle<Option<String>> {
+    let listening = async move {
+        let reason = agent?.fatal().await;
+        if let Some(reason) = &reason {
+            tracing::error!(reason, "the guest's agent gives up");
         }
+        reason
+    };
+    tokio::spawn(listening.in_current_span())
+}
+
+/// Why a VM ended that nobody ended: what its agent said, or else what the logs show.
+async fn reason(vm: &dyn Vm, last_words: JoinHandle<Option<String>>) -> String {
+    // The connection has ended with the VM, or does now.
+    match timeout(LAST_WORDS, last_words).await {
+        Ok(Ok(Some(said))) => format!("the guest's agent gave up: {said}"),
+        _ => vm.ping().await.err().map_or_else(|| "the VM has ended".to_owned(), |error| error.to_string()),
     }
 }
 

@@ -2,7 +2,7 @@
 
 use std::{
     fs,
-    sync::Arc,
+    sync::{Arc, atomic::Ordering},
     time::{Duration, SystemTime},
 };
 
@@ -42,15 +42,16 @@ impl Pod {
     #[tracing::instrument(name = "stop", level = "trace", skip_all)]
     async fn stop_locked(&self, work: &mut Work) -> Result<(), PodError> {
         let running = self.view().phase == Phase::Running;
+        self.stopping.store(true, Ordering::Relaxed);
         if let Some(vm) = work.vm.clone() {
             if running {
                 self.shut_guest_down(&*vm).await;
             }
             end("stopping the VM", stop_vm(&vm).await)?;
             let exit = vm.wait().await;
-            self.set_ended(Exit { code: exit.code.unwrap_or(0), at: exit.at });
+            self.set_ended(Exit::new(exit.code.unwrap_or(0), exit.at));
         }
-        self.set_ended(Exit { code: 0, at: SystemTime::now() });
+        self.set_ended(Exit::new(0, SystemTime::now()));
         // Independent of each other: all are tried, the first failure is reported.
         let network = match &work.network {
             Some(record) => network::remove(record).await.map_err(StepError::from),

@@ -25,6 +25,7 @@ use std::{
 use async_trait::async_trait;
 use kuasar_common::address::GuestAddress;
 use serde::{Deserialize, Serialize};
+use tokio::sync::watch;
 
 pub use self::{
     config::{Accel, Machine, Root, ShareFs, VmConfig, VsockKind},
@@ -128,6 +129,11 @@ pub trait Vm: Send + Sync + fmt::Debug {
     /// Waits until the guest's agent has called. Can be called once, and not on an adopted VM. Ends early, with the
     /// log's last lines, when the VM ends or a companion does.
     async fn ready(&self, deadline: Duration) -> Result<ReadyGuest, VmError>;
+
+    /// Changes each time the VM goes on after a pause, by whoever's hand; closed at its end. `None`: nobody tells.
+    fn resumptions(&self) -> Option<watch::Receiver<u64>> {
+        None
+    }
 
     /// Plugs a device into the running VM.
     async fn hot_attach(&self, device: DeviceInfo) -> Result<DeviceAddress, VmError>;

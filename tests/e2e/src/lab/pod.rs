@@ -39,8 +39,7 @@ impl Pod<'_> {
         let pods = self.config.linux.as_ref().and_then(|linux| linux.security_context);
         // As kubelet: a pod that shares its processes says so of each of its containers.
         if let (Some(linux), Some(pods)) = (&mut config.linux, pods) {
-            linux.security_context =
-                Some(LinuxContainerSecurityContext { namespace_options: pods.namespace_options });
+            linux.security_context.get_or_insert_default().namespace_options = pods.namespace_options;
         }
         let created = self.lab.cri.create(&self.id, &self.config, config).await;
         created.map_err(|e| anyhow!("creating a container: {}", e.message()))
@@ -75,7 +74,10 @@ pub fn container(name: &str, image: &str, command: &[&str]) -> ContainerConfig {
         command: command.iter().map(|&word| word.to_owned()).collect(),
         log_path: format!("{name}.log"),
         linux: Some(LinuxContainerConfig {
-            security_context: Some(LinuxContainerSecurityContext { namespace_options: Some(own_pids()) }),
+            security_context: Some(LinuxContainerSecurityContext {
+                namespace_options: Some(own_pids()),
+                ..Default::default()
+            }),
             ..Default::default()
         }),
         ..Default::default()

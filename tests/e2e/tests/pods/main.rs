@@ -1,5 +1,6 @@
 //! Pods over CRI: life, processes, output, images, network. One lab for all; most cases make a pod of their own.
 
+mod guest;
 mod io;
 mod life;
 mod network;
@@ -13,6 +14,10 @@ use kuasar_e2e::{
     suite,
 };
 
+use guest::{
+    a_kernel_panic_is_the_reason_of_a_pods_end, a_pod_has_its_name_sysctls_and_shared_memory,
+    a_wrong_clock_is_put_right,
+};
 use io::{
     exec_reads_stdin_to_its_end, exec_with_a_terminal, ten_mebibytes_of_log_are_complete,
     two_streams_stay_apart,
@@ -42,6 +47,9 @@ fn main() -> ExitCode {
             two_images_in_one_pod,
             a_container_restarts_in_a_living_pod,
             containers_of_a_pod_share_processes,
+            a_pod_has_its_name_sysctls_and_shared_memory,
+            a_wrong_clock_is_put_right,
+            a_kernel_panic_is_the_reason_of_a_pods_end,
             exec_reads_stdin_to_its_end,
             exec_with_a_terminal,
             two_streams_stay_apart,

@@ -20,6 +20,8 @@ const MAXMEM_ALIGN_MIB: u64 = 1024;
 pub(super) struct Inherited {
     /// Listening: QMP.
     pub(super) qmp: RawFd,
+    /// Listening: QMP, for whoever follows its events.
+    pub(super) events: RawFd,
     /// Listening: the guest's console.
     pub(super) console: RawFd,
     /// Connected to virtiofsd; without it the folder is shared by 9p.
@@ -103,8 +105,8 @@ impl CommandLine {
                 share: true,
                 readonly: None,
             }],
-            chardevs: vec![listener("qmp", inherited.qmp)],
-            mon: Mon { chardev: "qmp", mode: "control" },
+            chardevs: vec![listener("qmp", inherited.qmp), listener("events", inherited.events)],
+            mons: ["qmp", "events"].map(|chardev| Mon { chardev, mode: "control" }).into(),
             drives: Vec::new(),
             fsdev: None,
             netdevs: Vec::new(),

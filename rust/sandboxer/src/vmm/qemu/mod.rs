@@ -2,6 +2,7 @@
 
 mod args;
 mod clock;
+mod events;
 mod qmp;
 mod start;
 
@@ -18,7 +19,12 @@ use kuasar_common::{
     address::GuestAddress,
     constants::pod_files::{LOG, VSOCK_SOCKET},
 };
-use tokio::{net::UnixStream, process::Command, sync::OnceCell, time::timeout};
+use tokio::{
+    net::UnixStream,
+    process::Command,
+    sync::{OnceCell, watch},
+    time::timeout,
+};
 
 use super::{
     Accel, Bus, DeviceAddress, DeviceInfo, Hypervisor, PreflightError, ReadyGuest, ReadyListener, Vm,
@@ -30,6 +36,7 @@ use crate::process::Process;
 /// Files of a pod's folder that only QEMU has.
 const QMP_SOCKET: &str = "qmp.sock";
 const CONSOLE_SOCKET: &str = "console.sock";
+const EVENTS_SOCKET: &str = "events.sock";
 /// Logs that explain a failed start, the likeliest first.
 const LOGS: [&str; 4] = ["vmm.log", "virtiofsd.log", "vsock.log", "console.log"];
 /// How long QEMU may take to answer a command.
@@ -112,6 +119,7 @@ impl Hypervisor for Qemu {
             tokio::spawn(logs::copy_console(console, record.dir.join(LOG)));
         }
         Ok(Some(Arc::new(QemuVm {
+            resumptions: events::resumptions(record.dir.join(EVENTS_SOCKET)),
             dir: record.dir,
             cid: record.cid,
             bus: Mutex::new(record.buses),
@@ -150,6 +158,7 @@ struct QemuVm {
     cid: Option<u32>,
     bus: Mutex<Vec<Bus>>,
     supervisor: Supervisor,
+    resumptions: watch::Receiver<u64>,
     /// Until the agent has called.
     listener: Mutex<Option<ReadyListener>>,
 }
@@ -214,6 +223,10 @@ impl Vm for QemuVm {
                 Err(VmError::Start { step, why, log: String::new() })
             }
         }
+    }
+
+    fn resumptions(&self) -> Option<watch::Receiver<u64>> {
+        Some(self.resumptions.clone())
     }
 
     async fn hot_attach(&self, device: DeviceInfo) -> Result<DeviceAddress, VmError> {

@@ -22,8 +22,9 @@ use kuasar_common::{
 };
 
 use super::{
-    CONSOLE_SOCKET, LOGS, QMP_SOCKET, Qemu, QemuVm,
+    CONSOLE_SOCKET, EVENTS_SOCKET, LOGS, QMP_SOCKET, Qemu, QemuVm,
     args::{CommandLine, Extra, Inherited, VsockFd},
+    events,
 };
 use crate::{
     process::{Process, Spawn},
@@ -92,13 +93,14 @@ async fn start_all(qemu: &Qemu, mut spec: VmSpec, started: &mut Started) -> Resu
     let mut spawn = companion(&config.path, &spec, "vmm.log");
     let listen = |name| listener(&spec.dir.join(name)).map_err(failed("listening on behalf of QEMU"));
     let (qmp, console) = (spawn.fd(listen(QMP_SOCKET)?), spawn.fd(listen(CONSOLE_SOCKET)?));
+    let events = spawn.fd(listen(EVENTS_SOCKET)?);
     let virtiofs = virtiofs.map(|fd| spawn.fd(fd));
     let (vsock, ready, cid) = match watch {
         Some(watch) => vsock_device(&spec, watch, started, &mut spawn).await?,
         None => kernel_vsock(qemu, &mut spawn).await?,
     };
     let extras: Vec<Extra> = spec.devices.drain(..).map(|device| extra(device, &mut spawn)).collect();
-    let inherited = Inherited { qmp, console, virtiofs, vsock };
+    let inherited = Inherited { qmp, events, console, virtiofs, vsock };
     let (line, bus) = CommandLine::new(config, &spec, &inherited, &extras)?;
     spawn.args(line.to_cmdline_params("-"));
     let vmm = run(spawn).await?;
@@ -107,6 +109,7 @@ async fn start_all(qemu: &Qemu, mut spec: VmSpec, started: &mut Started) -> Resu
         bus: Mutex::new(vec![bus] as Vec<Bus>),
         supervisor: Supervisor::new(vmm, std::mem::take(&mut started.0)),
         listener: Mutex::new(Some(ready)),
+        resumptions: events::resumptions(spec.dir.join(EVENTS_SOCKET)),
         dir: copy_console(spec.dir).await,
     })
 }

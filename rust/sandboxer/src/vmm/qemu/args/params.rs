@@ -29,7 +29,7 @@ pub(in super::super) struct CommandLine {
     pub(super) append: String,
     pub(super) objects: Vec<Object>,
     pub(super) chardevs: Vec<Chardev>,
-    pub(super) mon: Mon,
+    pub(super) mons: Vec<Mon>,
     pub(super) drives: Vec<Drive>,
     pub(super) fsdev: Option<Fsdev>,
     pub(super) netdevs: Vec<Netdev>,

@@ -55,7 +55,8 @@ fn pmem_virtiofs_vhost_user_and_a_card() {
         ..config()
     };
     let spec = VmSpec { kernel_params: "task.x=1".into(), ..spec() };
-    let inherited = Inherited { qmp: 3, console: 4, virtiofs: Some(5), vsock: VsockFd::VhostUser { fd: 6 } };
+    let inherited =
+        Inherited { qmp: 3, events: 9, console: 4, virtiofs: Some(5), vsock: VsockFd::VhostUser { fd: 6 } };
     let extras = [Extra::Nic { id: "net2".into(), mac: "02:00:00:00:00:05".into(), fds: vec![7, 8] }];
     let (argv, bus) = argv(&config, &spec, &inherited, &extras);
     let escaped = image.display().to_string().replace(',', ",,");
@@ -71,9 +72,9 @@ fn pmem_virtiofs_vhost_user_and_a_card() {
              no_timer_check tsc=reliable init_on_alloc=1 quiet task.sharefs_type=virtiofs task.log_level=info loglevel=1 task.x=1 \
              -object memory-backend-memfd,id=ram,size=256M,share=on \
              -object memory-backend-file,id=image,mem-path={escaped},size=6291456,share=on,readonly=on \
-             -chardev socket,id=qmp,fd=3,server=on,wait=off -chardev socket,id=vsock,fd=6 \
+             -chardev socket,id=qmp,fd=3,server=on,wait=off -chardev socket,id=events,fd=9,server=on,wait=off -chardev socket,id=vsock,fd=6 \
              -chardev socket,id=share,fd=5 -chardev socket,id=console,fd=4,server=on,wait=off \
-             -mon chardev=qmp,mode=control \
+             -mon chardev=qmp,mode=control -mon chardev=events,mode=control \
              -netdev tap,id=net2,fds=7:8 \
              -device virtio-pmem-pci,id=root,bus=pcie.0,addr=0x1,memdev=image \
              -device vhost-user-vsock-pci,id=vsock,bus=pcie.0,addr=0x2,chardev=vsock \
@@ -91,7 +92,7 @@ fn pmem_virtiofs_vhost_user_and_a_card() {
 fn initrd_9p_and_the_kernels_vsock() {
     let config = VmConfig { accel: Accel::Kvm, debug: true, ..config() };
     let inherited =
-        Inherited { qmp: 3, console: 4, virtiofs: None, vsock: VsockFd::Vhost { fd: 5, cid: 77 } };
+        Inherited { qmp: 3, events: 9, console: 4, virtiofs: None, vsock: VsockFd::Vhost { fd: 5, cid: 77 } };
     let (argv, _) = argv(&config, &VmSpec { vcpus: 1, ..spec() }, &inherited, &[]);
     assert_eq!(
         argv,
@@ -101,8 +102,8 @@ fn initrd_9p_and_the_kernels_vsock() {
          smbus=off,i8042=off -cpu host -smp cpus=1,sockets=1,cores=1,threads=1 -m 256M -kernel /k/vmlinux \
          -initrd /k/kuasar.initrd -append console=hvc0 reboot=t panic=-1 noreplace-smp task.sharefs_type=9p task.log_level=info \
          task.debug -object memory-backend-memfd,id=ram,size=256M,share=on \
-         -chardev socket,id=qmp,fd=3,server=on,wait=off -chardev socket,id=console,fd=4,server=on,wait=off \
-         -mon chardev=qmp,mode=control -fsdev local,id=share,path=/run/p1/shared,security_model=none,multidevs=remap \
+         -chardev socket,id=qmp,fd=3,server=on,wait=off -chardev socket,id=events,fd=9,server=on,wait=off -chardev socket,id=console,fd=4,server=on,wait=off \
+         -mon chardev=qmp,mode=control -mon chardev=events,mode=control -fsdev local,id=share,path=/run/p1/shared,security_model=none,multidevs=remap \
          -device vhost-vsock-pci,id=vsock,bus=pcie.0,addr=0x1,guest-cid=77,vhostfd=5 \
          -device virtio-9p-pci,id=share-device,bus=pcie.0,addr=0x2,fsdev=share,mount_tag=kuasar \
          -device virtio-serial-pci,id=serial,bus=pcie.0,addr=0x3 -device virtconsole,id=hvc0,chardev=console \
@@ -120,7 +121,7 @@ fn other_machines_and_a_disk() {
         ..config()
     };
     let inherited =
-        Inherited { qmp: 3, console: 4, virtiofs: None, vsock: VsockFd::Vhost { fd: 5, cid: 77 } };
+        Inherited { qmp: 3, events: 9, console: 4, virtiofs: None, vsock: VsockFd::Vhost { fd: 5, cid: 77 } };
     let extras = [
         Extra::Disk { id: "d0".into(), path: "/dev/sdx".into(), read_only: false },
         Extra::Nic { id: "net2".into(), mac: "02:00:00:00:00:05".into(), fds: vec![6] },
@@ -148,7 +149,7 @@ fn other_machines_and_a_disk() {
 #[test]
 fn a_full_bus_is_an_error() {
     let inherited =
-        Inherited { qmp: 3, console: 4, virtiofs: None, vsock: VsockFd::Vhost { fd: 5, cid: 77 } };
+        Inherited { qmp: 3, events: 9, console: 4, virtiofs: None, vsock: VsockFd::Vhost { fd: 5, cid: 77 } };
     let disk = |n: i32| Extra::Disk { id: format!("d{n}"), path: "/dev/sdx".into(), read_only: false };
     let disks: Vec<_> = (0..27).map(disk).collect();
     let error = CommandLine::new(&config(), &spec(), &inherited, &disks).unwrap_err().to_string();

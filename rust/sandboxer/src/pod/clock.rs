@@ -1,0 +1,77 @@
+//! The guest's clock follows the host's for as long as the pod runs.
+
+use std::{fs, future::pending, sync::Arc, time::Duration};
+
+use kuasar_common::constants::pod_files;
+use tokio::sync::watch;
+
+use super::Pod;
+use crate::{
+    clock::{Occasion, Ticker},
+    guest::Guest,
+    vmm::Vm,
+};
+
+/// How often the guest's clock is looked at. The host's own drifts less than 30 ms in that time, which the guest makes good
+/// without a jump.
+const INTERVAL: Duration = Duration::from_secs(60);
+/// One look may take so long.
+const DEADLINE: Duration = Duration::from_secs(10);
+
+impl Pod {
+    /// Keeps the guest's clock in step until the VM ends.
+    pub(super) fn keep_clock(self: &Arc<Self>, vm: Arc<dyn Vm>) {
+        let dir = self.dir.clone();
+        self.beside(async move {
+            let (token, ticker) =
+                match (fs::read_to_string(dir.join(pod_files::TOKEN)), Ticker::new(INTERVAL)) {
+                    (Ok(token), Ok(ticker)) => (token, ticker),
+                    (Err(error), _) | (_, Err(error)) => {
+                        return tracing::error!(%error, "the guest's clock is not kept in step");
+                    }
+                };
+            let guest = Guest::new(vm.address(), token);
+            tokio::select! {
+                _ = vm.wait() => {}
+                () = follow(&guest, &*vm, &ticker) => {}
+            }
+        });
+    }
+}
+
+async fn follow(guest: &Guest, vm: &dyn Vm, ticker: &Ticker) {
+    let mut resumptions = vm.resumptions();
+    // At once: what the guest was told at its setup took a while to get there, and a daemon that was restarted does not
+    // know what happened meanwhile.
+    let (mut why, mut failed) = ("it is set up", false);
+    loop {
+        // A paused VM answers no call. It is asked for nothing, and corrected when it goes on.
+        if !failed || vm.ping().await.is_ok() {
+            let synced = guest.sync_clock(DEADLINE).await;
+            failed = synced.is_err();
+            match synced {
+                Ok(0) => {}
+                Ok(delta_ns) => tracing::info!(delta_ns, why, "corrected the guest's clock"),
+                Err(error) => tracing::warn!(%error, why, "correcting the guest's clock"),
+            }
+        }
+        why = tokio::select! {
+            () = changed(resumptions.as_mut()) => "the VM goes on after a pause",
+            tick = ticker.tick() => match tick {
+                Ok(Occasion::Regular) => "it is time",
+                Ok(Occasion::HostClockSet) => "the host's clock was set",
+                Err(error) => return tracing::error!(%error, "the guest's clock is not kept in step any more"),
+            },
+        };
+    }
+}
+
+/// Ends with the next change; never when there is nobody who would tell.
+async fn changed(watched: Option<&mut watch::Receiver<u64>>) {
+    if let Some(watched) = watched
+        && watched.changed().await.is_ok()
+    {
+        return;
+    }
+    pending().await
+}
