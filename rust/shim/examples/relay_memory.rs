@@ -1,6 +1,6 @@
 //! Memory of many relays at once: idle, then each with a running container, then each after an exec and some output.
 //!
-//! `relay_memory PROGRAM [COUNT]`; guests and daemons are not real. Prints kibibytes per relay, from `smaps_rollup`.
+//! `relay_memory PROGRAM [COUNT] [streams]`, over fifos or over streams; guests and daemons are not real. Prints kibibytes per relay, from `smaps_rollup`.
 
 #![allow(
     clippy::unwrap_used,
@@ -21,7 +21,7 @@ use std::{
 };
 
 use containerd_shim_protos::{api, shim_async::TaskClient};
-use fake::{Daemon, Guest, send};
+use fake::{Daemon, Guest, send, stream};
 use kuasar_common::stdio::Stream;
 use protobuf::{MessageField, well_known_types::any::Any};
 use tempfile::TempDir;
@@ -36,6 +36,7 @@ struct Pod {
     vmm: Child,
     task: Option<TaskClient>,
     readers: Vec<pipe::Receiver>,
+    streams: Vec<tokio::task::JoinHandle<()>>,
 }
 
 impl Drop for Pod {
@@ -56,7 +57,7 @@ impl Pod {
         let (vmm, pidfd) = fake::vmm();
         let log = File::create(dir.path().join("relay.log")).unwrap();
         let relay = fake::spawn_relay(program, dir.path(), Some(&pidfd), log.into());
-        Self { dir, guest, _daemon: daemon, relay, vmm, task: None, readers: Vec::new() }
+        Self { dir, guest, _daemon: daemon, relay, vmm, task: None, readers: Vec::new(), streams: Vec::new() }
     }
 
     fn fifo(&self, name: &str) -> String {
@@ -65,14 +66,29 @@ impl Pod {
         path.to_str().unwrap().to_owned()
     }
 
+    /// Opens a stream, and reads it as containerd does.
+    async fn stream(&mut self, id: &str) -> String {
+        let mut client = stream::Client::reader(self.dir.path(), id).await;
+        self.streams.push(tokio::spawn(async move {
+            client.read_to_end(stream::WINDOW, Duration::ZERO).await;
+            client.close_send().await;
+        }));
+        format!("ttrpc+unix://{}/task.sock?streaming_id={id}", self.dir.path().display())
+    }
+
     /// A running container with stdout and stderr, containerd waiting for its end.
-    async fn run(&mut self) {
+    async fn run(&mut self, over_streams: bool) {
         let address = format!("unix://{}/task.sock", self.dir.path().display());
         let task = TaskClient::new(Client::connect(&address).await.unwrap());
-        let (stdout, stderr) = (self.fifo("out"), self.fifo("err"));
-        for path in [&stdout, &stderr] {
-            self.readers.push(pipe::OpenOptions::new().open_receiver(path).unwrap());
-        }
+        let (stdout, stderr) = if over_streams {
+            (self.stream("c-stdout").await, self.stream("c-stderr").await)
+        } else {
+            let paths = (self.fifo("out"), self.fifo("err"));
+            for path in [&paths.0, &paths.1] {
+                self.readers.push(pipe::OpenOptions::new().open_receiver(path).unwrap());
+            }
+            paths
+        };
         let request = api::CreateTaskRequest {
             id: "c".into(),
             bundle: "/b".into(),
@@ -96,7 +112,7 @@ impl Pod {
         let task = self.task.clone().unwrap();
         let (id, exec_id) = (String::from("c"), String::from("e"));
         let spec = Any { type_url: "Process".into(), value: vec![b' '; 4096], ..Default::default() };
-        let stdout = self.fifo("exec");
+        let stdout = if self.streams.is_empty() { self.fifo("exec") } else { self.stream("e-stdout").await };
         let request = api::ExecProcessRequest {
             id: id.clone(),
             exec_id: exec_id.clone(),
@@ -112,20 +128,21 @@ impl Pod {
         let request = api::DeleteRequest { id, exec_id, ..Default::default() };
         task.delete(Context::default(), &request).await.unwrap();
         let mut conn = self.guest.stream("c", "", Stream::Stdout).await;
-        let reader = self.readers.remove(0);
+        let reader = (!self.readers.is_empty()).then(|| self.readers.remove(0));
         let drain = tokio::spawn(async move {
+            let Some(reader) = reader else { return None };
             let mut left = 1 << 20;
             let mut chunk = vec![0; 65536];
             while left > 0 {
                 reader.readable().await.unwrap();
                 left -= reader.try_read(&mut chunk).unwrap_or(0);
             }
-            reader
+            Some(reader)
         });
         for _ in 0..16 {
             send(&mut conn, &[b'x'; 65536]).await;
         }
-        self.readers.push(drain.await.unwrap());
+        self.readers.extend(drain.await.unwrap());
         self.guest.streams.lock().unwrap().insert(("c".into(), String::new(), Stream::Stdout), conn);
     }
 }
@@ -153,8 +170,9 @@ fn report(what: &str, pods: &[Pod]) {
 async fn main() {
     let mut args = std::env::args().skip(1);
     let program: PathBuf =
-        args.next().unwrap_or_else(|| panic!("usage: relay_memory PROGRAM [COUNT]")).into();
+        args.next().unwrap_or_else(|| panic!("usage: relay_memory PROGRAM [COUNT] [streams]")).into();
     let count: usize = args.next().map_or(50, |count| count.parse().unwrap());
+    let over_streams = args.next().is_some_and(|word| word == "streams");
     let mut pods = Vec::new();
     for _ in 0..count {
         pods.push(Pod::new(&program).await);
@@ -163,13 +181,14 @@ async fn main() {
     println!("{count} relays, {} bytes each on disk", fs::metadata(&program).unwrap().len());
     report("idle", &pods);
     for pod in &mut pods {
-        pod.run().await;
+        pod.run(over_streams).await;
     }
     sleep(Duration::from_millis(500)).await;
     report("a running container each", &pods);
     for pod in &mut pods {
         pod.use_it().await;
     }
-    sleep(Duration::from_millis(500)).await;
+    // Streams give back their room when what they sent counts as read.
+    sleep(Duration::from_secs(3)).await;
     report("after an exec and 1 MiB of output each", &pods);
 }

@@ -2,6 +2,8 @@
 
 #![allow(dead_code, missing_docs, unreachable_pub, reason = "shared by programs that each use a part of it")]
 
+pub mod stream;
+
 use std::{
     collections::HashMap,
     os::{

@@ -3,127 +3,17 @@
 use std::time::Duration;
 
 use containerd_shim_protos::api::{self, Status};
-use kuasar_common::{
-    api::{
-        streaming::StreamInit,
-        transfer::{Data, WindowUpdate},
-    },
-    stdio::Stream,
-    streaming::frame::{DATA, Frame, REQUEST, read},
-};
-use protobuf::{Message, well_known_types::any::Any};
-use tokio::{io::AsyncWriteExt, net::UnixStream, time::sleep};
-use ttrpc::{Request, context};
+use kuasar_common::stdio::Stream;
+use tokio::time::sleep;
+use ttrpc::context;
 
 use super::{
     CID, Pod,
-    fake::{receive, send, soon},
+    fake::{
+        receive, send, soon,
+        stream::{Client, Heard, WINDOW},
+    },
 };
-
-const WINDOW: usize = 64 * 1024;
-
-/// What containerd's CRI plugin does with a stream.
-struct Client(UnixStream);
-
-#[derive(Debug, PartialEq)]
-enum Heard {
-    Data(Vec<u8>),
-    Window(i32),
-    End,
-    Gone,
-}
-
-impl Client {
-    async fn open(pod: &Pod, id: &str) -> Self {
-        let connection = UnixStream::connect(pod.dir.path().join("task.sock")).await.unwrap();
-        let mut client = Self(connection);
-        let mut request = Request::new();
-        request.service = "containerd.services.streaming.v1.Streaming".into();
-        request.method = "Stream".into();
-        let first = Frame { stream: 1, kind: REQUEST, flags: 2, message: request.write_to_bytes().unwrap() };
-        client.0.write_all(&first.encode()).await.unwrap();
-        let init = StreamInit { id: id.into(), ..Default::default() };
-        client.say("containerd.services.streaming.v1.StreamInit", &init).await;
-        let ack = soon("the acknowledgement", read(&mut client.0)).await.unwrap().unwrap();
-        assert_eq!((ack.kind, ack.flags), (DATA, 0));
-        client
-    }
-
-    /// A reader, which lets itself be sent a window at once.
-    async fn reader(pod: &Pod, id: &str) -> Self {
-        let mut client = Self::open(pod, id).await;
-        client.grant(WINDOW).await;
-        client
-    }
-
-    async fn frame(&mut self, flags: u8, message: Vec<u8>) {
-        let frame = Frame { stream: 1, kind: DATA, flags, message };
-        self.0.write_all(&frame.encode()).await.unwrap();
-    }
-
-    async fn say(&mut self, kind: &str, message: &impl Message) {
-        let value = message.write_to_bytes().unwrap();
-        let any = Any { type_url: kind.into(), value, ..Default::default() };
-        self.frame(0, any.write_to_bytes().unwrap()).await;
-    }
-
-    async fn grant(&mut self, bytes: usize) {
-        let update = i32::try_from(bytes).unwrap();
-        let update = WindowUpdate { update, ..Default::default() };
-        self.say("containerd.types.transfer.WindowUpdate", &update).await;
-    }
-
-    async fn data(&mut self, bytes: &[u8]) {
-        let data = Data { data: bytes.to_vec(), ..Default::default() };
-        self.say("containerd.types.transfer.Data", &data).await;
-    }
-
-    async fn close_send(&mut self) {
-        self.frame(5, Vec::new()).await;
-    }
-
-    async fn hear(&mut self) -> Heard {
-        let frame = soon("something on a stream", read(&mut self.0)).await;
-        let Ok(Some(frame)) = frame else { return Heard::Gone };
-        assert_eq!((frame.kind, frame.stream), (DATA, 1), "a response would be read as an error");
-        if frame.flags == 5 {
-            return Heard::End;
-        }
-        let any = Any::parse_from_bytes(&frame.message).unwrap();
-        match any.type_url.as_str() {
-            "containerd.types.transfer.Data" => {
-                let data = Data::parse_from_bytes(&any.value).unwrap().data;
-                assert!(data.len() <= 32 * 1024, "containerd counts no more of a message: {}", data.len());
-                Heard::Data(data)
-            }
-            "containerd.types.transfer.WindowUpdate" => {
-                Heard::Window(WindowUpdate::parse_from_bytes(&any.value).unwrap().update)
-            }
-            other => panic!("{other}"),
-        }
-    }
-
-    /// Reads to the end as containerd does, letting itself be sent another window whenever less than one is left.
-    async fn read_to_end(&mut self, mut window: usize, pause: Duration) -> Vec<u8> {
-        let mut all = Vec::new();
-        loop {
-            match self.hear().await {
-                Heard::Data(bytes) => {
-                    assert!(bytes.len() <= window, "{} bytes into a window of {window}", bytes.len());
-                    window -= bytes.len();
-                    all.extend(bytes);
-                }
-                Heard::End => return all,
-                other => panic!("{other:?} after {} bytes", all.len()),
-            }
-            if window < WINDOW {
-                self.grant(WINDOW).await;
-                window += WINDOW;
-            }
-            sleep(pause).await;
-        }
-    }
-}
 
 fn url(pod: &Pod, id: &str) -> String {
     format!("ttrpc+unix://{}/task.sock?streaming_id={id}", pod.dir.path().display())
@@ -154,9 +44,9 @@ fn waiting(pod: &Pod) -> tokio::task::JoinHandle<ttrpc::Result<api::WaitResponse
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_container_s_life_on_streams_opened_before_it() {
     let pod = Pod::new().await;
-    let mut stdin = Client::open(&pod, "c1-stdin").await;
-    let mut stdout = Client::reader(&pod, "c1-stdout").await;
-    let mut stderr = Client::reader(&pod, "c1-stderr").await;
+    let mut stdin = Client::open(pod.dir.path(), "c1-stdin").await;
+    let mut stdout = Client::reader(pod.dir.path(), "c1-stdout").await;
+    let mut stderr = Client::reader(pod.dir.path(), "c1-stderr").await;
     create(&pod, true).await;
     let created = pod.guest.created.lock().unwrap()[0].clone();
     assert_eq!([created.stdin.as_str(), &created.stdout, &created.stderr], ["vsock"; 3]);
@@ -201,8 +91,8 @@ async fn a_container_s_life_on_streams_opened_before_it() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn ten_mebibytes_go_to_a_slow_stream_in_its_windows() {
     let pod = Pod::new().await;
-    let mut stdout = Client::reader(&pod, "c1-stdout").await;
-    let _stderr = Client::reader(&pod, "c1-stderr").await;
+    let mut stdout = Client::reader(pod.dir.path(), "c1-stdout").await;
+    let _stderr = Client::reader(pod.dir.path(), "c1-stderr").await;
     create(&pod, false).await;
     let data: Vec<u8> = (0..10u32 << 18).flat_map(u32::to_le_bytes).collect();
     let mut conn = pod.guest.stream(CID, "", Stream::Stdout).await;
@@ -224,8 +114,8 @@ async fn ten_mebibytes_go_to_a_slow_stream_in_its_windows() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn another_client_takes_over_and_misses_nothing() {
     let pod = Pod::new().await;
-    let mut first = Client::reader(&pod, "c1-stdout").await;
-    let _stderr = Client::reader(&pod, "c1-stderr").await;
+    let mut first = Client::reader(pod.dir.path(), "c1-stdout").await;
+    let _stderr = Client::reader(pod.dir.path(), "c1-stderr").await;
     create(&pod, false).await;
     let mut conn = pod.guest.stream(CID, "", Stream::Stdout).await;
     send(&mut conn, b"read long ago").await;
@@ -240,13 +130,13 @@ async fn another_client_takes_over_and_misses_nothing() {
     pod.guest.exit(CID, "", 0);
     send(&mut conn, b"").await;
     sleep(Duration::from_millis(300)).await;
-    let mut second = Client::reader(&pod, "c1-stdout").await;
+    let mut second = Client::reader(pod.dir.path(), "c1-stdout").await;
     let got = second.read_to_end(WINDOW, Duration::ZERO).await;
     assert_eq!(String::from_utf8(got).unwrap(), "on its way, said meanwhile");
     second.close_send().await;
     assert_eq!(second.hear().await, Heard::Gone);
     // A containerd that is restarted once more opens what it finds, and waits for the end before it deletes.
-    let mut third = Client::reader(&pod, "c1-stdout").await;
+    let mut third = Client::reader(pod.dir.path(), "c1-stdout").await;
     assert_eq!(third.hear().await, Heard::End);
     assert_eq!(pod.state(CID, "").await.unwrap().status.enum_value(), Ok(Status::STOPPED));
 }
@@ -254,7 +144,7 @@ async fn another_client_takes_over_and_misses_nothing() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_reader_that_never_closes_holds_an_exit_up_for_seconds_only() {
     let pod = Pod::new().await;
-    let _stdout = Client::reader(&pod, "c1-stdout").await;
+    let _stdout = Client::reader(pod.dir.path(), "c1-stdout").await;
     create(&pod, false).await;
     let wait = waiting(&pod);
     for stream in [Stream::Stdout, Stream::Stderr] {
@@ -270,7 +160,7 @@ async fn a_reader_that_never_closes_holds_an_exit_up_for_seconds_only() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_dead_vm_ends_streams() {
     let mut pod = Pod::new().await;
-    let mut stdout = Client::reader(&pod, "c1-stdout").await;
+    let mut stdout = Client::reader(pod.dir.path(), "c1-stdout").await;
     create(&pod, false).await;
     let mut conn = pod.guest.stream(CID, "", Stream::Stdout).await;
     send(&mut conn, b"last words").await;
@@ -278,7 +168,7 @@ async fn a_dead_vm_ends_streams() {
     pod.end_vm();
     assert_eq!(stdout.hear().await, Heard::End);
     assert_eq!(pod.wait(CID, "").await.unwrap().exit_status, 137);
-    let mut late = Client::reader(&pod, "c1-stderr").await;
+    let mut late = Client::reader(pod.dir.path(), "c1-stderr").await;
     assert_eq!(late.hear().await, Heard::End, "also when it is opened after the end");
 }
 
@@ -288,8 +178,8 @@ async fn streams_of_what_never_was_are_closed_with_their_client() {
     let before = pod.open_fds();
     for _ in 0..50 {
         // As 2.1 does it for a container that is removed before it starts: it says so, and leaves the connection open.
-        let mut stdin = Client::open(&pod, "x-stdin").await;
-        let mut stdout = Client::reader(&pod, "x-stdout").await;
+        let mut stdin = Client::open(pod.dir.path(), "x-stdin").await;
+        let mut stdout = Client::reader(pod.dir.path(), "x-stdout").await;
         stdin.close_send().await;
         stdout.close_send().await;
         assert_eq!(stdout.hear().await, Heard::Gone);
@@ -298,7 +188,7 @@ async fn streams_of_what_never_was_are_closed_with_their_client() {
     // The input of a process to come may be over already: one of these waits for that, for minutes.
     pod.fds_settle_at(before + 1).await;
     *pod.guest.create_error.lock().unwrap() = Some("no such runtime".into());
-    let mut stdout = Client::reader(&pod, "c1-stdout").await;
+    let mut stdout = Client::reader(pod.dir.path(), "c1-stdout").await;
     let request = create_request(&pod, false);
     assert!(soon("Create", pod.task.create(context::Context::default(), &request)).await.is_err());
     assert_eq!(stdout.hear().await, Heard::End, "what could not be created says nothing");
@@ -314,8 +204,8 @@ async fn execs_on_streams_leave_no_descriptor_behind() {
     for round in 0..60 {
         let exec = format!("e{round}");
         let (input, output) = (format!("{exec}-stdin"), format!("{exec}-stdout"));
-        let mut stdin = Client::open(&pod, &input).await;
-        let mut stdout = Client::reader(&pod, &output).await;
+        let mut stdin = Client::open(pod.dir.path(), &input).await;
+        let mut stdout = Client::reader(pod.dir.path(), &output).await;
         pod.exec(&pod.exec_request(&exec, &url(&pod, &input), &url(&pod, &output))).await.unwrap();
         pod.start(CID, &exec).await.unwrap();
         assert_eq!(stdin.hear().await, Heard::Window(65536));
