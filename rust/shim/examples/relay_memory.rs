@@ -130,7 +130,7 @@ impl Pod {
         let mut conn = self.guest.stream("c", "", Stream::Stdout).await;
         let reader = (!self.readers.is_empty()).then(|| self.readers.remove(0));
         let drain = tokio::spawn(async move {
-            let Some(reader) = reader else { return None };
+            let reader = reader?;
             let mut left = 1 << 20;
             let mut chunk = vec![0; 65536];
             while left > 0 {

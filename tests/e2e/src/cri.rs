@@ -201,6 +201,24 @@ impl Cri {
         })
     }
 
+    /// Changes a running container's limits.
+    ///
+    /// # Errors
+    /// As containerd says.
+    pub async fn update(&self, id: &str, linux: LinuxContainerResources) -> Answer<()> {
+        let request = UpdateContainerResourcesRequest { container_id: id.to_owned(), linux: Some(linux) };
+        self.client().update_container_resources(request).await?;
+        Ok(())
+    }
+
+    /// Figures of all running containers of the node.
+    ///
+    /// # Errors
+    /// As containerd says.
+    pub async fn stats(&self) -> Answer<Vec<ContainerStats>> {
+        Ok(self.client().list_container_stats(ListContainerStatsRequest {}).await?.into_inner().stats)
+    }
+
     /// Waits until a container has ended and returns its last status.
     ///
     /// # Errors

@@ -21,8 +21,8 @@ use tokio::{
 
 use config::{BRIDGE, VARIANTS, cni_config, containerd_config};
 pub use config::{
-    Containerd, NAMESPACE, QEMU, QEMU_9P, QEMU_INITRD, RUNC, SOCKET, daemon_config, folder_of, handlers,
-    socket_of, table,
+    Containerd, NAMESPACE, QEMU, QEMU_9P, QEMU_INITRD, QEMU_STREAM, RUNC, SOCKET, daemon_config, folder_of,
+    handlers, socket_of, table,
 };
 use pod::own_pids;
 pub use pod::{Pod, container};
@@ -48,7 +48,8 @@ pub struct Lab {
     pub paths: Paths,
     /// The client.
     pub cri: Cri,
-    containerd: Child,
+    settings: Containerd,
+    containerd: Mutex<Child>,
     daemons: Mutex<Vec<Daemon>>,
     pods: AtomicU32,
 }
@@ -77,9 +78,9 @@ impl Lab {
         machine: Machine,
         paths: Paths,
         handlers: &[&str],
-        containerd: &Containerd,
+        settings: &Containerd,
     ) -> Result<Self> {
-        for folder in ["log", "containerd", "cni", "pods", "images", "tmp"] {
+        for folder in ["log", "trace", "containerd", "cni", "pods", "images", "tmp"] {
             fs::create_dir_all(machine.root.join(folder))?;
         }
         fs::create_dir_all("/run/kuasar")?;
@@ -91,11 +92,12 @@ impl Lab {
             let log = log_of(&machine, daemon.handler);
             listening(&mut daemon.child, &socket_of(daemon.handler), &log).await?;
         }
-        let mut containerd = start_containerd(&machine, &paths, containerd)?;
+        let mut containerd = start_containerd(&machine, &paths, settings)?;
         listening(&mut containerd, Path::new(SOCKET), &log_of(&machine, "containerd")).await?;
         let cri = Cri::connect(Path::new(SOCKET)).await?;
-        let lab =
-            Self { machine, paths, cri, containerd, daemons: Mutex::new(daemons), pods: AtomicU32::new(0) };
+        let (containerd, daemons) = (Mutex::new(containerd), Mutex::new(daemons));
+        let (settings, pods) = (settings.clone(), AtomicU32::new(0));
+        let lab = Self { machine, paths, cri, settings, containerd, daemons, pods };
         lab.ready().await?;
         Ok(lab)
     }
@@ -146,6 +148,35 @@ impl Lab {
         daemons.retain(|daemon| daemon.handler != *handler);
         daemons.push(daemon);
         Ok(())
+    }
+
+    /// Kills containerd as the kernel does when memory runs out.
+    ///
+    /// # Errors
+    /// When it cannot be killed.
+    pub async fn kill_containerd(&self) -> Result<()> {
+        self.containerd.lock().await.kill().await.context("killing containerd")
+    }
+
+    /// Starts containerd again after it was killed, and waits for its CRI.
+    ///
+    /// # Errors
+    /// When it does not come up; the text shows the end of its log.
+    pub async fn restart_containerd(&self) -> Result<()> {
+        let mut containerd = start_containerd(&self.machine, &self.paths, &self.settings)?;
+        listening(&mut containerd, Path::new(SOCKET), &log_of(&self.machine, "containerd")).await?;
+        *self.containerd.lock().await = containerd;
+        self.ready().await
+    }
+
+    /// Process ids of the programs that outlive a pod: containerd and the daemons.
+    pub async fn programs(&self) -> Vec<(String, u32)> {
+        let mut all: Vec<(String, u32)> = Vec::new();
+        all.extend(self.containerd.lock().await.id().map(|id| ("containerd".to_owned(), id)));
+        for daemon in self.daemons.lock().await.iter() {
+            all.extend(daemon.child.id().map(|id| (daemon.handler.to_owned(), id)));
+        }
+        all
     }
 
     /// Makes the test images and imports them.
@@ -255,6 +286,26 @@ impl Lab {
         Ok(Pod { lab: self, id, config })
     }
 
+    /// Removes a pod, and its cgroup as a kubelet does.
+    ///
+    /// # Errors
+    /// As containerd says, or when something is still in the cgroup.
+    pub async fn forget(&self, pod: Pod<'_>) -> Result<()> {
+        let cgroup = pod.config.linux.as_ref().map(|linux| linux.cgroup_parent.clone()).unwrap_or_default();
+        pod.remove().await?;
+        for hierarchy in leaks::hierarchies() {
+            let path = hierarchy.join(cgroup.trim_start_matches('/'));
+            fs::remove_dir(&path).with_context(|| format!("removing the cgroup {}", path.display()))?;
+        }
+        Ok(())
+    }
+
+    /// Where the daemon of a handler writes its trace.
+    #[must_use]
+    pub fn trace(&self, handler: &str) -> PathBuf {
+        trace_of(&self.machine, handler)
+    }
+
     /// Removes all pods, ends containerd and the daemons, and says what went wrong with it.
     pub async fn stop(mut self) -> Vec<String> {
         let mut wrong = Vec::new();
@@ -271,7 +322,7 @@ impl Lab {
             }
             Err(e) => wrong.push(said("listing", "pods", &e)),
         }
-        wrong.extend(end("containerd", &mut self.containerd).await.err().map(|e| e.to_string()));
+        wrong.extend(end("containerd", self.containerd.get_mut()).await.err().map(|e| e.to_string()));
         for daemon in self.daemons.get_mut() {
             wrong.extend(end(daemon.handler, &mut daemon.child).await.err().map(|e| e.to_string()));
             // Lock files stay by design, and only empty folders go: what a daemon forgot must be seen.
@@ -330,8 +381,13 @@ fn start_daemon(
     let mut command = Command::new(&paths.sandboxer);
     command.arg("--config").arg(&config);
     command.arg("--listen").arg(socket_of(handler)).arg("--dir").arg(folder_of(handler));
+    command.arg("--trace").arg(trace_of(machine, handler));
     let child = spawn(machine, handler, &mut command)?;
     Ok(Daemon { handler, child })
+}
+
+fn trace_of(machine: &Machine, handler: &str) -> PathBuf {
+    machine.root.join("trace").join(format!("{handler}.json"))
 }
 
 fn start_containerd(machine: &Machine, paths: &Paths, settings: &Containerd) -> Result<Child> {

@@ -49,7 +49,23 @@ fn for_runc() -> bool {
 /// Runs cases that share a lab. Returns what `main` returns.
 #[must_use]
 pub fn with_lab(handlers: &'static [&'static str], cases: Vec<Case<Lab>>) -> ExitCode {
-    run(cases, move |runtime, machine| {
+    with_lab_for(deadline(), handlers, cases)
+}
+
+/// [`DEADLINE`], or what a machine that is slower or busier than most is given.
+fn deadline() -> Duration {
+    let given = std::env::var("KUASAR_CASE_SECONDS").ok().and_then(|seconds| seconds.parse().ok());
+    given.map_or(DEADLINE, Duration::from_secs)
+}
+
+/// The same, with so much time for each case.
+#[must_use]
+pub fn with_lab_for(
+    deadline: Duration,
+    handlers: &'static [&'static str],
+    cases: Vec<Case<Lab>>,
+) -> ExitCode {
+    run(deadline, cases, move |runtime, machine| {
         let paths = Paths::find()?;
         runtime.block_on(async {
             let handlers = if for_runc() { &[] } else { handlers };
@@ -67,7 +83,7 @@ where
     T: Shared,
     F: FnOnce(Machine) -> Result<T>,
 {
-    run(cases, |_, machine| make(machine))
+    run(DEADLINE, cases, |_, machine| make(machine))
 }
 
 /// What cases share, and how it ends.
@@ -91,12 +107,12 @@ impl Shared for Lab {
     }
 }
 
-fn run<T, F>(cases: Vec<Case<T>>, make: F) -> ExitCode
+fn run<T, F>(deadline: Duration, cases: Vec<Case<T>>, make: F) -> ExitCode
 where
     T: Shared,
     F: FnOnce(&Runtime, Machine) -> Result<T>,
 {
-    match try_run(cases, make) {
+    match try_run(deadline, cases, make) {
         Ok(code) => code,
         Err(e) => {
             eprintln!("error: {e:#}");
@@ -105,7 +121,7 @@ where
     }
 }
 
-fn try_run<T, F>(cases: Vec<Case<T>>, make: F) -> Result<ExitCode>
+fn try_run<T, F>(deadline: Duration, cases: Vec<Case<T>>, make: F) -> Result<ExitCode>
 where
     T: Shared,
     F: FnOnce(&Runtime, Machine) -> Result<T>,
@@ -128,7 +144,7 @@ where
             println!("skipped: {}: {why}", case.name);
         }
     }
-    let trials = cases.into_iter().map(|case| trial(case, &runtime, &shared)).collect();
+    let trials = cases.into_iter().map(|case| trial(case, deadline, &runtime, &shared)).collect();
     let conclusion = libtest_mimic::run(&args, trials);
     if conclusion.has_failed() {
         for hint in shared.hints() {
@@ -143,13 +159,13 @@ where
     if conclusion.has_failed() || !wrong.is_empty() { Ok(ExitCode::from(101)) } else { Ok(ExitCode::SUCCESS) }
 }
 
-fn trial<T: Shared>(case: Case<T>, runtime: &Arc<Runtime>, shared: &Arc<T>) -> Trial {
+fn trial<T: Shared>(case: Case<T>, deadline: Duration, runtime: &Arc<Runtime>, shared: &Arc<T>) -> Trial {
     let (runtime, shared) = (Arc::clone(runtime), Arc::clone(shared));
     let body = case.body;
     Trial::test(case.name, move || {
         let outcome =
-            runtime.block_on(async { tokio::time::timeout(DEADLINE, tokio::spawn(body(shared))).await });
-        let outcome = outcome.map_err(|_| anyhow!("not done after {DEADLINE:?}"));
+            runtime.block_on(async { tokio::time::timeout(deadline, tokio::spawn(body(shared))).await });
+        let outcome = outcome.map_err(|_| anyhow!("not done after {deadline:?}"));
         match outcome.and_then(|joined| joined.map_err(|e| anyhow!("it panicked: {e}"))?) {
             Ok(()) => Ok(()),
             Err(e) => Err(Failed::from(format!("{e:#}"))),

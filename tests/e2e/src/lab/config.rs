@@ -19,6 +19,8 @@ pub const QEMU: &str = "kuasar-qemu";
 pub const QEMU_9P: &str = "kuasar-qemu-9p";
 /// Handler whose guest runs from the initrd.
 pub const QEMU_INITRD: &str = "kuasar-qemu-initrd";
+/// [`QEMU`] once more, from the same daemon, with streaming IO instead of fifos.
+pub const QEMU_STREAM: &str = "kuasar-qemu-stream";
 /// Handler of ordinary containers, to tell a fault of the lab from one of ours.
 pub const RUNC: &str = "runc";
 
@@ -82,6 +84,10 @@ pub fn daemon_config(paths: &Paths, keys: &[(&str, &str)]) -> Result<toml::Table
         ("initrd_path", part("kuasar.initrd")),
     ] {
         hypervisor.insert(key.into(), value.into());
+    }
+    if let Ok(memory) = std::env::var("KUASAR_MEMORY_MIB") {
+        let memory: i64 = memory.parse().context("KUASAR_MEMORY_MIB is no number")?;
+        hypervisor.insert("memory_in_mb".into(), memory.into());
     }
     for (key, value) in keys {
         hypervisor.insert((*key).into(), (*value).into());
@@ -165,14 +171,22 @@ disabled_plugins = [
             r#"[proxy_plugins.{handler}]
   type = "sandbox"
   address = "{}"
-[plugins.'io.containerd.cri.v1.runtime'.containerd.runtimes.{handler}]
-  runtime_type = "io.containerd.kuasar-vmm.v1"
-  sandboxer = "{handler}"
-  io_type = "fifo"
-  privileged_without_host_devices = true
 "#,
             socket_of(handler).display()
         ));
+        text.push_str(&runtime(handler, handler, "fifo"));
     }
+    text.push_str(&runtime(QEMU_STREAM, QEMU, "streaming"));
     text
+}
+
+fn runtime(handler: &str, sandboxer: &str, io_type: &str) -> String {
+    format!(
+        r#"[plugins.'io.containerd.cri.v1.runtime'.containerd.runtimes.{handler}]
+  runtime_type = "io.containerd.kuasar-vmm.v1"
+  sandboxer = "{sandboxer}"
+  io_type = "{io_type}"
+  privileged_without_host_devices = true
+"#
+    )
 }

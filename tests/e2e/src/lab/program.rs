@@ -36,7 +36,9 @@ pub(super) fn tail(path: &Path) -> String {
 /// Starts a program of the lab with its output in its log. It dies with this process.
 pub(super) fn spawn(machine: &Machine, name: &str, command: &mut Command) -> Result<Child> {
     let path = log_of(machine, name);
-    let log = File::create(&path).with_context(|| format!("creating {}", path.display()))?;
+    // What it wrote before it was started again stays.
+    let log = File::options().append(true).create(true).open(&path);
+    let log = log.with_context(|| format!("opening {}", path.display()))?;
     command
         .stdin(Stdio::null())
         .stdout(log.try_clone()?)

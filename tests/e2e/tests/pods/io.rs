@@ -3,7 +3,11 @@
 use std::{os::fd::OwnedFd, process::Stdio, sync::Arc, time::Duration};
 
 use anyhow::{Context, Result, anyhow, ensure};
-use kuasar_e2e::{image::BUSYBOX, lab::Lab, suite::handler};
+use kuasar_e2e::{
+    image::BUSYBOX,
+    lab::{Lab, QEMU_STREAM},
+    suite::handler,
+};
 use nix::pty::{Winsize, openpty};
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
@@ -93,7 +97,15 @@ fn read_terminal(master: OwnedFd) -> String {
 }
 
 pub(crate) async fn two_streams_stay_apart(lab: Arc<Lab>) -> Result<()> {
-    let pod = lab.pod("streams", handler()).await?;
+    apart(&lab, handler()).await
+}
+
+pub(crate) async fn two_streams_stay_apart_over_streams(lab: Arc<Lab>) -> Result<()> {
+    apart(&lab, QEMU_STREAM).await
+}
+
+async fn apart(lab: &Lab, handler: &str) -> Result<()> {
+    let pod = lab.pod("streams", handler).await?;
     let id =
         pod.container("both", BUSYBOX, &["/bin/sh", "-c", "echo out; echo err >&2; echo -n open"]).await?;
     ensure!(lab.cri.ended(&id, SOON).await?.exit_code == 0, "it failed");
@@ -112,7 +124,29 @@ pub(crate) async fn two_streams_stay_apart(lab: Arc<Lab>) -> Result<()> {
 }
 
 pub(crate) async fn ten_mebibytes_of_log_are_complete(lab: Arc<Lab>) -> Result<()> {
-    let pod = lab.pod("log", handler()).await?;
+    ten_mebibytes(&lab, handler()).await
+}
+
+pub(crate) async fn ten_mebibytes_of_log_over_streams(lab: Arc<Lab>) -> Result<()> {
+    ten_mebibytes(&lab, QEMU_STREAM).await
+}
+
+/// Around the 32 KiB that containerd counts of a message, the 64 KiB of its windows, and several of them.
+pub(crate) async fn execs_of_many_sizes_over_streams(lab: Arc<Lab>) -> Result<()> {
+    let pod = lab.pod("sizes", QEMU_STREAM).await?;
+    let id = pod.container("idle", BUSYBOX, IDLE).await?;
+    for size in [0, 1, 32_767, 32_769, 65_536, 131_073, 1_000_000] {
+        let script = format!("head -c {size} /dev/zero | tr '\\0' x; echo $? >&2; exit 7");
+        let out = lab.cri.exec(&id, &["/bin/sh", "-c", &script]).await?;
+        ensure!(out.code == 7, "{size} bytes: it ended with {}", out.code);
+        ensure!(out.stdout.len() == size, "{size} bytes: {} came", out.stdout.len());
+        ensure!(out.stderr == "0\n", "{size} bytes: it said {:?}", out.stderr);
+    }
+    pod.remove().await
+}
+
+async fn ten_mebibytes(lab: &Lab, handler: &str) -> Result<()> {
+    let pod = lab.pod("log", handler).await?;
     let script = format!("BEGIN {{ for (i = 0; i < {LINES}; i++) printf \"%063d\\n\", i }}");
     let id = pod.container("writer", BUSYBOX, &["awk", &script]).await?;
     let status = lab.cri.ended(&id, Duration::from_secs(120)).await?;
@@ -141,7 +175,7 @@ pub(crate) async fn ten_mebibytes_of_log_are_complete(lab: Arc<Lab>) -> Result<(
     }
     // The same amount through one exec, which CRI returns in a single answer.
     let mut child =
-        ctr_exec(&lab, &pod.container("idle", BUSYBOX, IDLE).await?, "big", false, &["awk", &script])
+        ctr_exec(lab, &pod.container("idle", BUSYBOX, IDLE).await?, "big", false, &["awk", &script])
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
             .spawn()?;

@@ -5,6 +5,7 @@ mod io;
 mod life;
 mod network;
 mod restart;
+mod task;
 
 use std::process::ExitCode;
 
@@ -19,8 +20,9 @@ use guest::{
     a_wrong_clock_is_put_right,
 };
 use io::{
-    exec_reads_stdin_to_its_end, exec_with_a_terminal, ten_mebibytes_of_log_are_complete,
-    two_streams_stay_apart,
+    exec_reads_stdin_to_its_end, exec_with_a_terminal, execs_of_many_sizes_over_streams,
+    ten_mebibytes_of_log_are_complete, ten_mebibytes_of_log_over_streams, two_streams_stay_apart,
+    two_streams_stay_apart_over_streams,
 };
 use life::{
     a_command_that_does_not_exist, a_container_restarts_in_a_living_pod, a_host_network_pod_is_refused,
@@ -32,7 +34,11 @@ use network::{
     guest_kernel_is_not_the_hosts, guest_runs_from_the_initrd, guest_runs_without_virtiofsd,
     pod_answers_at_its_ip,
 };
-use restart::a_killed_daemon_finds_its_pods_again;
+use restart::{
+    a_hung_guest_holds_nobody_up_and_can_be_removed, a_killed_daemon_finds_its_pods_again,
+    a_killed_relay_ends_its_pod_and_no_other, a_log_is_complete_across_a_restart_of_containerd,
+};
+use task::pause_resume_figures_pids_and_limits;
 
 fn main() -> ExitCode {
     suite::with_lab(
@@ -50,16 +56,23 @@ fn main() -> ExitCode {
             a_pod_has_its_name_sysctls_and_shared_memory,
             a_wrong_clock_is_put_right,
             a_kernel_panic_is_the_reason_of_a_pods_end,
+            pause_resume_figures_pids_and_limits,
             exec_reads_stdin_to_its_end,
             exec_with_a_terminal,
             two_streams_stay_apart,
             ten_mebibytes_of_log_are_complete,
+            two_streams_stay_apart_over_streams,
+            ten_mebibytes_of_log_over_streams,
+            execs_of_many_sizes_over_streams,
             pod_answers_at_its_ip,
             guest_kernel_is_not_the_hosts,
             guest_runs_without_virtiofsd,
             guest_runs_from_the_initrd,
             a_host_network_pod_is_refused,
             a_killed_daemon_finds_its_pods_again,
+            a_log_is_complete_across_a_restart_of_containerd,
+            a_killed_relay_ends_its_pod_and_no_other,
+            a_hung_guest_holds_nobody_up_and_can_be_removed,
         ],
     )
 }

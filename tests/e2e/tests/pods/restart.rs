@@ -1,14 +1,25 @@
-//! What goes on while the daemon is away, and what it finds when it comes back.
+//! What goes on while a part of the whole is away, and what it finds when it comes back.
 
 use std::{sync::Arc, time::Duration};
 
-use anyhow::{Result, ensure};
-use kuasar_e2e::{cri::PodSandboxState, image::BUSYBOX, lab::Lab, suite::handler};
+use anyhow::{Context, Result, ensure};
+use kuasar_e2e::{
+    cri::{ContainerState, PodSandboxState},
+    image::BUSYBOX,
+    lab::{self, Lab, Pod},
+    suite::handler,
+};
+use nix::{
+    sys::signal::{Signal, kill},
+    unistd::Pid,
+};
 use tokio::time::{Instant, sleep};
 
-/// containerd tries again to reach a daemon after at most 3 s.
-const SOON: Duration = Duration::from_secs(15);
-const UNTIL_TOLD: &str = "echo begin; while [ ! -e /go ]; do sleep 0.1; done; echo end; exit 9";
+use super::IDLE;
+
+/// containerd tries again to reach a daemon after at most 3 s; the rest is for emulated guests on a busy machine.
+const SOON: Duration = Duration::from_secs(60);
+const UNTIL_TOLD: &str = "echo begin; while [ ! -e /go ]; do sleep 1; done; echo end; exit 9";
 
 pub(crate) async fn a_killed_daemon_finds_its_pods_again(lab: Arc<Lab>) -> Result<()> {
     let pod = lab.pod("orphan", handler()).await?;
@@ -39,4 +50,127 @@ pub(crate) async fn a_killed_daemon_finds_its_pods_again(lab: Arc<Lab>) -> Resul
     let (stdout, _) = pod.output("waits")?;
     ensure!(stdout == b"begin\nend\n", "its log is {:?}", String::from_utf8_lossy(&stdout));
     pod.remove().await
+}
+
+/// Lines of 64 bytes of which half is written at once, and half when it goes: more than any buffer on the way holds.
+const HALF: usize = (5 << 20) / 64;
+
+pub(crate) async fn a_log_is_complete_across_a_restart_of_containerd(lab: Arc<Lab>) -> Result<()> {
+    log_across_a_restart(&lab, handler()).await
+}
+
+async fn log_across_a_restart(lab: &Lab, handler: &str) -> Result<()> {
+    let pod = lab.pod("long", handler).await?;
+    let lines =
+        |from, to| format!("awk 'BEGIN {{ for (i = {from}; i < {to}; i++) printf \"%063d\\n\", i }}'");
+    let wait = "while [ ! -e /go ]; do sleep 1; done; sleep 4";
+    let script = format!("{}; {wait}; {}", lines(0, HALF), lines(HALF, 2 * HALF));
+    let id = pod.container("writer", BUSYBOX, &["/bin/sh", "-c", &script]).await?;
+    let size = written(&pod, HALF * 64).await;
+    ensure!(size == HALF * 64, "{size} of {} bytes of the first half are there", HALF * 64);
+    // Handed on is not yet counted as read.
+    sleep(Duration::from_secs(3)).await;
+    lab.cri.exec(&id, &["/bin/touch", "/go"]).await?;
+    lab.kill_containerd().await?;
+    // Meanwhile the other half comes, and finds nobody.
+    sleep(Duration::from_secs(7)).await;
+    lab.restart_containerd().await?;
+    let size = written(&pod, 2 * HALF * 64).await;
+    ensure!(size == 2 * HALF * 64, "{size} of {} bytes arrived", 2 * HALF * 64);
+    let stdout = pod.output("writer")?.0;
+    for (number, line) in stdout.chunks(64).enumerate() {
+        let line = String::from_utf8_lossy(line);
+        ensure!(line == format!("{number:063}\n"), "line {number} is {line:?}");
+    }
+    let code = lab.cri.ended(&id, SOON).await?.exit_code;
+    ensure!(code == 0, "the writer ended with {code}");
+    pod.remove().await
+}
+
+/// Waits until so many bytes are in the log, as long as they become more; returns how many there are.
+async fn written(pod: &Pod<'_>, least: usize) -> usize {
+    let (mut last, mut since) = (0, Instant::now());
+    loop {
+        let size = pod.output("writer").map_or(0, |(stdout, _)| stdout.len());
+        if size > last {
+            (last, since) = (size, Instant::now());
+        }
+        if size >= least || since.elapsed() > SOON {
+            return size;
+        }
+        sleep(Duration::from_millis(500)).await;
+    }
+}
+
+/// A relay cannot come back: containerd gives up every container of the pod at once. So the pod ends, and says so.
+pub(crate) async fn a_killed_relay_ends_its_pod_and_no_other(lab: Arc<Lab>) -> Result<()> {
+    let (pod, other) = (lab.pod("relayless", handler()).await?, lab.pod("other", handler()).await?);
+    let id = pod.container("idle", BUSYBOX, IDLE).await?;
+    let there = other.container("idle", BUSYBOX, IDLE).await?;
+    let created = pod.create(lab::container("created", BUSYBOX, IDLE)).await?;
+    let relay = relay_of(&pod.id)?;
+    kill(Pid::from_raw(relay), Signal::SIGKILL).context("killing the relay")?;
+    let status = lab.cri.ended(&id, SOON).await?;
+    ensure!(status.exit_code != 0, "the container ended with {}", status.exit_code);
+    let end = Instant::now() + Duration::from_secs(30);
+    loop {
+        let state = lab.cri.pod_status(&pod.id).await?.0.state();
+        if state == PodSandboxState::SandboxNotready {
+            break;
+        }
+        ensure!(Instant::now() < end, "the pod is still {state:?}");
+        sleep(Duration::from_millis(200)).await;
+    }
+    let error = lab.cri.start(&created).await.err().context("a container started in a pod that ended")?;
+    ensure!(!error.message().is_empty(), "it does not say why");
+    let out = lab.cri.exec(&there, &["echo", "here"]).await?;
+    ensure!(out.stdout == "here\n", "the other pod gave {out:?}");
+    pod.remove().await?;
+    other.remove().await
+}
+
+/// Process id of a pod's relay.
+fn relay_of(pod: &str) -> Result<i32> {
+    for entry in std::fs::read_dir("/proc")?.flatten() {
+        let Some(pid) = entry.file_name().to_str().and_then(|name| name.parse().ok()) else { continue };
+        let words = std::fs::read(entry.path().join("cmdline")).unwrap_or_default();
+        let words = String::from_utf8_lossy(&words).replace('\0', " ");
+        if words.contains("containerd-shim-kuasar-vmm-v1 serve") && words.contains(pod) {
+            return Ok(pid);
+        }
+    }
+    anyhow::bail!("there is no relay of {pod}")
+}
+
+/// A VM that stands still, as on an overloaded or broken host.
+pub(crate) async fn a_hung_guest_holds_nobody_up_and_can_be_removed(lab: Arc<Lab>) -> Result<()> {
+    let (hung, other) = (lab.pod("hung", handler()).await?, lab.pod("lively", handler()).await?);
+    let id = hung.container("idle", BUSYBOX, IDLE).await?;
+    let there = other.container("idle", BUSYBOX, IDLE).await?;
+    ensure!(lab.cri.stats().await?.len() >= 2, "containers have no figures");
+    let (_, info) = lab.cri.pod_status(&hung.id).await?;
+    let info: serde_json::Value = serde_json::from_str(info.get("info").context("no info")?)?;
+    let vmm = i32::try_from(info.get("pid").and_then(serde_json::Value::as_i64).context("no pid")?)?;
+    kill(Pid::from_raw(vmm), Signal::SIGSTOP).context("stopping the VMM")?;
+
+    let begun = Instant::now();
+    let stats = lab.cri.stats().await?;
+    let ids: Vec<_> = stats.iter().filter_map(|stats| Some(stats.attributes.as_ref()?.id.as_str())).collect();
+    ensure!(ids.contains(&&*id) && ids.contains(&&*there), "figures of {ids:?} only");
+    ensure!(begun.elapsed() < Duration::from_secs(4), "the node's figures took {:?}", begun.elapsed());
+    let begun = Instant::now();
+    let state = lab.cri.pod_status(&hung.id).await?.0.state();
+    ensure!(state == PodSandboxState::SandboxReady, "the pod is {state:?}");
+    ensure!(lab.cri.status(&id).await?.state() == ContainerState::ContainerRunning, "it does not run");
+    ensure!(begun.elapsed() < Duration::from_secs(3), "its states took {:?}", begun.elapsed());
+    let out = lab.cri.exec(&there, &["echo", "here"]).await?;
+    ensure!(out.stdout == "here\n", "the other pod gave {out:?}");
+    let begun = Instant::now();
+    let error = lab.cri.exec(&id, &["true"]).await.err().context("exec in a hung guest worked")?;
+    ensure!(begun.elapsed() < Duration::from_secs(40), "it took {:?} to fail", begun.elapsed());
+    ensure!(error.message().contains("guest"), "it does not say what is the matter: {}", error.message());
+    let begun = Instant::now();
+    hung.remove().await.context("removing the hung pod")?;
+    ensure!(begun.elapsed() < Duration::from_secs(60), "it took {:?} to remove it", begun.elapsed());
+    other.remove().await
 }

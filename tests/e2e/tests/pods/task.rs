@@ -1,0 +1,59 @@
+//! What containerd's Task API can do with a container besides running it.
+
+use std::{sync::Arc, time::Duration};
+
+use anyhow::{Context, Result, ensure};
+use kuasar_e2e::{
+    cri::LinuxContainerResources,
+    image::BUSYBOX,
+    lab::{Lab, run},
+    suite::handler,
+};
+use tokio::time::sleep;
+
+use super::IDLE;
+
+const COUNTER: &[&str] = &["/bin/sh", "-c", "i=0; while :; do i=$((i+1)); echo $i > /count; sleep 0.1; done"];
+
+async fn ctr(lab: &Lab, words: &[&str]) -> Result<String> {
+    Ok(String::from_utf8_lossy(&run(lab.ctr().args(words)).await?).into_owned())
+}
+
+pub(crate) async fn pause_resume_figures_pids_and_limits(lab: Arc<Lab>) -> Result<()> {
+    let pod = lab.pod("task", handler()).await?;
+    let id = pod.container("counts", BUSYBOX, COUNTER).await?;
+    let idle = pod.container("idle", BUSYBOX, IDLE).await?;
+
+    let pids = ctr(&lab, &["tasks", "ps", &id]).await?;
+    ensure!(pids.lines().count() >= 2, "it has no processes: {pids}");
+    let figures = ctr(&lab, &["tasks", "metrics", &id]).await?;
+    ensure!(figures.contains("memory"), "its figures are {figures}");
+
+    ctr(&lab, &["tasks", "pause", &id]).await?;
+    let state = |list: &str| list.lines().find(|line| line.starts_with(&id)).map(str::to_owned);
+    let line = state(&ctr(&lab, &["tasks", "ls"]).await?).context("it is not listed")?;
+    ensure!(line.contains("PAUSED"), "a paused container is {line}");
+    // What stands still takes no processor time.
+    let stats = lab.cri.stats().await?;
+    let cpu = |stats: &[kuasar_e2e::cri::ContainerStats]| {
+        let of = stats.iter().find(|stats| stats.attributes.as_ref().is_some_and(|a| a.id == id));
+        of.and_then(|stats| Some(stats.cpu.as_ref()?.usage_core_nano_seconds.as_ref()?.value))
+    };
+    let before = cpu(&stats).context("a paused container has no figures")?;
+    sleep(Duration::from_secs(2)).await;
+    let after = cpu(&lab.cri.stats().await?).context("a paused container has no figures")?;
+    ensure!(before == after, "it went on by {} ns of processor time", after.saturating_sub(before));
+    ctr(&lab, &["tasks", "resume", &id]).await?;
+    sleep(Duration::from_secs(1)).await;
+    let later = cpu(&lab.cri.stats().await?).context("it has no figures")?;
+    ensure!(later > after, "it does not go on");
+
+    let limit = 48 << 20;
+    lab.cri.update(&idle, LinuxContainerResources { memory_limit_in_bytes: limit }).await?;
+    let out = lab.cri.exec(&idle, &["cat", "/sys/fs/cgroup/memory.max"]).await?;
+    ensure!(out.stdout.trim() == limit.to_string(), "its limit is {out:?}");
+
+    lab.cri.stop(&id, 0).await?;
+    lab.cri.stop(&id, 0).await.context("killing what has ended")?;
+    pod.remove().await
+}
