@@ -21,15 +21,8 @@ lib.makeScope pkgs.newScope (
 
     checks = import ./checks.nix { inherit pkgs self; };
   }
+  // pkgs.callPackage ./kernels.nix { inherit (self) callPackage; }
   // lib.optionalAttrs isx86_64 {
-    kernel-qemu-micro = self.callPackage ./kernel.nix {
-      hypervisor = "qemu";
-      flavour = "micro";
-    };
-    kernel-qemu-mini = self.callPackage ./kernel.nix {
-      hypervisor = "qemu";
-      flavour = "mini";
-    };
     initrd-qemu = self.callPackage ../rootfs/initrd.nix { };
     disk-qemu = self.callPackage ../rootfs/disk.nix { };
     image-qemu = self.callPackage ./image-qemu.nix {

@@ -2,6 +2,7 @@
 {
   lib,
   stdenv,
+  buildPackages,
   bc,
   bison,
   elfutils,
@@ -12,23 +13,15 @@
   zstd,
   hypervisor,
   flavour,
+  lists,
+  fragments,
 }:
 let
-  inherit (stdenv.hostPlatform.parsed) cpu;
+  inherit (stdenv.hostPlatform) isx86_64 linuxArch;
   folder = ../kernel-configs;
-  lists = [
-    "${flavour}-${cpu.name}.list"
-    "${hypervisor}-${cpu.name}.list"
-  ];
-  # A line of a list is the name of a fragment or a comment.
-  fragmentOf =
-    line:
-    let
-      name = if builtins.isString line then builtins.match "[ \t]*([^# \t]+).*" line else null;
-    in
-    if name == null then [ ] else name;
-  fragments =
-    list: lib.concatMap fragmentOf (builtins.split "\n" (builtins.readFile (folder + "/${list}")));
+  arch = lib.optionalString (!isx86_64) "-a ${linuxArch} ";
+  # An Image is entered as it is, like x86's vmlinux; there is nothing packed beside it.
+  results = if isx86_64 then "{vmlinux,bzImage,config}" else "{Image,config}";
   # Only what these lists name: a change to another kernel's fragment must not build this one again. A fragment that is not
   # there is for `configure` to tell.
   configs = lib.fileset.toSource {
@@ -44,52 +37,58 @@ let
         ]
         ++ lists
       )
-      ++ map (name: lib.fileset.maybeMissing (folder + "/fragments/${name}.config")) (
-        lib.concatMap fragments lists
-      )
+      ++ map (name: lib.fileset.maybeMissing (folder + "/fragments/${name}.config")) fragments
     );
   };
 in
-stdenv.mkDerivation {
-  pname = "kernel-${hypervisor}-${flavour}";
-  inherit (linux_6_12) version src;
+stdenv.mkDerivation (
+  {
+    pname = "kernel-${hypervisor}-${flavour}";
+    inherit (linux_6_12) version src;
 
-  strictDeps = true;
-  nativeBuildInputs = [
-    bc
-    bison
-    elfutils
-    flex
-    openssl
-    perl
-    zstd
-  ];
-  hardeningDisable = [ "all" ]; # the kernel sets its own flags
-  enableParallelBuilding = true;
+    strictDeps = true;
+    nativeBuildInputs = [
+      bc
+      bison
+      elfutils
+      flex
+      openssl
+      perl
+      zstd
+    ];
+    hardeningDisable = [ "all" ]; # the kernel sets its own flags
+    enableParallelBuilding = true;
 
-  postPatch = "patchShebangs scripts";
-  configurePhase = ''
-    runHook preConfigure
-    sh ${configs}/configure -s "$PWD" -o "$NIX_BUILD_TOP/kernel" ${toString (map (list: "${configs}/${list}") lists)}
-    runHook postConfigure
-  '';
-  buildPhase = ''
-    runHook preBuild
-    sh ${configs}/build -s "$PWD" -o "$NIX_BUILD_TOP/kernel" -j "$NIX_BUILD_CORES" -d "$NIX_BUILD_TOP/result"
-    runHook postBuild
-  '';
-  installPhase = ''
-    runHook preInstall
-    mkdir -p "$out"
-    cp "$NIX_BUILD_TOP"/result/{vmlinux,bzImage,config} "$out"
-    runHook postInstall
-  '';
-  dontFixup = true; # nothing in it runs on the host
+    postPatch = "patchShebangs scripts";
+    configurePhase = ''
+      runHook preConfigure
+      sh ${configs}/configure -s "$PWD" -o "$NIX_BUILD_TOP/kernel" ${arch}${toString (map (list: "${configs}/${list}") lists)}
+      runHook postConfigure
+    '';
+    buildPhase = ''
+      runHook preBuild
+      sh ${configs}/build -s "$PWD" -o "$NIX_BUILD_TOP/kernel" ${arch}-j "$NIX_BUILD_CORES" -d "$NIX_BUILD_TOP/result"
+      runHook postBuild
+    '';
+    installPhase = ''
+      runHook preInstall
+      mkdir -p "$out"
+      cp "$NIX_BUILD_TOP"/result/${results} "$out"
+      runHook postInstall
+    '';
+    dontFixup = true; # nothing in it runs on the host
 
-  passthru = { inherit lists; };
-  meta = {
-    description = "Guest kernel \"${flavour}\" for ${hypervisor}: vmlinux (entered by PVH), bzImage, config";
-    license = lib.licenses.gpl2Only;
-    platforms = lib.platforms.x86_64;
-  };
-}
+    passthru = { inherit lists fragments; };
+    meta = {
+      description = "Guest kernel \"${flavour}\" for ${hypervisor}: ${
+        if isx86_64 then "vmlinux (entered by PVH), bzImage" else "Image"
+      }, config";
+      license = lib.licenses.gpl2Only;
+      platforms = lib.platforms.linux;
+    };
+  }
+  // lib.optionalAttrs (stdenv.buildPlatform != stdenv.hostPlatform) {
+    env.CROSS_COMPILE = stdenv.cc.targetPrefix;
+    depsBuildBuild = [ buildPackages.stdenv.cc ];
+  }
+)

@@ -13,8 +13,15 @@ import tempfile
 import unittest
 
 CONFIGS = pathlib.Path(__file__).resolve().parent.parent
-QEMU_LISTS = [CONFIGS / "micro-x86_64.list", CONFIGS / "qemu-x86_64.list"]
-MINI_LISTS = [CONFIGS / "mini-x86_64.list", CONFIGS / "qemu-x86_64.list"]
+HYPERVISORS = ["qemu", "cloud-hypervisor", "stratovirt"]
+
+
+def lists(flavour, hypervisor="qemu", cpu="x86_64"):
+    return [CONFIGS / f"{flavour}-{cpu}.list", CONFIGS / f"{hypervisor}-{cpu}.list"]
+
+
+QEMU_LISTS = lists("micro")
+MINI_LISTS = lists("mini")
 
 # What the guest cannot do without, whoever edits the fragments (Kconfig name: why).
 REQUIRED = {
@@ -36,7 +43,7 @@ REQUIRED = {
     "VIRTIO_VSOCKETS": "READY, ttrpc, stdio",
     "VIRTIO_CONSOLE": "console",
     "HW_RANDOM_VIRTIO": "entropy",
-    "VIRTIO_BALLOON": "memory given back",
+    "VIRTIO_BALLOON": "memory given back, free pages by themselves (it selects PAGE_REPORTING)",
     "BLK_DEV_INITRD": "initrd boot path",
     "DEVTMPFS_MOUNT": "console of PID 1",
     "CGROUP_PIDS": "limits",
@@ -79,6 +86,20 @@ REQUIRED_OF_MINI = {
     "MEMCG_V1": "task.cgroup=v1",
     "CGROUP_DEVICE": "task.cgroup=v1",
     "CGROUP_FREEZER": "task.cgroup=v1",
+}
+
+# What a hypervisor's guests do without: it has no such device, or the architecture no such thing ("": any hypervisor).
+QEMU_ONLY = {"9P_FS"}
+NOT_OF = {
+    "x86_64": {
+        "cloud-hypervisor": QEMU_ONLY | {"VIRTIO_MMIO_CMDLINE_DEVICES"},
+        "stratovirt": QEMU_ONLY,
+    },
+    "aarch64": {
+        "": {"PVH", "SMP", "KVM_GUEST", "VIRTIO_MMIO_CMDLINE_DEVICES", "ACPI_HOTPLUG_CPU", "ACPI_HOTPLUG_MEMORY", "HOTPLUG_PCI_ACPI"},
+        "cloud-hypervisor": QEMU_ONLY,
+        "stratovirt": QEMU_ONLY | {"VIRTIO_PCI"},
+    },
 }
 
 MAKEFILE = """\
@@ -209,14 +230,21 @@ class Lists(unittest.TestCase):
                 if name:
                     yield CONFIGS / f"fragments/{name}.config"
 
+    def missing(self, names, required):
+        asked = set()
+        for fragment in self.fragments(*names):
+            lines = fragment.read_text().splitlines()
+            asked |= {line[7:-2] for line in lines if line.startswith("CONFIG_") and line.endswith("=y")}
+        return {s: why for s, why in required.items() if s not in asked}
+
     def test_required_symbols_are_asked_for(self):
-        for lists, required in [(QEMU_LISTS, REQUIRED), (MINI_LISTS, REQUIRED | REQUIRED_OF_MINI)]:
-            asked = set()
-            for fragment in self.fragments(*lists):
-                lines = fragment.read_text().splitlines()
-                asked |= {line[7:-2] for line in lines if line.startswith("CONFIG_") and line.endswith("=y")}
-            with self.subTest(lists[0].name):
-                self.assertEqual({s: why for s, why in required.items() if s not in asked}, {})
+        for flavour, required in [("micro", REQUIRED), ("mini", REQUIRED | REQUIRED_OF_MINI)]:
+            for hypervisor in HYPERVISORS:
+                for cpu, others in NOT_OF.items():
+                    left_out = others.get("", set()) | others.get(hypervisor, set())
+                    needed = {s: why for s, why in required.items() if s not in left_out}
+                    with self.subTest(flavour=flavour, hypervisor=hypervisor, cpu=cpu):
+                        self.assertEqual(self.missing(lists(flavour, hypervisor, cpu), needed), {})
 
     def test_every_fragment_says_who_needs_it_and_is_in_a_list(self):
         listed = set(self.fragments(*CONFIGS.glob("*.list")))
@@ -259,19 +287,22 @@ class RealTree(unittest.TestCase):
     def configure(self, fragment=None, shipped=QEMU_LISTS):
         with tempfile.TemporaryDirectory() as folder:
             folder = pathlib.Path(folder)
-            lists = list(shipped)
+            names = list(shipped)
             if fragment:
                 (folder / "fragments").mkdir()
                 (folder / "fragments/extra.config").write_text(fragment)
                 (folder / "extra.list").write_text("extra\n")
-                lists.append(folder / "extra.list")
-            return run(self.source, folder / "out", *lists)
+                names.append(folder / "extra.list")
+            return run(self.source, folder / "out", *names)
 
     def test_the_shipped_lists_arrive(self):
-        for lists in (QEMU_LISTS, MINI_LISTS):
-            with self.subTest(lists[0].name):
-                result = self.configure(shipped=lists)
-                self.assertEqual(result.returncode, 0, result.stderr)
+        # One folder: what configures is built once.
+        with tempfile.TemporaryDirectory() as out:
+            for flavour in ("micro", "mini"):
+                for hypervisor in HYPERVISORS:
+                    with self.subTest(flavour=flavour, hypervisor=hypervisor):
+                        result = run(self.source, out, *lists(flavour, hypervisor))
+                        self.assertEqual(result.returncode, 0, result.stderr)
 
     def test_what_cannot_arrive_is_named(self):
         result = self.configure("CONFIG_NO_SUCH_THING=y\nCONFIG_DRM_VIRTIO_GPU=y\n")

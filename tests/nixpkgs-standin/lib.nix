@@ -8,6 +8,8 @@ let
       isFunction
       ;
 
+    inherit (builtins) head listToAttrs sort;
+    unique = builtins.foldl' (kept: item: if builtins.elem item kept then kept else kept ++ [ item ]) [ ];
     genAttrs =
       names: f:
       builtins.listToAttrs (

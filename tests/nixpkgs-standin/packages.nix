@@ -43,6 +43,7 @@ let
         isx86_64 = cpu == "x86_64";
         isAarch64 = cpu == "aarch64";
         parsed.cpu.name = cpu;
+        linuxArch = if cpu == "aarch64" then "arm64" else cpu;
         rust.rustcTarget = "${cpu}-unknown-linux-gnu";
       };
 
@@ -96,10 +97,14 @@ let
       stdenv = {
         inherit mkDerivation hostPlatform;
         buildPlatform = hostPlatform;
+        cc = hostTool "gcc" // {
+          targetPrefix = "";
+        };
       };
 
       self = rec {
         inherit lib stdenv;
+        buildPackages = self;
         newScope = extra: lib.callPackageWith (self // extra);
         callPackage = newScope { };
         pkgsStatic = mkSet true;
