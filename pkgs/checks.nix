@@ -56,6 +56,7 @@ in
       {
         nativeBuildInputs = [
           pkgs.jq
+          pkgs.python3Packages.jsonschema
           self.kuasar-image
         ];
       }
@@ -63,6 +64,18 @@ in
         cd ${self.image-qemu}
         jq -r '.parts | to_entries[] | "\(.value.sha256)  \(.key)"' manifest.json | sha256sum -c
         test "$(ls)" = "$(jq -r '.parts | keys[]' manifest.json | cat - <(echo manifest.json) | LC_ALL=C sort)"
+        jsonschema -i manifest.json ${./manifest.schema.json}
+        # A schema that takes everything would say the same.
+        for wrong in 'del(.parts.vmlinux.sha256)' '.root[0].mode = 493' '.parts.vmlinux.size = -1' '.more = 1'; do
+          jq "$wrong" manifest.json >"$NIX_BUILD_TOP/wrong.json"
+          ! jsonschema -i "$NIX_BUILD_TOP/wrong.json" ${./manifest.schema.json} 2>/dev/null || { echo "the schema takes $wrong" >&2; exit 1; }
+        done
+        # Every file of the root is in the list, and no other.
+        diff <(cd ${self.rootfs} && find . -mindepth 1 -printf '/%P\n' | LC_ALL=C sort) <(jq -r '.root[].path' manifest.json)
+        # Every component is named once, and every dependency is a component.
+        jq -e '[.components[]."bom-ref"] as $refs | ($refs | length) > 100 and ($refs | unique | length) == ($refs | length)
+          and ([.dependencies[].dependsOn[]] - $refs == [])
+          and ([.components[].name] | contains(["linux", "runc", "vmm-task", "ttrpc"]))' sbom.cdx.json
         kuasar-image verify kuasar.img
         kuasar-image verify kuasar.initrd
         for part in vmlinux bzImage kuasar.img kuasar.initrd; do

@@ -25,7 +25,13 @@ lib.makeScope pkgs.newScope (
   // lib.optionalAttrs isx86_64 {
     initrd-qemu = self.callPackage ../rootfs/initrd.nix { };
     disk-qemu = self.callPackage ../rootfs/disk.nix { };
+    sbom-qemu = self.callPackage ./sbom.nix {
+      inherit workspace;
+      kernel = self.kernel-qemu-micro;
+      hypervisor = "qemu";
+    };
     image-qemu = self.callPackage ./image-qemu.nix {
+      sbom = self.sbom-qemu;
       kernel = self.kernel-qemu-micro;
       initrd = self.initrd-qemu;
       disk = self.disk-qemu;

@@ -13,6 +13,8 @@
   kernel,
   initrd,
   disk,
+  rootfs,
+  sbom,
   # "kvm" or "tcg"; "vhost" (the host's kernel module) or "vhost-user" (a process of its own).
   accel,
   vsock,
@@ -75,6 +77,11 @@ let
     "kuasar.initrd" = rootAbout // {
       config.format = "newc, gzip";
     };
+    "sbom.cdx.json" = {
+      inherit (vmm-task) version;
+      sources = [ ];
+      config.format = "CycloneDX 1.6";
+    };
     "config.toml" = {
       inherit (vmm-task) version;
       sources = [ ];
@@ -106,10 +113,24 @@ runCommand "image-qemu"
     cd "$out"
     cp ${kernel}/vmlinux ${kernel}/bzImage ${disk}/kuasar.img ${initrd}/kuasar.initrd .
     cp ${kernel}/config kernel.config
+    cp ${sbom}/sbom.cdx.json .
     cp "$configPath" config.toml
-    for part in vmlinux bzImage kernel.config kuasar.img kuasar.initrd config.toml; do
+    for part in vmlinux bzImage kernel.config kuasar.img kuasar.initrd sbom.cdx.json config.toml; do
       sum=$(sha256sum <"$part")
       jq -n --slurpfile about "$aboutPath" --arg part "$part" --arg sha256 "''${sum%% *}" --argjson size "$(stat -Lc %s "$part")" \
         '{($part): ({$sha256, $size} + $about[0][$part])}'
-    done | jq -s --sort-keys '{parts: add}' >manifest.json
+    done | jq -s '{parts: add}' >"$NIX_BUILD_TOP/parts"
+    # The guest's root, file by file: "path<tab>kind<tab>mode<tab>size<tab>target".
+    (
+      cd ${rootfs}
+      find . -mindepth 1 -printf '%P\t%y\t%m\t%s\t%l\n' | LC_ALL=C sort | while IFS= read -r line; do
+        sum=
+        if [ -f "''${line%%$'\t'*}" ] && [ ! -L "''${line%%$'\t'*}" ]; then sum=$(sha256sum <"''${line%%$'\t'*}"); fi
+        printf '%s\t%s\n' "$line" "''${sum%% *}"
+      done
+    ) | jq -R 'split("\t") | {path: ("/" + .[0]), mode: .[2]} + {
+        f: {kind: "file", size: (.[3] | tonumber), sha256: .[5]},
+        d: {kind: "folder"},
+        l: {kind: "link", target: .[4]}
+      }[.[1]]' | jq -s --sort-keys --slurpfile parts "$NIX_BUILD_TOP/parts" '{root: .} + $parts[0]' >manifest.json
   ''

@@ -22,6 +22,31 @@ let
     in
     [ member ] ++ lib.concatMap (name: needed memberOf.${name}) local;
 
+  # Cargo.lock as a graph. What it says of a crate of the workspace includes what only its tests need; the manifest knows.
+  lock = (lib.importTOML (root + "/Cargo.lock")).package;
+  locked =
+    dependency:
+    let
+      words = lib.filter builtins.isString (builtins.split " " dependency);
+      same =
+        package:
+        package.name == lib.head words
+        && (builtins.length words == 1 || package.version == builtins.elemAt words 1);
+    in
+    lib.head (lib.filter same lock);
+  dependenciesOf =
+    package:
+    let
+      manifest = manifests.${memberOf.${package.name}};
+      asked = (manifest.dependencies or { }) // (manifest.build-dependencies or { });
+      all = map locked (package.dependencies or [ ]);
+    in
+    if package ? source || !(memberOf ? ${package.name}) then
+      all
+    else
+      lib.filter (dependency: asked ? ${dependency.name}) all;
+  keyOf = package: "${package.name} ${package.version}";
+
   # Cargo wants every target that a manifest names to exist, built or not. Empty files stand in for those left out of
   # a source, so that a change in one crate, or in a test, builds no other crate again.
   named =
@@ -34,6 +59,32 @@ let
 in
 {
   inherit (cargo.workspace.package) version;
+
+  # The crate and every crate it is built from, on whatever machine: name, version, checksum, dependencies.
+  crates =
+    crate:
+    map
+      (item: {
+        inherit (item.package) name version;
+        checksum = item.package.checksum or null;
+        dependencies = map (package: { inherit (package) name version; }) (dependenciesOf item.package);
+      })
+      (
+        builtins.genericClosure {
+          startSet = [
+            {
+              key = keyOf (locked crate);
+              package = locked crate;
+            }
+          ];
+          operator =
+            item:
+            map (package: {
+              key = keyOf package;
+              inherit package;
+            }) (dependenciesOf item.package);
+        }
+      );
 
   # Attributes for buildRustPackage of the crate called `crate`.
   package =

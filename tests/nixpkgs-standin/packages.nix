@@ -168,6 +168,8 @@ let
           src = prepared inputs.runc;
         };
 
+        python3Packages.jsonschema = hostTool "python3-jsonschema";
+
         # Not of nixpkgs: the daemon's configuration for a machine where guests die in KVM and vhost-vsock is missing.
         kuasarAccel = "tcg";
         kuasarVsock = "vhost-user";
