@@ -37,6 +37,7 @@ use network::{
 use restart::{
     a_hung_guest_holds_nobody_up_and_can_be_removed, a_killed_daemon_finds_its_pods_again,
     a_killed_relay_ends_its_pod_and_no_other, a_log_is_complete_across_a_restart_of_containerd,
+    a_log_is_complete_across_a_restart_over_streams,
 };
 use task::pause_resume_figures_pids_and_limits;
 
@@ -71,6 +72,7 @@ fn main() -> ExitCode {
             a_host_network_pod_is_refused,
             a_killed_daemon_finds_its_pods_again,
             a_log_is_complete_across_a_restart_of_containerd,
+            a_log_is_complete_across_a_restart_over_streams,
             a_killed_relay_ends_its_pod_and_no_other,
             a_hung_guest_holds_nobody_up_and_can_be_removed,
         ],

@@ -6,7 +6,7 @@ use anyhow::{Context, Result, ensure};
 use kuasar_e2e::{
     cri::{ContainerState, PodSandboxState},
     image::BUSYBOX,
-    lab::{self, Lab, Pod},
+    lab::{self, Lab, Pod, QEMU_STREAM},
     suite::handler,
 };
 use nix::{
@@ -57,6 +57,10 @@ const HALF: usize = (5 << 20) / 64;
 
 pub(crate) async fn a_log_is_complete_across_a_restart_of_containerd(lab: Arc<Lab>) -> Result<()> {
     log_across_a_restart(&lab, handler()).await
+}
+
+pub(crate) async fn a_log_is_complete_across_a_restart_over_streams(lab: Arc<Lab>) -> Result<()> {
+    log_across_a_restart(&lab, QEMU_STREAM).await
 }
 
 async fn log_across_a_restart(lab: &Lab, handler: &str) -> Result<()> {
