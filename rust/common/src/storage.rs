@@ -1,6 +1,8 @@
 //! What the guest mounts for a container: a list in the container's bundle, written by the host, done by the agent before the
 //! OCI runtime looks at the spec. The spec then names mount points of the list, as its root or as sources of bind mounts.
 
+use std::fmt;
+
 use serde::{Deserialize, Serialize};
 
 /// The list's file in a container's bundle: JSON, a list of [`Storage`]. A container without one has no storages.
@@ -26,6 +28,8 @@ pub mod driver {
     pub const EPHEMERAL: &str = "ephemeral";
     /// An overlay of others: options `lowerdir=`, `upperdir=`, `workdir=`, with paths in the guest.
     pub const OVERLAY: &str = "overlay";
+    /// Those whose devices are disks.
+    pub const DISKS: [&str; 3] = [BLOCK, SCSI, PMEM];
     /// All of them.
     pub const ALL: [&str; 6] = [BLOCK, SCSI, PMEM, SHARE, EPHEMERAL, OVERLAY];
 }
@@ -45,8 +49,13 @@ pub struct Storage {
     /// Words as in `fstab`: flags (`ro`, `rro`, `noexec`, …), propagation (`rshared`, …), what the file system knows.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub options: Vec<String>,
-    /// Where: a path below [`MOUNT_POINTS`]; made if it is not there.
+    /// Where: a path below [`MOUNT_POINTS`]; made if it is not there. Empty for a device that is not mounted.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
     pub mount_point: String,
+    /// Not mounted: a device node for the container. This is the number, `major:minor`, under which the spec lists it, the
+    /// host's; the agent puts the guest's in its place.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub device: String,
     /// One mount for all containers of the pod that list it, alike in every field. Otherwise it is this container's own.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub pod: bool,
@@ -62,10 +71,10 @@ pub enum StorageError {
     #[error("reading {FILE}: {0}")]
     TooLong(String),
     /// An entry cannot be done; the sentence names what of it.
-    #[error("storage at {mount_point:?}: {why}")]
+    #[error("storage {which}: {why}")]
     Entry {
         /// Which.
-        mount_point: String,
+        which: String,
         /// What is wrong.
         why: String,
     },
@@ -75,7 +84,14 @@ impl Storage {
     /// An error about this storage.
     #[must_use]
     pub fn refuse(&self, why: impl Into<String>) -> StorageError {
-        StorageError::Entry { mount_point: self.mount_point.clone(), why: why.into() }
+        StorageError::Entry { which: self.to_string(), why: why.into() }
+    }
+
+    /// The two halves of [`Self::device`].
+    #[must_use]
+    pub fn number(&self) -> Option<(u64, u64)> {
+        let (major, minor) = self.device.split_once(':')?;
+        Some((major.parse().ok()?, minor.parse().ok()?))
     }
 
     fn check(&self) -> Result<(), StorageError> {
@@ -83,17 +99,43 @@ impl Storage {
             let known = driver::ALL.join(", ");
             return Err(self.refuse(format!("there is no driver {:?}; known are {known}", self.driver)));
         }
+        let words = self.options.iter().chain([&self.source, &self.fstype, &self.mount_point]);
+        if words.into_iter().any(|word| word.contains('\0')) {
+            return Err(self.refuse("a field has a zero byte in it"));
+        }
+        if !self.device.is_empty() {
+            return self.check_device();
+        }
         let below = self.mount_point.strip_prefix(MOUNT_POINTS).and_then(|rest| rest.strip_prefix('/'));
         if !below.is_some_and(is_plain) {
             return Err(
                 self.refuse(format!("a mount point is a path below {MOUNT_POINTS}, without . and .."))
             );
         }
-        let words = self.options.iter().chain([&self.source, &self.fstype, &self.mount_point]);
-        if words.into_iter().any(|word| word.contains('\0')) {
-            return Err(self.refuse("a field has a zero byte in it"));
+        Ok(())
+    }
+
+    fn check_device(&self) -> Result<(), StorageError> {
+        if !driver::DISKS.contains(&self.driver.as_str()) {
+            return Err(self.refuse(format!("driver {} has no device nodes", self.driver)));
+        }
+        if self.number().is_none() {
+            return Err(self.refuse("a device is the number of one, major:minor"));
+        }
+        if !self.mount_point.is_empty() || !self.fstype.is_empty() {
+            return Err(self.refuse("a device node is not mounted"));
         }
         Ok(())
+    }
+}
+
+impl fmt::Display for Storage {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if self.device.is_empty() {
+            write!(f, "at {:?}", self.mount_point)
+        } else {
+            write!(f, "for the device {:?}", self.device)
+        }
     }
 }
 
@@ -130,6 +172,7 @@ mod tests {
             fstype: "ext4".into(),
             options: vec!["ro".into()],
             mount_point: format!("{MOUNT_POINTS}/c/data"),
+            device: String::new(),
             pod: true,
         }
     }
@@ -168,6 +211,18 @@ mod tests {
             refused(Storage { source: "a\0b".into(), ..storage() })
                 .ends_with("a field has a zero byte in it")
         );
+        let node =
+            Storage { device: "8:16".into(), mount_point: String::new(), fstype: String::new(), ..storage() };
+        assert_eq!(node.number(), Some((8, 16)));
+        parse(&serde_json::to_vec(&vec![node.clone()]).unwrap()).unwrap();
+        for (bad, why) in [
+            (Storage { driver: driver::SHARE.into(), ..node.clone() }, "driver share has no device nodes"),
+            (Storage { device: "sda".into(), ..node.clone() }, "a device is the number of one, major:minor"),
+            (Storage { fstype: "ext4".into(), ..node.clone() }, "a device node is not mounted"),
+        ] {
+            let expected = format!("storage for the device {:?}: {why}", bad.device);
+            assert_eq!(refused(bad), expected);
+        }
         let unknown =
             parse(br#"[{"driver":"blk","mount_point":"/run/kuasar/storage/x","colour":1}]"#).unwrap_err();
         assert!(

@@ -34,7 +34,8 @@ enum Streams {
 pub(crate) async fn create(context: &Context, container: &Arc<Container>) -> Result<(), TaskError> {
     let init = &container.init;
     let mut spec = read_spec(container).await?;
-    context.storages.attach(&container.id, Path::new(&container.bundle)).await?;
+    let devices = context.storages.attach(&container.id, Path::new(&container.bundle)).await?;
+    spec::set_devices(&mut spec, &devices);
     container.set_shares_pids(context.pids.resolve(&mut spec, &context.runc)?);
     hooks::check(&spec, Path::new("/"))?;
     let _ = container.cgroup.set(cgroup_of(context, &spec));

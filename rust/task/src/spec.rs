@@ -8,7 +8,7 @@ use std::path::{Component, Path};
 
 use serde_json::{Map, Value, json};
 
-use crate::error::TaskError;
+use crate::{error::TaskError, storage::Numbers};
 
 /// Cgroup of all containers, as specs name it.
 pub const CGROUPS: &str = "/kuasar";
@@ -44,6 +44,23 @@ pub fn rewrite(json: &[u8], target: Target) -> Result<Value, TaskError> {
     linux.remove("mountLabel");
     set_cgroup(linux, target.container)?;
     Ok(spec)
+}
+
+/// Gives block devices the guest's numbers in place of those that the host lists them under, as nodes and in the rules of
+/// who may use them.
+pub fn set_devices(spec: &mut Value, numbers: &Numbers) {
+    for list in ["/linux/devices", "/linux/resources/devices"] {
+        let devices = spec.pointer_mut(list).and_then(Value::as_array_mut).into_iter().flatten();
+        for device in devices.filter_map(Value::as_object_mut) {
+            let number = |key| device.get(key).and_then(Value::as_u64);
+            let block = device.get("type").and_then(Value::as_str) == Some("b");
+            let given = number("major").zip(number("minor")).filter(|_| block);
+            if let Some((major, minor)) = given.and_then(|given| numbers.get(&given)) {
+                device.insert("major".to_owned(), json!(major));
+                device.insert("minor".to_owned(), json!(minor));
+            }
+        }
+    }
 }
 
 /// The JSON of an OCI process as the runtime gets it: without what only the host has, and with the terminal that the
@@ -211,6 +228,20 @@ mod tests {
             let error = rewritten(&spec).unwrap_err();
             assert!(error.ends_with("is not below /kuasar"), "{error}");
         }
+    }
+
+    #[test]
+    fn block_devices_get_the_guest_s_numbers_in_one_go() {
+        let device =
+            |kind: &str, minor: u64| json!({"path": "/dev/x", "type": kind, "major": 8, "minor": minor});
+        let list = json!([device("b", 16), device("b", 32), device("c", 16), {"allow": false}]);
+        let mut spec = json!({"linux": {"devices": list.clone(), "resources": {"devices": list}}});
+        // One's number in the guest is the other's on the host.
+        set_devices(&mut spec, &Numbers::from([((8, 16), (8, 32)), ((8, 32), (254, 0))]));
+        let other = json!({"path": "/dev/x", "type": "b", "major": 254, "minor": 0});
+        let expected = json!([device("b", 32), other, device("c", 16), {"allow": false}]);
+        assert_eq!(spec, json!({"linux": {"devices": expected.clone(), "resources": {"devices": expected}}}));
+        set_devices(&mut json!({}), &Numbers::new());
     }
 
     #[test]

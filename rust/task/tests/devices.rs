@@ -19,7 +19,7 @@ use rustix::net::{
     sockopt::set_socket_recv_buffer_size,
 };
 use tempfile::TempDir;
-use vmm_task::devices::{Device, Devices, Matcher};
+use vmm_task::devices::{Device, Devices, Matcher, let_go};
 
 const LONG: Duration = Duration::from_secs(20);
 
@@ -217,6 +217,40 @@ async fn scsi_hosts_are_told_to_look() {
     guest.add(SCSI, "8:0");
     guest.tell("add", SCSI);
     assert_eq!(waiting.await.unwrap().name, "sda");
+}
+
+#[tokio::test]
+async fn the_kernel_looks_behind_bridges_and_lets_go_of_what_is_there() {
+    let guest = Guest::new();
+    fs::create_dir_all(guest.dir.path().join("sys/class/pci_bus")).unwrap();
+    let buses = ["pci0000:00/pci_bus/0000:00", "pci0000:00/0000:00:02.0/pci_bus/0000:01"];
+    for bus in buses {
+        guest.put(&format!("sys/devices/{bus}/rescan"), "");
+        let name = Path::new(bus).file_name().unwrap();
+        let link = guest.dir.path().join("sys/class/pci_bus").join(name);
+        symlink(Path::new("../../devices").join(bus), link).unwrap();
+    }
+    let read = |path: &str| fs::read_to_string(guest.dir.path().join("sys/devices").join(path)).unwrap();
+    guest.find("scsi:0:0:1:2").await.unwrap_err();
+    assert_eq!(read(&format!("{}/rescan", buses[1])), "", "SCSI has another way");
+    let waiting = guest.waits("serial:disk-1");
+    while read(&format!("{}/rescan", buses[1])).is_empty() {
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+    assert_eq!(read(&format!("{}/rescan", buses[0])), "", "nothing is plugged in at the root");
+    guest.add(BEHIND_A_PORT, "254:32");
+    guest.put(&format!("sys/devices/{BEHIND_A_PORT}/serial"), "disk-1\n");
+    guest.tell("add", BEHIND_A_PORT);
+    let found = waiting.await.unwrap();
+    let remove = "pci0000:00/0000:00:02.0/0000:01:00.0/remove";
+    guest.put(&format!("sys/devices/{remove}"), "");
+    let_go(&found.sys).unwrap();
+    assert_eq!(read(remove), "1");
+    // What is at the root, or has others beside it, stays.
+    let at = |path: &str| guest.dir.path().join("sys/devices").join(path);
+    let_go(&at(BLK)).unwrap();
+    let_go(&at(&SCSI.replace("0000:00:06.0", "0000:00:02.0/0000:01:00.0"))).unwrap();
+    assert!(!at("pci0000:00/0000:00:05.0/remove").exists());
 }
 
 /// Says what the kernel would say, as root of the guest's containers may.

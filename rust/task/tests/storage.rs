@@ -79,6 +79,7 @@ fn storage(driver: &str, source: &str, fstype: &str, options: &str, name: &str) 
         fstype: fstype.into(),
         options: options.split(' ').filter(|word| !word.is_empty()).map(str::to_owned).collect(),
         mount_point: at(name).to_string_lossy().into(),
+        device: String::new(),
         pod: false,
     }
 }

@@ -25,12 +25,15 @@ use rustix::{
 };
 use tokio::{
     io::{Interest, unix::AsyncFd},
-    sync::watch,
+    sync::{Mutex, watch},
     task::spawn_blocking,
     time::timeout,
 };
 
-pub use self::matcher::{Matcher, WrongForm};
+pub use self::{
+    matcher::{Matcher, WrongForm},
+    sysfs::let_go,
+};
 
 /// The kernel's own group of uevents; group 2 is udev's.
 const KERNEL_GROUP: u32 = 1;
@@ -75,6 +78,8 @@ pub struct Devices {
     dev: PathBuf,
     /// Counts what happened.
     changes: watch::Sender<u64>,
+    /// Held by the one who has the kernel scan PCI.
+    scanning: Mutex<()>,
 }
 
 impl Devices {
@@ -98,7 +103,12 @@ impl Devices {
         // SAFETY: it stays open and registered until the reader's task, which owns both, ends.
         let socket = unsafe { AsyncFd::register_with_interest(socket, Interest::READABLE) }?;
         let changes = watch::Sender::new(0);
-        let devices = Arc::new(Self { sysfs: sysfs.to_owned(), dev: dev.to_owned(), changes });
+        let devices = Arc::new(Self {
+            sysfs: sysfs.to_owned(),
+            dev: dev.to_owned(),
+            changes,
+            scanning: Mutex::default(),
+        });
         tokio::spawn(read(socket, devices.changes.clone()));
         Ok(devices)
     }
@@ -120,6 +130,7 @@ impl Devices {
                 return found;
             }
             self.scan_scsi(wanted);
+            self.scan_pci(wanted).await;
             loop {
                 if let Some(found) = self.find(wanted) {
                     return found;
@@ -136,6 +147,30 @@ impl Devices {
             within: deadline,
             there: sysfs::list(&self.sysfs),
         })
+    }
+
+    /// Has the kernel look what is plugged in behind bridges: on a machine without ACPI and native hot-plug nobody tells it.
+    async fn scan_pci(&self, wanted: &Matcher) {
+        if !matches!(wanted, Matcher::BlockPci(_) | Matcher::BlockSerial(_) | Matcher::PmemPci(_)) {
+            return;
+        }
+        // Who comes second finds what the first has found.
+        let _one = self.scanning.lock().await;
+        if self.find(wanted).is_some() {
+            return;
+        }
+        let buses = sysfs::buses_behind_bridges(&self.sysfs);
+        let scan = move || {
+            for bus in buses {
+                if let Err(error) = fs::write(bus.join("rescan"), "1") {
+                    log::warn!("scanning {}: {error}", bus.display());
+                }
+            }
+        };
+        // Whoever waits has a deadline; a scan is done to its end.
+        if let Err(error) = spawn_blocking(scan).await {
+            log::error!("scanning PCI: {error}");
+        }
     }
 
     fn find(&self, wanted: &Matcher) -> Option<Device> {

@@ -1,7 +1,7 @@
 //! The disks that sysfs shows.
 
 use std::{
-    fs,
+    fs, io,
     path::{Path, PathBuf},
 };
 
@@ -33,6 +33,35 @@ pub(super) fn list(sysfs: &Path) -> String {
     let shown: Vec<String> =
         disks.iter().filter(|disk| !disk.is_partition()).map(|disk| disk.to_string()).collect();
     if shown.is_empty() { "none".to_owned() } else { shown.join(", ") }
+}
+
+/// Folders of PCI buses that are behind bridges: devices come and go there.
+pub(super) fn buses_behind_bridges(sysfs: &Path) -> Vec<PathBuf> {
+    let entries = fs::read_dir(sysfs.join("class/pci_bus")).into_iter().flatten().flatten();
+    let real = entries.filter_map(|entry| fs::canonicalize(entry.path()).ok());
+    let behind = |path: &PathBuf| path.iter().any(|part| part.to_str().is_some_and(is_pci_address));
+    let mut buses: Vec<PathBuf> = real.filter(behind).collect();
+    buses.sort();
+    buses
+}
+
+/// Has the kernel let go of the PCI device that a disk is on, if it is behind a bridge: the host may take it away. It comes
+/// back with the next scan, if it is still there.
+///
+/// # Errors
+/// When the kernel refuses.
+pub fn let_go(disk: &Path) -> io::Result<()> {
+    let named =
+        |path: &&Path, is: fn(&str) -> bool| path.file_name().and_then(|name| name.to_str()).is_some_and(is);
+    // A SCSI disk's PCI device is the adapter, which has other disks.
+    if disk.ancestors().any(|path| named(&path, |name| scsi_address(name).is_some())) {
+        return Ok(());
+    }
+    let mut above = disk.ancestors().filter(|path| named(path, is_pci_address));
+    match (above.next(), above.next()) {
+        (Some(device), Some(_)) => fs::write(device.join("remove"), "1"),
+        _ => Ok(()),
+    }
 }
 
 impl Disk {

@@ -10,7 +10,7 @@ use kuasar_common::{
     constants::GUEST_STATE_DIR,
     storage::{
         Storage,
-        driver::{BLOCK, EPHEMERAL, OVERLAY, PMEM, SCSI, SHARE},
+        driver::{BLOCK, DISKS, EPHEMERAL, OVERLAY, PMEM, SCSI, SHARE},
         is_plain,
     },
 };
@@ -26,7 +26,7 @@ use super::{
     options::Options,
 };
 use crate::{
-    devices::{Device, Matcher},
+    devices::{self, Device, Matcher},
     error::TaskError,
     storage::joined,
 };
@@ -41,11 +41,14 @@ pub(super) struct Filesystem {
     data: Vec<(String, Option<String>)>,
 }
 
-/// A device's file system, where only the agent looks.
+/// A device's file system, where only the agent looks; or a device that a container uses itself.
 #[derive(Clone)]
 pub(super) struct Base {
-    dir: PathBuf,
+    /// Where the file system is mounted, if it is.
+    dir: Option<PathBuf>,
     writable: bool,
+    /// The device's folder in sysfs.
+    sys: PathBuf,
 }
 
 /// A storage that is mounted: what goes with it.
@@ -56,12 +59,14 @@ pub(super) struct Mounted {
     pages: Option<Reserved>,
     /// Mounts below its source came along.
     recursive: bool,
+    /// Nothing is mounted: the container has the device itself.
+    node: bool,
 }
 
 /// The device that a storage needs, if it is one.
 pub(super) fn device(storage: &Storage) -> Result<Option<Matcher>, TaskError> {
     let driver = storage.driver.as_str();
-    if ![BLOCK, SCSI, PMEM].contains(&driver) {
+    if !DISKS.contains(&driver) {
         return Ok(None);
     }
     let wanted: Matcher = storage.source.parse().map_err(|error| storage.refuse(format!("{error}")))?;
@@ -74,7 +79,7 @@ pub(super) fn device(storage: &Storage) -> Result<Option<Matcher>, TaskError> {
     if !fits {
         return Err(storage.refuse(format!("driver {driver} has no devices like {wanted}")).into());
     }
-    if storage.fstype.is_empty() {
+    if storage.fstype.is_empty() && storage.device.is_empty() {
         return Err(storage.refuse(format!("driver {driver} needs the file system's type")).into());
     }
     Ok(Some(wanted))
@@ -102,8 +107,10 @@ pub(super) async fn mount(
 
 /// Takes a storage away.
 pub(super) async fn unmount(storages: &Storages, target: &Path, mounted: &Mounted) -> Result<(), TaskError> {
-    let (place, recursive) = (target.to_owned(), mounted.recursive);
-    in_thread(move || if recursive { mount::detach_all(&place) } else { mount::detach(&place) }).await?;
+    if !mounted.node {
+        let (place, recursive) = (target.to_owned(), mounted.recursive);
+        in_thread(move || if recursive { mount::detach_all(&place) } else { mount::detach(&place) }).await?;
+    }
     if let Some(pages) = &mounted.pages {
         pages.release()?;
     }
@@ -139,6 +146,7 @@ async fn show(
     options: Options,
     device: Device,
 ) -> Result<Mounted, TaskError> {
+    let node = !storage.device.is_empty();
     let writable = !options.read_only() && !READ_ONLY_FILE_SYSTEMS.contains(&storage.fstype.as_str());
     if writable && device.read_only {
         let why = format!("device {} is read-only; list the storage with option ro", device.name);
@@ -147,8 +155,8 @@ async fn show(
     let filesystem = Filesystem { fstype: storage.fstype.clone(), data: options.data.clone() };
     let name = device.name.clone();
     let slot = storages.bases.add(name.clone(), filesystem.clone()).map_err(|other| {
-        let why = format!("device {name} is mounted as {} with other options already", other.fstype);
-        storage.refuse(why)
+        let how = if other.fstype.is_empty() { "used as a device" } else { "mounted in another way" };
+        storage.refuse(format!("device {name} is {how} already"))
     })?;
     let shown = async {
         let mut base = slot.lock_owned().await;
@@ -156,11 +164,12 @@ async fn show(
         let now = in_thread(move || ready(now, &filesystem, &device, writable)).await?;
         let dir = now.dir.clone();
         *base = Some(now);
+        let Some(dir) = dir else { return Ok(()) };
         let storage = storage.clone();
         in_thread(move || bind(&storage, &options, || Ok(openat(CWD, &dir, PATH, Mode::empty())?))).await
     };
     match shown.await {
-        Ok(()) => Ok(Mounted { base: Some(name), ..Mounted::default() }),
+        Ok(()) => Ok(Mounted { base: Some(name), node, ..Mounted::default() }),
         Err(error) => {
             if let Err(more) = drop_base(storages, &name).await {
                 log::error!("{more}");
@@ -180,10 +189,14 @@ fn ready(
     writable: bool,
 ) -> Result<Base, TaskError> {
     if let Some(base) = base {
-        if writable && !base.writable {
-            mount::make_writable(&base.dir)?;
+        if let Some(dir) = base.dir.as_ref().filter(|_| writable && !base.writable) {
+            mount::make_writable(dir)?;
         }
         return Ok(Base { writable: base.writable || writable, ..base });
+    }
+    let sys = device.sys.clone();
+    if filesystem.fstype.is_empty() {
+        return Ok(Base { dir: None, writable, sys });
     }
     let dir = Path::new(DEVICES).join(&device.name);
     let source = device.node.to_string_lossy();
@@ -192,22 +205,30 @@ fn ready(
     let mounted = mount::new_fs(&new, MountAttrFlags::empty())?;
     let doing = || format!("mounting {fstype} of {source} at {}", dir.display());
     mount::attach(mounted.as_fd(), &dir).map_err(TaskError::io(doing()))?;
-    Ok(Base { dir, writable })
+    Ok(Base { dir: Some(dir), writable, sys })
 }
 
-/// Gives back a reference to a device's file system; at the last it is written out and unmounted, so that the host can
-/// take the device away.
+/// Gives back a reference to a device; at the last its file system is written out and unmounted, and the kernel lets go of
+/// it, so that the host can take it away.
 async fn drop_base(storages: &Storages, name: &str) -> Result<(), TaskError> {
     let name = name.to_owned();
     let Some(mut there) = storages.bases.drop_one(&name).await else { return Ok(()) };
     if let Some(base) = there.as_ref() {
-        let (dir, writable) = (base.dir.clone(), base.writable);
+        let base = base.clone();
         in_thread(move || {
-            if writable && let Err(error) = mount::sync(&dir) {
-                // The disk may be gone: what was not written is lost, and must not keep the rest.
-                log::error!("writing out the file system at {}: {error}", dir.display());
+            if let Some(dir) = &base.dir {
+                if base.writable
+                    && let Err(error) = mount::sync(dir)
+                {
+                    // The disk may be gone: what was not written is lost, and must not keep the rest.
+                    log::error!("writing out the file system at {}: {error}", dir.display());
+                }
+                mount::detach(dir)?;
             }
-            mount::detach(&dir)
+            if let Err(error) = devices::let_go(&base.sys) {
+                log::warn!("letting go of the device {}: {error}", base.sys.display());
+            }
+            Ok(())
         })
         .await?;
     }

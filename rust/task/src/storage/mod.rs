@@ -42,6 +42,9 @@ const DEVICE_DEADLINE: Duration = Duration::from_secs(10);
 /// How long one storage may take to be mounted or unmounted: a journal may have to be replayed first.
 const MOUNT_DEADLINE: Duration = Duration::from_secs(30);
 
+/// Devices of a container: the number in its spec, and the guest's.
+pub type Numbers = HashMap<(u64, u64), (u64, u64)>;
+
 /// Whose a mount is, and what: two that differ in any of it are not the same.
 type Identity = (Option<String>, Storage);
 
@@ -67,26 +70,30 @@ impl Storages {
         self.users.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Mounts what the list in a container's bundle says, in its order. Whatever comes of it, [`Self::release`] must
-    /// follow when the container is gone.
+    /// Mounts what the list in a container's bundle says, in its order; returns the devices that are for the container
+    /// itself. Whatever comes of it, [`Self::release`] must follow when the container is gone.
     ///
     /// # Errors
     /// At the first that cannot be mounted.
-    pub async fn attach(self: &Arc<Self>, container: &str, bundle: &Path) -> Result<(), TaskError> {
+    pub async fn attach(self: &Arc<Self>, container: &str, bundle: &Path) -> Result<Numbers, TaskError> {
         let list = self.list(bundle.join(storage::FILE)).await?;
         // Devices are waited for side by side; mounts may build on one another.
         let mut waits = Vec::with_capacity(list.len());
         for storage in &list {
             waits.push(self.wait_for_device(storage).await?);
         }
+        let mut numbers = Numbers::new();
         for (storage, wait) in list.into_iter().zip(waits) {
             let device = match wait {
                 Some(wait) => Some(joined(wait.await)?),
                 None => None,
             };
+            if let (Some(given), Some(device)) = (storage.number(), &device) {
+                numbers.insert(given, (u64::from(device.major), u64::from(device.minor)));
+            }
             self.attach_one(container, storage, device).await?;
         }
-        Ok(())
+        Ok(numbers)
     }
 
     async fn list(&self, file: PathBuf) -> Result<Vec<Storage>, TaskError> {
@@ -118,7 +125,11 @@ impl Storages {
         storage: Storage,
         device: Option<Device>,
     ) -> Result<(), TaskError> {
-        let target = PathBuf::from(&storage.mount_point);
+        let target = match storage.device.as_str() {
+            "" => PathBuf::from(&storage.mount_point),
+            // No mount point is a relative path.
+            number => Path::new(container).join(number),
+        };
         let owner = (!storage.pod).then(|| container.to_owned());
         let slot = self.mounts.add(target.clone(), (owner, storage.clone())).map_err(|(owner, other)| {
             let whose = owner.map_or("the pod".to_owned(), |owner| format!("container {owner}"));
@@ -127,7 +138,7 @@ impl Storages {
         })?;
         self.users().entry(container.to_owned()).or_default().push(target);
         let this = Arc::clone(self);
-        let doing = format!("mounting the storage at {}", storage.mount_point);
+        let doing = format!("attaching the storage {storage}");
         // In a task of its own: it is done to the end, and known, even if nobody waits for it any more.
         bounded(doing, async move {
             let mut there = slot.lock_owned().await;

@@ -55,6 +55,7 @@ pub(crate) fn storage(driver: &str, source: &str, fstype: &str, options: &[&str]
         fstype: fstype.into(),
         options: options.iter().map(|&word| word.to_owned()).collect(),
         mount_point: at(name),
+        device: String::new(),
         pod: false,
     }
 }
