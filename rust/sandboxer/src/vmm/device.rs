@@ -97,15 +97,16 @@ impl Bus {
 pub enum DeviceAddress {
     /// Domain, bus, device and function as sysfs spells them.
     Pci(String),
-    /// virtio-mmio has none; devices are told apart by their serial.
-    Mmio,
+    /// By its serial: where it is, the guest decides, or there is no such place.
+    Serial(String),
 }
 
+/// As the agent is told (`kuasar_common::storage::driver`).
 impl fmt::Display for DeviceAddress {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::Pci(bdf) => f.write_str(bdf),
-            Self::Mmio => f.write_str("mmio"),
+            Self::Pci(bdf) => write!(f, "pci:{bdf}"),
+            Self::Serial(serial) => write!(f, "serial:{serial}"),
         }
     }
 }

@@ -138,6 +138,11 @@ pub trait Vm: Send + Sync + fmt::Debug {
     /// Plugs a device into the running VM.
     async fn hot_attach(&self, device: DeviceInfo) -> Result<DeviceAddress, VmError>;
 
+    /// Whether [`Vm::hot_attach`] can work at all with this VM.
+    fn can_hot_attach(&self) -> bool {
+        false
+    }
+
     /// Unplugs a device by its id. A device that is not there is no error.
     async fn hot_detach(&self, id: &str) -> Result<(), VmError>;
 

@@ -47,7 +47,7 @@ pub(super) enum Extra {
 }
 
 impl CommandLine {
-    /// Command line of a pod's VM, and its bus with all devices plugged in.
+    /// Command line of a pod's VM, and its buses: one with all devices plugged in, and one for those that come later.
     ///
     /// # Errors
     /// When the bus has too few slots, or the image cannot be measured.
@@ -56,7 +56,7 @@ impl CommandLine {
         spec: &VmSpec,
         inherited: &Inherited,
         extras: &[Extra],
-    ) -> Result<(Self, Bus), VmError> {
+    ) -> Result<(Self, Vec<Bus>), VmError> {
         let mut line = Self::machine(config, spec, inherited);
         let mut plug = Plug::new(config.machine);
         line.root(config, spec, &mut plug)?;
@@ -67,7 +67,8 @@ impl CommandLine {
         for extra in extras {
             line.extra(extra, &mut plug)?;
         }
-        Ok((line, plug.bus))
+        let later = line.bridge(config.machine, &mut plug)?;
+        Ok((line, std::iter::once(plug.bus).chain(later).collect()))
     }
 
     fn machine(config: &VmConfig, spec: &VmSpec, inherited: &Inherited) -> Self {
@@ -90,6 +91,7 @@ impl CommandLine {
                 resourcecontrol: "deny",
             },
             machine: machine_type(config),
+            global: None,
             cpu: config.cpu.clone().unwrap_or_else(|| cpu.to_owned()),
             smp: Smp { cpus: spec.vcpus, sockets: spec.vcpus, cores: 1, threads: 1 },
             memory: format!("{}M", spec.memory_mib),
@@ -197,6 +199,20 @@ impl CommandLine {
         Ok(())
     }
 
+    /// The bridge behind which disks come and go; see [`super::plug`].
+    fn bridge(&mut self, machine: Machine, plug: &mut Plug) -> Result<Option<Bus>, VmError> {
+        let chipset = match machine {
+            Machine::Q35 => "ICH9-LPC",
+            Machine::Pc => "PIIX4_PM",
+            Machine::Microvm => return Ok(None),
+        };
+        // Else the chipset leaves it to ACPI, of which there is none.
+        self.global = Some(format!("{chipset}.acpi-pci-hotplug-with-bridge-support=off"));
+        let bridge = plug.place("pci-bridge", super::plug::BUS)?;
+        self.devices.push(Device { chassis_nr: Some(1), shpc: Some(true), ..bridge });
+        Ok(Some(Bus::new(BusKind::Pci, super::plug::BUS, super::plug::SLOTS)))
+    }
+
     fn extra(&mut self, extra: &Extra, plug: &mut Plug) -> Result<(), VmError> {
         match extra {
             Extra::Disk { id, path, read_only } => self.disk(id, path.clone(), *read_only, plug),
@@ -221,7 +237,8 @@ impl CommandLine {
         let drive = Drive { interface: "none", id: id.to_owned(), file, format: "raw", readonly };
         self.drives.push(drive);
         let device = plug.device("virtio-blk", &format!("{id}-device"))?;
-        self.devices.push(Device { drive: Some(id.to_owned()), ..device });
+        let serial = Some(id.to_owned());
+        self.devices.push(Device { drive: Some(id.to_owned()), serial, ..device });
         Ok(())
     }
 }
@@ -320,19 +337,22 @@ impl Plug {
 
     /// A virtio device in the next free slot.
     fn device(&mut self, driver: &str, id: &str) -> Result<Device, VmError> {
+        let kind = if self.is_pci() { "pci" } else { "device" };
+        self.place(&format!("{driver}-{kind}"), id)
+    }
+
+    /// A device in the next free slot.
+    fn place(&mut self, driver: &str, id: &str) -> Result<Device, VmError> {
         let slot = self.bus.take(id).ok_or_else(|| {
             VmError::Unsupported(format!(
                 "plugging {id} in: all {} slots of the bus {} are taken",
                 self.bus.slots, self.bus.id
             ))
         })?;
-        let mut device = Device { id: id.to_owned(), ..Device::default() };
+        let mut device = Device { driver: driver.to_owned(), id: id.to_owned(), ..Device::default() };
         if self.is_pci() {
-            device.driver = format!("{driver}-pci");
             device.bus = Some(self.bus.id.clone());
             device.addr = Some(format!("{slot:#x}"));
-        } else {
-            device.driver = format!("{driver}-device");
         }
         Ok(device)
     }

@@ -3,6 +3,7 @@
 mod args;
 mod clock;
 mod events;
+mod plug;
 mod qmp;
 mod start;
 
@@ -118,14 +119,20 @@ impl Hypervisor for Qemu {
         if let Ok(console) = UnixStream::connect(record.dir.join(CONSOLE_SOCKET)).await {
             tokio::spawn(logs::copy_console(console, record.dir.join(LOG)));
         }
-        Ok(Some(Arc::new(QemuVm {
+        let vm = QemuVm {
             resumptions: events::resumptions(record.dir.join(EVENTS_SOCKET)),
             dir: record.dir,
             cid: record.cid,
             bus: Mutex::new(record.buses),
+            plugging: tokio::sync::Mutex::default(),
             supervisor,
             listener: Mutex::new(None),
-        })))
+        };
+        if let Err(error) = vm.take_stock().await {
+            // A VMM that does not answer now may do so when a disk is wanted.
+            tracing::warn!(%error, "asking the VMM what is plugged in; going by the record");
+        }
+        Ok(Some(Arc::new(vm)))
     }
 }
 
@@ -157,6 +164,8 @@ struct QemuVm {
     dir: PathBuf,
     cid: Option<u32>,
     bus: Mutex<Vec<Bus>>,
+    /// Held while a disk comes or goes.
+    plugging: tokio::sync::Mutex<()>,
     supervisor: Supervisor,
     resumptions: watch::Receiver<u64>,
     /// Until the agent has called.
@@ -230,20 +239,18 @@ impl Vm for QemuVm {
     }
 
     async fn hot_attach(&self, device: DeviceInfo) -> Result<DeviceAddress, VmError> {
-        Err(VmError::Unsupported(format!(
-            "plugging {} into a running VM: this version of the QEMU driver attaches devices at start only",
-            device.id()
-        )))
+        match self.supervisor.outcome() {
+            Some(outcome) => Err(self.ended(&outcome)),
+            None => self.plug(device).await,
+        }
     }
 
     async fn hot_detach(&self, id: &str) -> Result<(), VmError> {
-        let buses = self.bus.lock().unwrap_or_else(PoisonError::into_inner).clone();
-        if buses.iter().any(|bus| bus.used.values().any(|used| used == id)) {
-            return Err(VmError::Unsupported(format!(
-                "unplugging {id} from a running VM: this version of the QEMU driver detaches devices at stop only"
-            )));
-        }
-        Ok(())
+        self.unplug(id).await
+    }
+
+    fn can_hot_attach(&self) -> bool {
+        self.bus.lock().unwrap_or_else(PoisonError::into_inner).iter().any(|bus| bus.id == plug::BUS)
     }
 
     async fn ping(&self) -> Result<(), VmError> {

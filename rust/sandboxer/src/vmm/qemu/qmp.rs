@@ -11,14 +11,15 @@ use std::{
 
 use qapi::{
     ExecuteError,
-    futures::{QapiStream, QmpStreamTokio},
+    futures::{QapiEvents, QapiService, QapiStream, QmpStreamTokio},
     qmp::{self, QmpCommand},
 };
 use tokio::{
     io::{AsyncRead, ReadBuf, ReadHalf, WriteHalf},
     net::UnixStream,
-    time::timeout,
+    time::{Instant, timeout, timeout_at},
 };
+use tokio_stream::StreamExt;
 
 use crate::vmm::VmError;
 
@@ -26,6 +27,95 @@ use crate::vmm::VmError;
 const MAX_CONVERSATION: usize = 1 << 20;
 
 type Stream = QapiStream<QmpStreamTokio<ReadHalf<Bounded>>, QmpStreamTokio<WriteHalf<Bounded>>>;
+
+/// Several commands, and the events that answer them, within one deadline.
+pub(super) struct Conversation {
+    service: QapiService<QmpStreamTokio<WriteHalf<Bounded>>>,
+    events: QapiEvents<QmpStreamTokio<ReadHalf<Bounded>>>,
+    /// Devices that QEMU has said are gone.
+    gone: Vec<String>,
+    until: Instant,
+    deadline: Duration,
+}
+
+impl Conversation {
+    /// Begins one.
+    ///
+    /// # Errors
+    /// When QEMU does not greet within the deadline.
+    pub(super) async fn open(socket: &Path, deadline: Duration) -> Result<Self, VmError> {
+        let until = Instant::now() + deadline;
+        let why = match timeout_at(until, connect(socket)).await {
+            Ok(Ok(stream)) => {
+                let (service, events) = stream.into_parts();
+                return Ok(Self { service, events, gone: Vec::new(), until, deadline });
+            }
+            Ok(Err(error)) => error.to_string(),
+            Err(_) => format!("no answer within {deadline:?}"),
+        };
+        Err(VmError::Command { command: "begin a conversation", why })
+    }
+
+    /// Has QEMU execute a command.
+    ///
+    /// # Errors
+    /// When QEMU does not answer before the conversation's deadline, or refuses.
+    pub(super) async fn execute<C: QmpCommand>(&mut self, command: C) -> Result<C::Ok, VmError> {
+        self.try_execute(command).await.map_err(|error| Self::failed::<C>(&error))
+    }
+
+    /// The error of a command.
+    pub(super) fn failed<C: QmpCommand>(error: &ExecuteError) -> VmError {
+        VmError::Command { command: C::NAME, why: error.to_string() }
+    }
+
+    /// [`Self::execute`] for who wants to know how QEMU refuses.
+    pub(super) async fn try_execute<C: QmpCommand>(&mut self, command: C) -> Result<C::Ok, ExecuteError> {
+        let Self { service, events, gone, until, .. } = self;
+        let mut answer = std::pin::pin!(service.execute(command));
+        let conversation = async {
+            loop {
+                tokio::select! {
+                    biased;
+                    answer = &mut answer => return answer,
+                    event = events.next() => note(event, gone)?,
+                }
+            }
+        };
+        let late =
+            |_| io::Error::new(io::ErrorKind::TimedOut, format!("no answer within {:?}", self.deadline));
+        timeout_at(*until, conversation).await.map_err(late)?
+    }
+
+    /// Waits until QEMU has said that a device is gone.
+    ///
+    /// # Errors
+    /// When it does not before the conversation's deadline.
+    pub(super) async fn deleted(&mut self, device: &str) -> Result<(), VmError> {
+        let Self { events, gone, until, .. } = self;
+        let heard = async {
+            while !gone.iter().any(|name| name == device) {
+                note(events.next().await, gone)?;
+            }
+            Ok::<_, io::Error>(())
+        };
+        let why = match timeout_at(*until, heard).await {
+            Ok(Ok(())) => return Ok(()),
+            Ok(Err(error)) => error.to_string(),
+            Err(_) => format!("{device} is not gone within {:?}", self.deadline),
+        };
+        Err(VmError::Command { command: "device_del", why })
+    }
+}
+
+fn note(event: Option<io::Result<qmp::Event>>, gone: &mut Vec<String>) -> io::Result<()> {
+    match event {
+        Some(Ok(qmp::Event::DEVICE_DELETED { data, .. })) => gone.extend(data.device),
+        Some(event) => drop(event?),
+        None => return Err(io::Error::new(io::ErrorKind::UnexpectedEof, "QEMU has hung up")),
+    }
+    Ok(())
+}
 
 /// Has QEMU execute one command.
 ///

@@ -29,7 +29,7 @@ use super::{
 use crate::{
     process::{Process, Spawn},
     vmm::{
-        Bus, DeviceInfo, ReadyListener, ShareFs, VmConfig, VmError, VmSpec, VsockKind, logs,
+        DeviceInfo, ReadyListener, ShareFs, VmConfig, VmError, VmSpec, VsockKind, logs,
         supervisor::Supervisor,
         vsock::{self, SocketWatch, VHOST_VSOCK},
     },
@@ -101,12 +101,13 @@ async fn start_all(qemu: &Qemu, mut spec: VmSpec, started: &mut Started) -> Resu
     };
     let extras: Vec<Extra> = spec.devices.drain(..).map(|device| extra(device, &mut spawn)).collect();
     let inherited = Inherited { qmp, events, console, virtiofs, vsock };
-    let (line, bus) = CommandLine::new(config, &spec, &inherited, &extras)?;
+    let (line, buses) = CommandLine::new(config, &spec, &inherited, &extras)?;
     spawn.args(line.to_cmdline_params("-"));
     let vmm = run(spawn).await?;
     Ok(QemuVm {
         cid,
-        bus: Mutex::new(vec![bus] as Vec<Bus>),
+        bus: Mutex::new(buses),
+        plugging: tokio::sync::Mutex::default(),
         supervisor: Supervisor::new(vmm, std::mem::take(&mut started.0)),
         listener: Mutex::new(Some(ready)),
         resumptions: events::resumptions(spec.dir.join(EVENTS_SOCKET)),

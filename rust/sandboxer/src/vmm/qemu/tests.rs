@@ -5,7 +5,7 @@ use std::{fs, os::unix::fs::PermissionsExt, time::Instant};
 use super::*;
 use crate::{
     process::ProcessRecord,
-    vmm::{Accel, Machine, Root, ShareFs, VsockKind},
+    vmm::{Accel, Machine, Nic, Root, ShareFs, VsockKind},
 };
 
 /// A pod's folder, and a QEMU and a virtiofsd that are shell scripts.
@@ -176,12 +176,22 @@ async fn companions_of_a_vm_that_ended_while_nobody_looked_are_ended() {
 #[tokio::test]
 async fn what_this_driver_cannot_do_says_so() {
     let lab = Lab::new("exec sleep 60", "exec sleep 60");
-    let vm = lab.qemu().start(lab.spec()).await.unwrap();
-    let disk = DeviceInfo::Block { id: "d0".into(), path: "/dev/null".into(), read_only: true };
-    let error = vm.hot_attach(disk).await.unwrap_err().to_string();
-    assert!(error.starts_with("plugging d0 into a running VM: this version"), "{error}");
+    let mut qemu = lab.qemu();
+    qemu.config.machine = Machine::Microvm;
+    let vm = qemu.start(lab.spec()).await.unwrap();
+    assert!(!vm.can_hot_attach());
+    let disk = |id: &str| DeviceInfo::Block { id: id.into(), path: "/dev/null".into(), read_only: true };
+    let error = vm.hot_attach(disk("d0")).await.unwrap_err().to_string();
+    assert!(
+        error.starts_with("plugging d0 into a running VM: its machine type has no bus for that"),
+        "{error}"
+    );
+    let error = vm.hot_attach(disk("a-name-of-21-bytes-it")).await.unwrap_err().to_string();
+    assert!(error.ends_with("a disk's id has 1 to 20 bytes"), "{error}");
+    let tap = Nic { id: "net2".into(), tap: "t".into(), mac: String::new(), mtu: 1500, queues: Vec::new() };
+    let error = vm.hot_attach(DeviceInfo::Tap(tap)).await.unwrap_err().to_string();
+    assert!(error.starts_with("plugging net2 into a running VM: only disks"), "{error}");
     vm.hot_detach("d0").await.unwrap();
-    assert!(vm.hot_detach("rng").await.is_err());
     vm.stop(true, Duration::ZERO).await.unwrap();
 }
 

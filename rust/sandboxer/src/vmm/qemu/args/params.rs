@@ -20,6 +20,7 @@ pub(in super::super) struct CommandLine {
     pub(super) display: &'static str,
     pub(super) sandbox: Sandbox,
     pub(super) machine: MachineType,
+    pub(super) global: Option<String>,
     pub(super) cpu: String,
     pub(super) smp: Smp,
     #[param(key = "m")]
@@ -167,6 +168,12 @@ pub(super) struct Device {
     #[property(generator = "bool_to_on_off")]
     pub(super) mq: Option<bool>,
     pub(super) vectors: Option<usize>,
+    #[property(generator = "escape_commas")]
+    pub(super) serial: Option<String>,
+    #[property(key = "chassis_nr")]
+    pub(super) chassis_nr: Option<u32>,
+    #[property(generator = "bool_to_on_off")]
+    pub(super) shpc: Option<bool>,
     /// Empty: no boot ROM.
     pub(super) romfile: Option<&'static str>,
 }

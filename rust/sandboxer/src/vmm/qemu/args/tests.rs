@@ -38,8 +38,8 @@ fn spec() -> VmSpec {
 }
 
 fn argv(config: &VmConfig, spec: &VmSpec, inherited: &Inherited, extras: &[Extra]) -> (String, Bus) {
-    let (line, bus) = CommandLine::new(config, spec, inherited, extras).unwrap();
-    (line.to_cmdline_params("-").join(" "), bus)
+    let (line, buses) = CommandLine::new(config, spec, inherited, extras).unwrap();
+    (line.to_cmdline_params("-").join(" "), buses.into_iter().next().unwrap())
 }
 
 #[test]
@@ -66,7 +66,7 @@ fn pmem_virtiofs_vhost_user_and_a_card() {
             "-name guest=sandbox-p1,debug-threads=on -pidfile /run/p1/vmm.pid -no-user-config -nodefaults -no-reboot -display none \
              -sandbox on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny \
              -machine q35,accel=tcg,memory-backend=ram,acpi=off,hpet=off,usb=off,graphics=off,vmport=off,sata=off,\
-             smbus=off,i8042=off -cpu max -smp cpus=2,sockets=2,cores=1,threads=1 \
+             smbus=off,i8042=off -global ICH9-LPC.acpi-pci-hotplug-with-bridge-support=off -cpu max -smp cpus=2,sockets=2,cores=1,threads=1 \
              -m 256M,slots=1,maxmem=1280M -kernel /k/vmlinux \
              -append root=/dev/pmem0p1 rootflags=dax ro rootfstype=ext4 console=hvc0 reboot=t panic=-1 noreplace-smp \
              no_timer_check tsc=reliable init_on_alloc=1 quiet task.sharefs_type=virtiofs task.log_level=info loglevel=1 task.x=1 \
@@ -82,7 +82,7 @@ fn pmem_virtiofs_vhost_user_and_a_card() {
              -device virtio-serial-pci,id=serial,bus=pcie.0,addr=0x4 -device virtconsole,id=hvc0,chardev=console \
              -device virtio-rng-pci,id=rng,bus=pcie.0,addr=0x5 \
              -device virtio-net-pci,id=net2-device,bus=pcie.0,addr=0x6,netdev=net2,mac=02:00:00:00:00:05,mq=on,\
-             vectors=6,romfile="
+             vectors=6,romfile= -device pci-bridge,id=plug,bus=pcie.0,addr=0x7,chassis_nr=1,shpc=on"
         )
     );
     assert_eq!(bus.used.get(&6).map(String::as_str), Some("net2-device"));
@@ -99,7 +99,7 @@ fn initrd_9p_and_the_kernels_vsock() {
         "-name guest=sandbox-p1,debug-threads=on -pidfile /run/p1/vmm.pid -no-user-config -nodefaults -no-reboot -display none \
          -sandbox on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny \
          -machine q35,accel=kvm,memory-backend=ram,acpi=off,hpet=off,usb=off,graphics=off,vmport=off,sata=off,\
-         smbus=off,i8042=off -cpu host -smp cpus=1,sockets=1,cores=1,threads=1 -m 256M -kernel /k/vmlinux \
+         smbus=off,i8042=off -global ICH9-LPC.acpi-pci-hotplug-with-bridge-support=off -cpu host -smp cpus=1,sockets=1,cores=1,threads=1 -m 256M -kernel /k/vmlinux \
          -initrd /k/kuasar.initrd -append console=hvc0 reboot=t panic=-1 noreplace-smp task.sharefs_type=9p task.log_level=info \
          task.debug -object memory-backend-memfd,id=ram,size=256M,share=on \
          -chardev socket,id=qmp,fd=3,server=on,wait=off -chardev socket,id=events,fd=9,server=on,wait=off -chardev socket,id=console,fd=4,server=on,wait=off \
@@ -107,7 +107,8 @@ fn initrd_9p_and_the_kernels_vsock() {
          -device vhost-vsock-pci,id=vsock,bus=pcie.0,addr=0x1,guest-cid=77,vhostfd=5 \
          -device virtio-9p-pci,id=share-device,bus=pcie.0,addr=0x2,fsdev=share,mount_tag=kuasar \
          -device virtio-serial-pci,id=serial,bus=pcie.0,addr=0x3 -device virtconsole,id=hvc0,chardev=console \
-         -device virtio-rng-pci,id=rng,bus=pcie.0,addr=0x4"
+         -device virtio-rng-pci,id=rng,bus=pcie.0,addr=0x4 \
+         -device pci-bridge,id=plug,bus=pcie.0,addr=0x5,chassis_nr=1,shpc=on"
     );
 }
 
@@ -136,6 +137,8 @@ fn other_machines_and_a_disk() {
         "-device virtio-blk-pci,id=root-device,bus=pci.0,addr=0x2,drive=root",
         "-device virtio-blk-pci,id=d0-device,bus=pci.0,addr=0x7,drive=d0",
         "-netdev tap,id=net2,fds=6",
+        "-global PIIX4_PM.acpi-pci-hotplug-with-bridge-support=off ",
+        "-device pci-bridge,id=plug,bus=pci.0,addr=0x9,chassis_nr=1,shpc=on",
         "-device virtio-net-pci,id=net2-device,bus=pci.0,addr=0x8,netdev=net2,mac=02:00:00:00:00:05,romfile=",
     ] {
         assert!(pc.contains(part), "{part} in {pc}");

@@ -1,0 +1,232 @@
+//! Disks that come and go while the VM runs.
+//!
+//! They sit behind a bridge with a hot-plug controller (SHPC) that no guest of ours drives: a new disk is on the bus at
+//! once, and the agent has the guest's kernel look there; the agent has it let go of a disk before we take it away, and
+//! since the guest never switched the slot on, QEMU asks nobody. That takes no ACPI, no option of the guest's kernel, and
+//! none of the seconds for which a native PCIe slot waits for a person's hand.
+//!
+//! What QEMU has is the truth: a daemon that died in the middle is followed by one that asks.
+
+use std::{
+    collections::BTreeMap,
+    fs,
+    os::unix::fs::FileTypeExt,
+    path::Path,
+    sync::{MutexGuard, PoisonError},
+    time::Duration,
+};
+
+use qapi::{
+    Command, Empty, ErrorClass, ExecuteError,
+    qmp::{self, QmpCommand},
+};
+use serde::Serialize;
+use serde_json::{Value, json};
+
+use super::{QMP_SOCKET, QemuVm, qmp::Conversation};
+use crate::vmm::{Bus, DeviceAddress, DeviceInfo, VmError};
+
+/// The bus that disks are plugged into.
+pub(super) const BUS: &str = "plug";
+/// Its slots: 1 to 31; the controller itself takes slot 0.
+pub(super) const SLOTS: u32 = 31;
+/// How long one disk may take to come or go.
+const DEADLINE: Duration = Duration::from_secs(10);
+/// What a disk's device is called: its id with this behind.
+const SUFFIX: &str = "-device";
+/// Where QEMU's object tree has devices with names.
+const PERIPHERAL: &str = "/machine/peripheral";
+/// Longest serial that virtio-blk has (`VIRTIO_BLK_ID_BYTES`).
+const MAX_SERIAL: usize = 20;
+
+/// A command whose arguments the schema's types would make unreadable.
+macro_rules! command {
+    ($type:ident, $name:literal) => {
+        #[derive(Serialize)]
+        #[serde(transparent)]
+        struct $type(Value);
+
+        impl QmpCommand for $type {}
+        impl Command for $type {
+            type Ok = Empty;
+
+            const NAME: &'static str = $name;
+            const ALLOW_OOB: bool = false;
+        }
+    };
+}
+
+command!(BlockdevAdd, "blockdev-add");
+command!(DeviceAdd, "device_add");
+
+impl QemuVm {
+    fn buses(&self) -> MutexGuard<'_, Vec<Bus>> {
+        self.bus.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    async fn converse(&self) -> Result<Conversation, VmError> {
+        Conversation::open(&self.dir.join(QMP_SOCKET), DEADLINE).await
+    }
+
+    /// Plugs a disk in. Nothing of it stays on error.
+    pub(super) async fn plug(&self, device: DeviceInfo) -> Result<DeviceAddress, VmError> {
+        let DeviceInfo::Block { id, path, read_only } = device else {
+            return Err(VmError::Unsupported(format!(
+                "plugging {} into a running VM: only disks can be plugged in while a VM runs",
+                device.id()
+            )));
+        };
+        if !(1..=MAX_SERIAL).contains(&id.len()) {
+            return Err(VmError::Unsupported(format!(
+                "plugging {id} in: a disk's id has 1 to {MAX_SERIAL} bytes"
+            )));
+        }
+        let _one = self.plugging.lock().await;
+        let slot = self.take_slot(&id)?;
+        let added = match self.converse().await {
+            Ok(mut qemu) => add(&mut qemu, &id, slot, &path, read_only).await,
+            Err(error) => Err(error),
+        };
+        match added {
+            Ok(()) => Ok(DeviceAddress::Serial(id)),
+            Err(error) => {
+                self.free_slot(&id);
+                Err(error)
+            }
+        }
+    }
+
+    fn take_slot(&self, id: &str) -> Result<u32, VmError> {
+        let mut buses = self.buses();
+        let Some(bus) = buses.iter_mut().find(|bus| bus.id == BUS) else {
+            return Err(VmError::Unsupported(format!(
+                "plugging {id} into a running VM: its machine type has no bus for that; set hypervisor.machine_type to \
+                 \"q35\", and create the pod again"
+            )));
+        };
+        let slots = bus.slots;
+        bus.take(id).ok_or_else(|| {
+            VmError::Unsupported(format!("plugging {id} in: all {slots} slots of the VM have disks already"))
+        })
+    }
+
+    fn free_slot(&self, id: &str) {
+        if let Some(bus) = self.buses().iter_mut().find(|bus| bus.id == BUS) {
+            bus.release(id);
+        }
+    }
+
+    /// Takes a disk away. One that is not there is no error; one that the VMM does not let go of keeps its slot.
+    pub(super) async fn unplug(&self, id: &str) -> Result<(), VmError> {
+        let _one = self.plugging.lock().await;
+        if !self.buses().iter().any(|bus| bus.id == BUS && bus.used.values().any(|used| used == id)) {
+            return Ok(());
+        }
+        if self.supervisor.outcome().is_none() {
+            remove(&mut self.converse().await?, id).await?;
+        }
+        self.free_slot(id);
+        Ok(())
+    }
+
+    /// After a restart: what is plugged in, as QEMU knows it; what is half plugged in goes.
+    pub(super) async fn take_stock(&self) -> Result<(), VmError> {
+        if !self.buses().iter().any(|bus| bus.id == BUS) {
+            return Ok(());
+        }
+        let mut qemu = self.converse().await?;
+        let there = stock(&mut qemu).await?;
+        forget_backends(&mut qemu, &there).await?;
+        if let Some(bus) = self.buses().iter_mut().find(|bus| bus.id == BUS) {
+            bus.used = there;
+        }
+        Ok(())
+    }
+}
+
+async fn add(
+    qemu: &mut Conversation,
+    id: &str,
+    slot: u32,
+    path: &Path,
+    read_only: bool,
+) -> Result<(), VmError> {
+    qemu.execute(BlockdevAdd(backend(id, path, read_only)?)).await?;
+    let device = json!({
+        "driver": "virtio-blk-pci",
+        "id": format!("{id}{SUFFIX}"),
+        "bus": BUS,
+        "addr": format!("{slot:#x}"),
+        "drive": id,
+        "serial": id,
+        // On a bus that is not Express it would have the old interface, too, and want ports for it.
+        "disable-legacy": "on",
+    });
+    if let Err(error) = qemu.execute(DeviceAdd(device)).await {
+        if let Err(more) = qemu.execute(qmp::blockdev_del { node_name: id.to_owned() }).await {
+            tracing::warn!(id, error = %more, "giving back a disk that could not be plugged in");
+        }
+        return Err(error);
+    }
+    Ok(())
+}
+
+fn backend(id: &str, path: &Path, read_only: bool) -> Result<Value, VmError> {
+    let kind =
+        fs::metadata(path).map_err(VmError::io(format!("plugging in {}", path.display())))?.file_type();
+    let device = kind.is_block_device();
+    let driver = if device { "host_device" } else { "file" };
+    Ok(json!({
+        "driver": "raw",
+        "node-name": id,
+        "read-only": read_only,
+        // What the guest trims goes back to the host.
+        "discard": "unmap",
+        "cache": {"direct": device},
+        "file": {"driver": driver, "filename": path, "cache": {"direct": device}},
+    }))
+}
+
+async fn remove(qemu: &mut Conversation, id: &str) -> Result<(), VmError> {
+    let device = format!("{id}{SUFFIX}");
+    match qemu.try_execute(qmp::device_del { id: device.clone() }).await {
+        Ok(_) => qemu.deleted(&device).await?,
+        // Gone already: only its backend is left.
+        Err(ExecuteError::Qapi(error)) if error.class == ErrorClass::DeviceNotFound => {}
+        Err(error) => return Err(Conversation::failed::<qmp::device_del>(&error)),
+    }
+    qemu.execute(qmp::blockdev_del { node_name: id.to_owned() }).await.map(drop)
+}
+
+/// Occupied slots of the bus, and the disks in them.
+async fn stock(qemu: &mut Conversation) -> Result<BTreeMap<u32, String>, VmError> {
+    let mut there = BTreeMap::new();
+    for object in qemu.execute(qmp::qom_list { path: PERIPHERAL.into() }).await? {
+        let Some(id) = object.name.strip_suffix(SUFFIX) else { continue };
+        let path = format!("{PERIPHERAL}/{}", object.name);
+        let property = |property: &str| qmp::qom_get { path: path.clone(), property: property.into() };
+        let bus = qemu.execute(property("parent_bus")).await?;
+        if bus.as_str().and_then(|bus| bus.rsplit('/').next()) != Some(BUS) {
+            continue;
+        }
+        // Device and function in one number.
+        let place = qemu.execute(property("addr")).await?;
+        if let Some(slot) = place.as_u64().and_then(|place| u32::try_from(place >> 3).ok()) {
+            there.insert(slot, id.to_owned());
+        }
+    }
+    Ok(there)
+}
+
+/// Closes files that no disk shows: the daemon died between the two commands.
+async fn forget_backends(qemu: &mut Conversation, there: &BTreeMap<u32, String>) -> Result<(), VmError> {
+    let nodes = qemu.execute(qmp::query_named_block_nodes { flat: Some(true) }).await?;
+    for name in nodes.into_iter().filter_map(|node| node.node_name) {
+        // QEMU's own names for what has none begin with a #.
+        let shown = name.starts_with('#') || there.values().any(|id| *id == name);
+        if !shown && let Err(error) = qemu.execute(qmp::blockdev_del { node_name: name.clone() }).await {
+            tracing::debug!(name, %error, "not closing a disk's file");
+        }
+    }
+    Ok(())
+}
