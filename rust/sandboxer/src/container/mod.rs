@@ -1,11 +1,17 @@
 //! What a container needs on the host: its spec rewritten for the VM, its root file system and volumes below the
 //! pod's shared folder.
 
+mod disks;
 pub mod mount;
 pub mod mountinfo;
+mod plan;
 pub mod remove;
 pub mod spec;
 mod storage;
 mod volumes;
 
-pub use self::storage::{Storage, StorageError, is_safe_id};
+pub use self::{
+    disks::Disks,
+    plan::Plan,
+    storage::{Storage, StorageError, is_safe_id},
+};

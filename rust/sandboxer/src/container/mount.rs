@@ -73,11 +73,7 @@ pub fn share(folder: &Path) -> Result<(), MountError> {
 /// # Errors
 /// When there is nothing to mount, an option is not known to us, or the kernel refuses.
 pub fn rootfs(mounts: &[RootfsMount], target: &Path, stage: &Path) -> Result<(), MountError> {
-    if mounts.is_empty() {
-        return Err(MountError::Refused(
-            "the container has no root file system: containerd sent no mounts; use a snapshotter that gives some".into(),
-        ));
-    }
+    check_any(mounts)?;
     mounts.iter().try_for_each(|one| rootfs_one(one, target, stage)).inspect_err(|_| {
         // The first error is the one to report.
         let _ = unmount_below(target);
@@ -85,6 +81,19 @@ pub fn rootfs(mounts: &[RootfsMount], target: &Path, stage: &Path) -> Result<(),
 }
 
 #[tracing::instrument(name = "mount rootfs", level = "trace", skip_all)]
+/// A container has to have a root.
+///
+/// # Errors
+/// When there is nothing to mount.
+pub(super) fn check_any(mounts: &[RootfsMount]) -> Result<(), MountError> {
+    if mounts.is_empty() {
+        return Err(MountError::Refused(
+            "the container has no root file system: containerd sent no mounts; use a snapshotter that gives some".into(),
+        ));
+    }
+    Ok(())
+}
+
 fn rootfs_one(one: &RootfsMount, target: &Path, stage: &Path) -> Result<(), MountError> {
     let target = join_below(target, &one.target)?;
     let (flags, data) = parse_options(&one.options)?;
@@ -173,7 +182,7 @@ fn parse_options(options: &[String]) -> Result<(MsFlags, String), MountError> {
             "defaults" | "suid" | "dev" | "exec" | "" => {}
             "loop" => {
                 return Err(MountError::Refused(
-                    "the root file system is an image file (mount option loop), which is not supported; use the overlayfs snapshotter".into(),
+                    "the root file system is an image file (mount option loop) together with others, which is not supported; use the overlayfs snapshotter".into(),
                 ));
             }
             other => data.push(other),

@@ -15,6 +15,14 @@ pub fn below(path: &Path) -> io::Result<Vec<PathBuf>> {
     Ok(below_in(&fs::read("/proc/self/mountinfo")?, path))
 }
 
+/// Whether something is mounted below a path, itself aside.
+///
+/// # Errors
+/// When mountinfo cannot be read.
+pub fn has_mounts_below(path: &Path) -> io::Result<bool> {
+    Ok(below(path)?.iter().any(|point| point != path))
+}
+
 /// Whether a path is itself a mount point.
 ///
 /// # Errors

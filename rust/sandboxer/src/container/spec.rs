@@ -37,6 +37,28 @@ pub struct Bind {
     pub recursive: bool,
 }
 
+/// A disk of the host that the container gets as a device node.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct BlockDevice {
+    /// Where the container sees it; for messages.
+    pub path: String,
+    /// The host's number of it, first half.
+    pub major: u64,
+    /// And second half.
+    pub minor: u64,
+    /// The container may only read it.
+    pub read_only: bool,
+}
+
+/// What has to be made on the host for a rewritten spec.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub struct Needs {
+    /// Bind mounts to make before the guest reads it.
+    pub binds: Vec<Bind>,
+    /// Disks to plug in.
+    pub devices: Vec<BlockDevice>,
+}
+
 /// What a container asks for and a VM cannot give. One sentence: the field, the reason, the way out.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
 pub enum SpecError {
@@ -59,11 +81,11 @@ pub(super) fn refused(field: impl Into<String>, why: impl Into<String>) -> SpecE
 
 pub(super) type Object = Map<String, Value>;
 
-/// Rewrites `spec` in place and returns the bind mounts to make before the guest reads it.
+/// Rewrites `spec` in place and returns what the host has to make for it.
 ///
 /// # Errors
 /// When the spec asks for something that a container in a VM cannot have.
-pub fn rewrite(spec: &mut Value, target: &Target) -> Result<Vec<Bind>, SpecError> {
+pub fn rewrite(spec: &mut Value, target: &Target) -> Result<Needs, SpecError> {
     let spec = spec.as_object_mut().ok_or_else(|| SpecError::Malformed("it is not a JSON object".into()))?;
     let read_only_root = set_root(spec, target)?;
     // The UTS namespace is the pod's; runc refuses a hostname without one of the container's own.
@@ -79,11 +101,12 @@ pub fn rewrite(spec: &mut Value, target: &Target) -> Result<Vec<Bind>, SpecError
     linux.insert("cgroupsPath".into(), json!(format!("/kuasar/{}", target.container)));
     linux.remove("mountLabel");
     linux.remove("intelRdt");
-    check_devices(linux)?;
+    let devices = block_devices(linux)?;
     if let Some(resources) = linux.get_mut("resources").and_then(Value::as_object_mut) {
         set_resources(resources)?;
     }
-    volumes::rewrite(spec, target.container, read_only_root)
+    let binds = volumes::rewrite(spec, target.container, read_only_root)?;
+    Ok(Needs { binds, devices })
 }
 
 /// Clears what the host's security modules would have applied; also right for the process of an exec.
@@ -145,23 +168,50 @@ fn set_namespaces(linux: &mut Object, target: &Target) -> Result<(), SpecError> 
 const GUEST_DEVICES: [(u64, u64); 9] =
     [(1, 3), (1, 5), (1, 7), (1, 8), (1, 9), (5, 0), (5, 1), (5, 2), (10, 229)];
 
-fn check_devices(linux: &Object) -> Result<(), SpecError> {
+/// Disks are plugged in; character devices have to be the guest's own.
+fn block_devices(linux: &Object) -> Result<Vec<BlockDevice>, SpecError> {
+    let mut disks = Vec::new();
     for device in linux.get("devices").and_then(Value::as_array).into_iter().flatten() {
         let number = |key| device.get(key).and_then(Value::as_u64).unwrap_or(u64::MAX);
-        let known = device.get("type").and_then(Value::as_str) == Some("c")
-            && GUEST_DEVICES.contains(&(number("major"), number("minor")));
-        if !known {
-            let path = device.get("path").and_then(Value::as_str).unwrap_or("?");
-            return Err(refused(
-                "linux.devices",
-                format!(
-                    "{path} is a device of the host, which the VM does not have; remove it, or for a privileged \
-                     container set privileged_without_host_devices = true in containerd's runtime table"
-                ),
-            ));
+        let (major, minor) = (number("major"), number("minor"));
+        let path = device.get("path").and_then(Value::as_str).unwrap_or("?");
+        match device.get("type").and_then(Value::as_str) {
+            Some("b") => {
+                let read_only = !may_write(linux, major, minor);
+                disks.push(BlockDevice { path: path.to_owned(), major, minor, read_only });
+            }
+            Some("c") if GUEST_DEVICES.contains(&(major, minor)) => {}
+            _ => {
+                return Err(refused(
+                    "linux.devices",
+                    format!(
+                        "{path} is a device of the host, which the VM does not have; remove it, or for a privileged \
+                         container set privileged_without_host_devices = true in containerd's runtime table"
+                    ),
+                ));
+            }
         }
     }
-    Ok(())
+    Ok(disks)
+}
+
+/// Whether the rules let the container write to a disk: the last that is about it counts.
+fn may_write(linux: &Object, major: u64, minor: u64) -> bool {
+    let rules =
+        linux.get("resources").and_then(|resources| resources.get("devices")).and_then(Value::as_array);
+    let is_about = |rule: &&Value| {
+        let any = |key, wanted| {
+            rule.get(key)
+                .and_then(Value::as_i64)
+                .is_none_or(|number| number < 0 || number.cast_unsigned() == wanted)
+        };
+        let kind = rule.get("type").and_then(Value::as_str).unwrap_or("a");
+        matches!(kind, "a" | "b") && any("major", major) && any("minor", minor)
+    };
+    rules.into_iter().flatten().rfind(is_about).is_some_and(|rule| {
+        let access = rule.get("access").and_then(Value::as_str).unwrap_or("rwm");
+        rule.get("allow").and_then(Value::as_bool).unwrap_or(false) && access.contains('w')
+    })
 }
 
 fn set_resources(resources: &mut Object) -> Result<(), SpecError> {

@@ -55,8 +55,8 @@ fn cri() -> Value {
 
 fn rewritten(spec: Value) -> (Value, Vec<Bind>) {
     let mut spec = spec;
-    let binds = rewrite(&mut spec, &TARGET).unwrap();
-    (spec, binds)
+    let needs = rewrite(&mut spec, &TARGET).unwrap();
+    (spec, needs.binds)
 }
 
 fn refusal(spec: Value) -> String {
@@ -197,7 +197,7 @@ fn what_a_vm_cannot_give_is_refused_by_name() {
     };
     let mut devices = cri();
     devices["linux"]["devices"] = json!([{"path": "/dev/null", "type": "c", "major": 1, "minor": 3},
-                                         {"path": "/dev/nvme0n1", "type": "b", "major": 259, "minor": 0}]);
+                                         {"path": "/dev/kvm", "type": "c", "major": 10, "minor": 232}]);
     for (said, part) in [
         (with("/linux/namespaces/0", json!({"type": "user"})), "set hostUsers: true"),
         (with("/linux/namespaces/0", json!({"type": "pid", "path": "/proc/77/ns/pid"})), "/proc/77/ns/pid"),
@@ -208,12 +208,30 @@ fn what_a_vm_cannot_give_is_refused_by_name() {
         (with("/mounts/9/options", json!(["rbind", "rshared"])), "/secret asks for mount propagation"),
         (with("/mounts/9/source", json!("relative")), "/secret has the source \"relative\""),
         (with("/mounts/0/type", json!("nfs")), "/proc is of type \"nfs\""),
-        (refusal(devices), "/dev/nvme0n1 is a device of the host"),
+        (refusal(devices), "/dev/kvm is a device of the host"),
         (refusal(json!([])), "it is not a JSON object"),
         (refusal(json!({"mounts": 3})), "mounts is not a list"),
     ] {
         assert!(said.contains(part), "{said}");
     }
+}
+
+#[test]
+fn disks_are_plugged_in_as_the_last_rule_about_them_allows() {
+    let mut spec = cri();
+    spec["linux"]["devices"] = json!([{"path": "/dev/xvda", "type": "b", "major": 8, "minor": 16},
+                                      {"path": "/dev/xvdb", "type": "b", "major": 8, "minor": 32},
+                                      {"path": "/dev/xvdc", "type": "b", "major": 8, "minor": 48}]);
+    spec["linux"]["resources"]["devices"] = json!([{"allow": false, "access": "rwm"},
+        {"allow": true, "type": "b", "major": 8, "minor": 16, "access": "rwm"},
+        {"allow": true, "type": "c", "major": 8, "minor": 32, "access": "rw"},
+        {"allow": true, "type": "b", "major": 8, "minor": 32, "access": "r"}]);
+    let devices = rewrite(&mut spec, &TARGET).unwrap().devices;
+    let found: Vec<_> = devices.iter().map(|d| (d.path.as_str(), d.minor, d.read_only)).collect();
+    assert_eq!(found, [("/dev/xvda", 16, false), ("/dev/xvdb", 32, true), ("/dev/xvdc", 48, true)]);
+    // As containerd says it of a privileged container.
+    spec["linux"]["resources"]["devices"] = json!([{"allow": true, "access": "rwm"}]);
+    assert!(rewrite(&mut spec, &TARGET).unwrap().devices.iter().all(|device| !device.read_only));
 }
 
 #[test]

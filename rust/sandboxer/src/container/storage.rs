@@ -1,18 +1,24 @@
 //! The part of a pod's shared folder that belongs to each container.
 
 use std::{
-    fs, io,
+    fs::{self, File, OpenOptions},
+    io::{self, Write},
+    os::unix::fs::OpenOptionsExt,
     path::{Path, PathBuf},
 };
 
-use kuasar_common::constants::{GUEST_STATE_DIR, pod_files};
-use serde_json::Value;
+use kuasar_common::{
+    constants::{GUEST_STATE_DIR, pod_files},
+    storage as guest,
+};
 
 use super::{
-    mount::{self, MountError, RootfsMount},
+    mount::{self, MountError},
+    plan::Plan,
     remove,
-    spec::{self, SpecError, Target},
+    spec::SpecError,
 };
+use crate::vmm::VmError;
 
 /// Makes and removes `shared/<container>`. One at a time per pod: the caller holds the pod's lock.
 #[derive(Clone, Debug)]
@@ -43,22 +49,46 @@ pub enum StorageError {
     /// The spec cannot be run in a VM.
     #[error(transparent)]
     Spec(#[from] SpecError),
+    /// Understood, and not possible.
+    #[error("{0}")]
+    Refused(String),
+    /// Plugging a disk in or taking it away.
+    #[error(transparent)]
+    Vm(VmError),
     /// The daemon itself failed.
     #[error("making a container's files ready: {0}")]
     Broken(String),
 }
 
 impl StorageError {
+    pub(super) fn file(doing: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Self {
+        let path = path.to_owned();
+        move |source| Self::File { doing, path, source }
+    }
+
     /// Whether the request itself is at fault, not the host.
     #[must_use]
     pub const fn is_refusal(&self) -> bool {
-        matches!(self, Self::Id(_) | Self::Spec(_) | Self::Mount(MountError::Refused(_)))
+        matches!(
+            self,
+            Self::Id(_)
+                | Self::Spec(_)
+                | Self::Refused(_)
+                | Self::Mount(MountError::Refused(_))
+                | Self::Vm(VmError::Unsupported(_))
+        )
     }
 }
 
-fn file(doing: &'static str, path: &Path) -> impl FnOnce(io::Error) -> StorageError {
-    let path = path.to_owned();
-    move |source| StorageError::File { doing, path, source }
+/// Replaces a file as a whole: a crash at any instruction leaves the old one or the new one.
+pub(super) fn write_new(path: &Path, text: &[u8]) -> io::Result<()> {
+    let mut temporary = path.as_os_str().to_owned();
+    temporary.push(".new");
+    let mut file = OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&temporary)?;
+    file.write_all(text)?;
+    file.sync_all()?;
+    fs::rename(&temporary, path)?;
+    path.parent().map_or(Ok(()), |dir| File::open(dir)?.sync_all())
 }
 
 /// Whether an id from outside can be used as the name of a folder.
@@ -82,7 +112,7 @@ impl Storage {
     /// # Errors
     /// When it cannot be created or mounted.
     pub fn create(&self) -> Result<(), StorageError> {
-        fs::create_dir_all(&self.shared).map_err(file("creating", &self.shared))?;
+        fs::create_dir_all(&self.shared).map_err(StorageError::file("creating", &self.shared))?;
         Ok(mount::share(&self.shared)?)
     }
 
@@ -92,50 +122,44 @@ impl Storage {
     /// When it cannot be written.
     pub fn write_pod_file(&self, name: &str, text: &str) -> Result<(), StorageError> {
         let path = self.shared.join(name);
-        fs::write(&path, text).map_err(file("writing", &path))
+        fs::write(&path, text).map_err(StorageError::file("writing", &path))
     }
 
-    /// Mounts what a container needs, writes its spec, and returns the bundle's path in the guest. A container that was
-    /// prepared before is made anew. Nothing stays on error.
+    /// Makes what a container needs on the host, writes its spec, and returns the bundle's path in the guest. A container
+    /// that was prepared before is made anew. Nothing stays on error. What is plugged in has its address by now.
     ///
     /// # Errors
-    /// When the spec is refused, or the host cannot provide something.
+    /// When the host cannot provide something.
     #[tracing::instrument(name = "mount and write spec", level = "trace", skip_all)]
-    pub fn prepare(
-        &self,
-        target: &Target,
-        bundle: &Path,
-        rootfs: &[RootfsMount],
-    ) -> Result<String, StorageError> {
-        if !is_safe_id(target.container) {
-            return Err(StorageError::Id(target.container.to_owned()));
-        }
-        self.release(target.container)?;
-        self.make(target, bundle, rootfs).inspect_err(|_| {
-            if let Err(error) = self.release(target.container) {
-                tracing::warn!(container = target.container, %error, "undoing a failed preparation");
+    pub fn prepare(&self, container: &str, plan: &Plan) -> Result<String, StorageError> {
+        self.release(container)?;
+        self.make(container, plan).inspect_err(|_| {
+            if let Err(error) = self.release(container) {
+                tracing::warn!(container, %error, "undoing a failed preparation");
             }
         })?;
-        Ok(format!("{GUEST_STATE_DIR}/{}", target.container))
+        Ok(format!("{GUEST_STATE_DIR}/{container}"))
     }
 
-    fn make(&self, target: &Target, bundle: &Path, rootfs: &[RootfsMount]) -> Result<(), StorageError> {
-        let source = bundle.join("config.json");
-        let text = fs::read(&source).map_err(file("reading", &source))?;
-        let mut spec: Value = serde_json::from_slice(&text)
-            .map_err(|e| SpecError::Malformed(format!("{}: {e}", source.display())))?;
-        let binds = spec::rewrite(&mut spec, target)?;
-        let folder = self.shared.join(target.container);
-        let (root, mounts) = (folder.join("rootfs"), folder.join("mounts"));
-        for path in [&root, &mounts] {
-            fs::create_dir_all(path).map_err(file("creating", path))?;
+    fn make(&self, container: &str, plan: &Plan) -> Result<(), StorageError> {
+        let folder = self.shared.join(container);
+        let mounts = folder.join("mounts");
+        fs::create_dir_all(&mounts).map_err(StorageError::file("creating", &mounts))?;
+        if !plan.rootfs.is_empty() {
+            let root = folder.join("rootfs");
+            fs::create_dir_all(&root).map_err(StorageError::file("creating", &root))?;
+            mount::rootfs(&plan.rootfs, &root, &self.stage)?;
         }
-        mount::rootfs(rootfs, &root, &self.stage)?;
-        for bind in &binds {
+        for bind in &plan.binds {
             mount::volume(bind, &mounts.join(&bind.name), &self.stage)?;
         }
+        if !plan.storages.is_empty() {
+            let list = folder.join(guest::FILE);
+            let text = serde_json::to_vec(&plan.storages).map_err(|e| StorageError::Broken(e.to_string()))?;
+            fs::write(&list, text).map_err(StorageError::file("writing", &list))?;
+        }
         let config = folder.join("config.json");
-        fs::write(&config, spec.to_string()).map_err(file("writing", &config))
+        fs::write(&config, plan.spec.to_string()).map_err(StorageError::file("writing", &config))
     }
 
     /// Undoes [`Storage::prepare`]. An unknown container is no error.
@@ -162,8 +186,10 @@ impl Storage {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
     use serde_json::json;
+
+    use super::*;
+    use crate::container::{mount::RootfsMount, spec::Target};
 
     #[test]
     fn ids_that_would_leave_the_folder_are_refused() {
@@ -193,9 +219,9 @@ mod tests {
             options: vec!["rbind".into(), "rw".into()],
         };
         for (container, name) in [("c1", "image1"), ("c2", "image2")] {
-            let path = storage
-                .prepare(&Target { container, pod_pid: 1, shared_pids: false }, &bundle, &[image(name)])
-                .unwrap();
+            let target = Target { container, pod_pid: 1, shared_pids: false };
+            let plan = Plan::new(&target, &bundle, vec![image(name)], false).unwrap();
+            let path = storage.prepare(container, &plan).unwrap();
             assert_eq!(path, format!("/run/kuasar/state/{container}"));
         }
         assert!(pod.join("shared/c1/rootfs/one").exists() && !pod.join("shared/c2/rootfs/one").exists());
@@ -204,13 +230,14 @@ mod tests {
         storage.release("c1").unwrap();
         storage.release("c1").unwrap();
         assert!(!pod.join("shared/c1").exists() && pod.join("shared/c2/config.json").exists());
-        // A spec that is refused leaves nothing behind.
-        fs::write(bundle.join("config.json"), r#"{"linux": {"namespaces": [{"type": "user"}]}}"#).unwrap();
-        let error = storage
-            .prepare(&Target { container: "c3", pod_pid: 1, shared_pids: false }, &bundle, &[image("image1")])
-            .unwrap_err();
-        assert!(error.is_refusal(), "{error}");
+        // What fails leaves nothing behind.
+        let target = Target { container: "c3", pod_pid: 1, shared_pids: false };
+        let plan = Plan::new(&target, &bundle, vec![image("nowhere")], false).unwrap();
+        storage.prepare("c3", &plan).unwrap_err();
         assert!(!pod.join("shared/c3").exists());
+        fs::write(bundle.join("config.json"), r#"{"linux": {"namespaces": [{"type": "user"}]}}"#).unwrap();
+        let error = Plan::new(&target, &bundle, vec![image("image1")], false).unwrap_err();
+        assert!(error.is_refusal(), "{error}");
         storage.unmount().unwrap();
         remove::remove(&pod).unwrap();
         assert_eq!(fs::read_to_string(dir.path().join("data/f")).unwrap(), "precious");

@@ -47,7 +47,7 @@ use self::{
 use crate::{
     clock::epoch_ns,
     config::HypervisorConfig,
-    container::{Storage, StorageError, mount::RootfsMount, spec::Target},
+    container::{Disks, Plan, Storage, StorageError, mount::RootfsMount, spec::Target},
     network::NetworkRecord,
     process::Process,
     vmm::{Hypervisor, Vm},
@@ -113,6 +113,8 @@ pub struct Pod {
     view: watch::Sender<View>,
     work: Mutex<Work>,
     storage: Mutex<Storage>,
+    /// Taken before `storage`, and never while `work` is waited for: ending a pod must not wait for its VM's bus.
+    disks: Mutex<Disks>,
     watchers: std::sync::Mutex<Vec<AbortHandle>>,
     /// Somebody asked for the VM's end.
     stopping: AtomicBool,
@@ -147,6 +149,7 @@ impl Pod {
             view: watch::Sender::new(view),
             work: Mutex::new(Work { spec, ..Work::default() }),
             storage: Mutex::new(Storage::new(&dir)),
+            disks: Mutex::new(Disks::new(&dir)),
             watchers: std::sync::Mutex::default(),
             stopping: AtomicBool::new(false),
             dir,
@@ -220,16 +223,48 @@ impl Pod {
         rootfs: Vec<RootfsMount>,
     ) -> Result<String, StorageError> {
         let (pod_pid, shared_pids) = (self.view().pid, self.shared_pids);
-        self.with_storage(move |storage| {
-            storage.prepare(&Target { container: &container, pod_pid, shared_pids }, &bundle, &rootfs)
+        let mut disks = self.disks.lock().await;
+        let (id, possible) = (container.clone(), disks.possible());
+        let mut plan = blocking(move || {
+            Plan::new(&Target { container: &id, pod_pid, shared_pids }, &bundle, rootfs, possible)
         })
-        .await
+        .await?;
+        // What an earlier attempt left.
+        disks.release(&container).await?;
+        let id = container.clone();
+        let made = async {
+            plan.plugged_in(disks.attach(&container, plan.disks()).await?);
+            self.with_storage(move |storage| storage.prepare(&id, &plan)).await
+        };
+        let made = made.await;
+        if made.is_err()
+            && let Err(error) = disks.release(&container).await
+        {
+            tracing::warn!(container, %error, "undoing a failed preparation");
+        }
+        self.persist_if_free();
+        made
     }
 
     /// Removes what a container needed.
     #[tracing::instrument(name = "release container", level = "trace", skip_all)]
     async fn release(&self, container: String) -> Result<(), StorageError> {
-        self.with_storage(move |storage| storage.release(&container)).await
+        let mut disks = self.disks.lock().await;
+        let gone = disks.release(&container).await;
+        self.with_storage(move |storage| storage.release(&container)).await?;
+        self.persist_if_free();
+        gone
+    }
+
+    /// Writes the buses down, unless who works on the pod does so anyway; a restarted daemon asks the VMM as well.
+    fn persist_if_free(&self) {
+        let Ok(work) = self.work.try_lock() else { return };
+        if work.vm.is_some()
+            && self.view().phase == Phase::Running
+            && let Err(error) = self.persist(&work)
+        {
+            tracing::warn!(%error, "recording what is plugged into the VM");
+        }
     }
 
     /// Mounting may block on another machine's server, so it happens on a thread that may block.
@@ -239,9 +274,7 @@ impl Pod {
     ) -> Result<T, StorageError> {
         let storage = self.storage.lock().await;
         let own = storage.clone();
-        let span = tracing::Span::current();
-        let done = tokio::task::spawn_blocking(move || span.in_scope(|| work(&own))).await;
-        done.unwrap_or_else(|error| Err(StorageError::Broken(error.to_string())))
+        blocking(move || work(&own)).await
     }
 
     fn record(&self, work: &Work) -> PodRecord {
@@ -280,6 +313,14 @@ impl Pod {
             view.exit.get_or_insert(exit);
         });
     }
+}
+
+async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T, StorageError> + Send + 'static,
+) -> Result<T, StorageError> {
+    let span = tracing::Span::current();
+    let done = tokio::task::spawn_blocking(move || span.in_scope(work)).await;
+    done.unwrap_or_else(|error| Err(StorageError::Broken(error.to_string())))
 }
 
 fn from_epoch_ns(ns: i64) -> SystemTime {

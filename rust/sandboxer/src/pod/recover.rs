@@ -102,6 +102,9 @@ impl Pods {
             tracing::error!(%error, "taking the VM over");
             None
         });
+        if let Some(vm) = &vm {
+            pod.disks.lock().await.set_vm(vm.clone());
+        }
         serve_host(&pod).await;
         self.insert(pod.clone());
         match (vm, relay) {

@@ -150,6 +150,7 @@ impl Pod {
         };
         let vm = step("starting the VM", self.environment.hypervisor.start(spec).await)?;
         self.view.send_modify(|view| view.pid = vm.pid());
+        self.disks.lock().await.set_vm(vm.clone());
         work.vm = Some(vm.clone());
         Ok((vm, network))
     }

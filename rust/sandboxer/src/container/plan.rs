@@ -1,0 +1,245 @@
+//! What a container needs, and by which way each of it gets into the VM: over the pod's shared folder, or as a disk that
+//! the guest mounts itself.
+
+use std::{
+    fs::{self, File},
+    io,
+    os::unix::fs::{FileExt, FileTypeExt, MetadataExt},
+    path::{Path, PathBuf},
+};
+
+use kuasar_common::{
+    constants::GUEST_STATE_DIR,
+    storage::{MOUNT_POINTS, Storage, driver},
+};
+use serde_json::{Value, json};
+
+use super::{
+    disks::Wanted,
+    mount::{self, MountError, RootfsMount},
+    mountinfo,
+    spec::{self, Bind, BlockDevice, Needs, Object, SpecError, Target, refused},
+    storage::{StorageError, is_safe_id},
+};
+
+/// How a container is to be made.
+#[derive(Debug)]
+pub struct Plan {
+    /// Its spec, for the guest.
+    pub(super) spec: Value,
+    /// Root file system to be mounted on the host; empty if the guest mounts it.
+    pub(super) rootfs: Vec<RootfsMount>,
+    /// Volumes to be mounted on the host.
+    pub(super) binds: Vec<Bind>,
+    /// What the guest mounts; the first ones are `disks`.
+    pub(super) storages: Vec<Storage>,
+    disks: Vec<Wanted>,
+}
+
+/// File systems by what is written on a disk: where, what, name. The guest's kernel need not have all of them; it says so.
+const MAGIC: [(u64, &[u8], &str); 5] = [
+    (1080, b"\x53\xef", "ext4"),
+    (0, b"XFSB", "xfs"),
+    (1024, b"\xe2\xe1\xf5\xe0", "erofs"),
+    (0, b"hsqs", "squashfs"),
+    (0x1_0040, b"_BHRfS_M", "btrfs"),
+];
+
+impl Plan {
+    /// Reads the bundle that containerd made, and decides. `disks`: the VM can be given some.
+    ///
+    /// # Errors
+    /// When the container asks for something that a VM cannot have.
+    pub fn new(
+        target: &Target,
+        bundle: &Path,
+        rootfs: Vec<RootfsMount>,
+        disks: bool,
+    ) -> Result<Self, StorageError> {
+        if !is_safe_id(target.container) {
+            return Err(StorageError::Id(target.container.to_owned()));
+        }
+        let source = bundle.join("config.json");
+        let text = fs::read(&source).map_err(StorageError::file("reading", &source))?;
+        let mut spec: Value = serde_json::from_slice(&text)
+            .map_err(|e| SpecError::Malformed(format!("{}: {e}", source.display())))?;
+        let Needs { binds, devices } = spec::rewrite(&mut spec, target)?;
+        let mut plan =
+            Self { spec, rootfs: Vec::new(), binds: Vec::new(), storages: Vec::new(), disks: Vec::new() };
+        plan.add_rootfs(target.container, rootfs, disks)?;
+        for device in devices {
+            plan.add_device(device)?;
+        }
+        for bind in binds {
+            plan.add_bind(target.container, bind)?;
+        }
+        Ok(plan)
+    }
+
+    /// What is to be plugged in.
+    #[must_use]
+    pub fn disks(&self) -> &[Wanted] {
+        &self.disks
+    }
+
+    /// Tells the guest where it finds what was plugged in.
+    pub fn plugged_in(&mut self, addresses: Vec<String>) {
+        for (storage, address) in self.storages.iter_mut().zip(addresses) {
+            storage.source = address;
+        }
+    }
+
+    fn add_disk(&mut self, wanted: Wanted, storage: Storage) {
+        self.disks.push(wanted);
+        self.storages.push(Storage { driver: driver::BLOCK.into(), ..storage });
+    }
+
+    fn add_rootfs(
+        &mut self,
+        container: &str,
+        mounts: Vec<RootfsMount>,
+        disks: bool,
+    ) -> Result<(), StorageError> {
+        mount::check_any(&mounts)?;
+        let [one] = mounts.as_slice() else {
+            self.rootfs = mounts;
+            return Ok(());
+        };
+        let is = |name: &str| one.options.iter().any(|option| option == name);
+        let (image, bind) = (is("loop"), one.kind == "bind" || is("bind") || is("rbind"));
+        let source = PathBuf::from(&one.source);
+        let device = !bind && fs::metadata(&source).is_ok_and(|found| found.file_type().is_block_device());
+        if image && !disks {
+            return Err(MountError::Refused(format!(
+                "the root file system is the image file {}, which can only be plugged into a VM of another machine type: set \
+                 hypervisor.machine_type to \"q35\", or use the overlayfs snapshotter",
+                one.source
+            ))
+            .into());
+        }
+        if !disks || !(image || device) || !one.target.trim_matches('/').is_empty() {
+            self.rootfs = mounts;
+            return Ok(());
+        }
+        let mount_point = format!("{MOUNT_POINTS}/{container}/rootfs");
+        let options = one.options.iter().filter(|option| *option != "loop").cloned().collect();
+        let storage = Storage {
+            fstype: one.kind.clone(),
+            options,
+            mount_point: mount_point.clone(),
+            ..Storage::default()
+        };
+        if let Some(path) = self.spec.pointer_mut("/root/path") {
+            *path = json!(mount_point);
+        }
+        self.add_disk(Wanted { source, read_only: is("ro") }, storage);
+        Ok(())
+    }
+
+    fn add_device(&mut self, device: BlockDevice) -> Result<(), StorageError> {
+        let BlockDevice { path, major, minor, read_only } = device;
+        let source = node(major, minor).map_err(|error| {
+            refused(
+                "linux.devices",
+                format!("{path} is the host's device {major}:{minor}, which is not there: {error}"),
+            )
+        })?;
+        let options = if read_only { vec!["ro".to_owned()] } else { Vec::new() };
+        let storage = Storage { device: format!("{major}:{minor}"), options, ..Storage::default() };
+        self.add_disk(Wanted { source, read_only }, storage);
+        Ok(())
+    }
+
+    /// The spec's mount that shows a bind mount of the host.
+    fn mount_of(&mut self, container: &str, bind: &Bind) -> Option<&mut Object> {
+        let shared = format!("{GUEST_STATE_DIR}/{container}/mounts/{}", bind.name);
+        let mounts = self.spec.get_mut("mounts").and_then(Value::as_array_mut).into_iter().flatten();
+        mounts
+            .filter_map(Value::as_object_mut)
+            .find(|mount| mount.get("source").and_then(Value::as_str) == Some(&shared))
+    }
+
+    /// Read-only is the top of a mount, not what is mounted below it or will be. In the guest all of it is one mount, and what
+    /// is below inherits from the top; the host's own mount, which the file server goes through, knows the difference.
+    fn leave_read_only_to_the_host(&mut self, container: &str, bind: &Bind) -> Result<(), StorageError> {
+        let below = bind.recursive
+            && mountinfo::has_mounts_below(&bind.source)
+                .map_err(StorageError::file("reading the mounts below", &bind.source))?;
+        let options = self.mount_of(container, bind).and_then(|mount| mount.get_mut("options"));
+        let Some(options) = options.and_then(Value::as_array_mut) else { return Ok(()) };
+        let has = |name: &str| options.iter().any(|option| option == name);
+        if !has("rro") && (below || has("rslave") || has("slave")) {
+            options.iter_mut().filter(|option| **option == "ro").for_each(|option| *option = json!("rw"));
+        }
+        Ok(())
+    }
+
+    /// A bind mount of a disk's node is what is on the disk.
+    fn add_bind(&mut self, container: &str, bind: Bind) -> Result<(), StorageError> {
+        let found = fs::metadata(&bind.source);
+        if !found.as_ref().is_ok_and(|found| found.file_type().is_block_device()) {
+            if bind.read_only && found.is_ok_and(|found| found.is_dir()) {
+                self.leave_read_only_to_the_host(container, &bind)?;
+            }
+            self.binds.push(bind);
+            return Ok(());
+        }
+        let found = file_system(&bind.source).map_err(StorageError::file("reading", &bind.source))?;
+        let fstype = found.ok_or_else(|| {
+            refused(
+                "mounts",
+                format!(
+                    "{} is the disk {}, which has no file system to mount; make one, or give it to the container as a device \
+                     (volumeMode: Block)",
+                    bind.destination,
+                    bind.source.display()
+                ),
+            )
+        })?;
+        let mount_point = format!("{MOUNT_POINTS}/{container}/mounts/{}", bind.name);
+        let shared =
+            format!("{}/{container}/mounts/{}", kuasar_common::constants::GUEST_STATE_DIR, bind.name);
+        let mounts = self.spec.get_mut("mounts").and_then(Value::as_array_mut).into_iter().flatten();
+        for mount in mounts.filter(|mount| mount.get("source").and_then(Value::as_str) == Some(&shared)) {
+            if let Some(mount) = mount.as_object_mut() {
+                mount.insert("source".into(), json!(mount_point));
+            }
+        }
+        let options = if bind.read_only { vec!["ro".to_owned()] } else { Vec::new() };
+        let storage = Storage { fstype: fstype.to_owned(), options, mount_point, ..Storage::default() };
+        self.add_disk(Wanted { source: bind.source, read_only: bind.read_only }, storage);
+        Ok(())
+    }
+}
+
+/// The host's node of a block device, checked to be it.
+fn node(major: u64, minor: u64) -> io::Result<PathBuf> {
+    let uevent = fs::read_to_string(format!("/sys/dev/block/{major}:{minor}/uevent"))?;
+    let name = uevent.lines().find_map(|line| line.strip_prefix("DEVNAME="));
+    let path = Path::new("/dev").join(name.ok_or_else(|| io::Error::other("the kernel has no name for it"))?);
+    let found = fs::metadata(&path)?;
+    let (found_major, found_minor) =
+        (nix::sys::stat::major(found.rdev()), nix::sys::stat::minor(found.rdev()));
+    if !found.file_type().is_block_device() || (found_major, found_minor) != (major, minor) {
+        return Err(io::Error::other(format!("{} is another device", path.display())));
+    }
+    Ok(path)
+}
+
+/// What is written on a disk.
+fn file_system(disk: &Path) -> io::Result<Option<&'static str>> {
+    let disk = File::open(disk)?;
+    for (at, magic, name) in MAGIC {
+        let mut there = vec![0; magic.len()];
+        match disk.read_exact_at(&mut there, at) {
+            Ok(()) if there == magic => return Ok(Some(name)),
+            Err(error) if error.kind() != io::ErrorKind::UnexpectedEof => return Err(error),
+            _ => {}
+        }
+    }
+    Ok(None)
+}
+
+#[cfg(test)]
+#[path = "plan_tests.rs"]
+mod tests;

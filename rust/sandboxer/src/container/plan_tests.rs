@@ -1,0 +1,107 @@
+use super::*;
+
+const TARGET: Target<'static> = Target { container: "c1", pod_pid: 1, shared_pids: false };
+
+struct Bundle(tempfile::TempDir);
+
+impl Bundle {
+    fn new(spec: &Value) -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        fs::write(dir.path().join("config.json"), spec.to_string()).unwrap();
+        Self(dir)
+    }
+
+    fn plan(&self, rootfs: RootfsMount, disks: bool) -> Result<Plan, StorageError> {
+        Plan::new(&TARGET, self.0.path(), vec![rootfs], disks)
+    }
+}
+
+fn image(options: &[&str]) -> RootfsMount {
+    RootfsMount {
+        kind: "ext4".into(),
+        source: "/var/lib/snapshots/7".into(),
+        target: String::new(),
+        options: options.iter().map(|&option| option.to_owned()).collect(),
+    }
+}
+
+#[test]
+fn a_root_that_is_an_image_file_is_mounted_by_the_guest() {
+    let mut plan = Bundle::new(&json!({})).plan(image(&["loop", "rw", "noatime"]), true).unwrap();
+    assert!(plan.rootfs.is_empty());
+    assert_eq!(plan.spec["root"]["path"], "/run/kuasar/storage/c1/rootfs");
+    assert_eq!(plan.disks(), [Wanted { source: "/var/lib/snapshots/7".into(), read_only: false }]);
+    plan.plugged_in(vec!["serial:disk-1".into()]);
+    let storage = Storage {
+        driver: "blk".into(),
+        source: "serial:disk-1".into(),
+        fstype: "ext4".into(),
+        options: vec!["rw".into(), "noatime".into()],
+        mount_point: "/run/kuasar/storage/c1/rootfs".into(),
+        ..Storage::default()
+    };
+    assert_eq!(plan.storages, [storage]);
+    let view = Bundle::new(&json!({})).plan(image(&["loop", "ro"]), true).unwrap();
+    assert!(view.disks()[0].read_only);
+}
+
+#[test]
+fn roots_of_other_kinds_and_of_other_machines_are_the_hosts_to_mount() {
+    let bundle = Bundle::new(&json!({}));
+    let overlay =
+        RootfsMount { kind: "overlay".into(), source: "overlay".into(), ..image(&["lowerdir=/a:/b"]) };
+    for rootfs in [overlay, image(&["rw"]), RootfsMount { target: "/usr".into(), ..image(&["loop"]) }] {
+        let plan = bundle.plan(rootfs.clone(), true).unwrap();
+        assert!(plan.rootfs == [rootfs] && plan.disks().is_empty());
+    }
+    let error = bundle.plan(image(&["loop"]), false).unwrap_err();
+    assert!(
+        error.is_refusal() && error.to_string().contains("/var/lib/snapshots/7, which can only be"),
+        "{error}"
+    );
+}
+
+#[test]
+fn devices_that_are_not_there_are_named() {
+    let device = json!({"path": "/dev/data", "type": "b", "major": 4095, "minor": 7});
+    let error = Bundle::new(&json!({"linux": {"devices": [device]}})).plan(image(&["rw"]), true).unwrap_err();
+    let said = error.to_string();
+    assert!(
+        error.is_refusal() && said.contains("/dev/data is the host's device 4095:7, which is not there"),
+        "{said}"
+    );
+    let error =
+        Plan::new(&Target { container: "../x", ..TARGET }, Path::new("/"), Vec::new(), true).unwrap_err();
+    assert!(error.to_string().starts_with("the container id \"../x\""), "{error}");
+}
+
+#[test]
+fn file_systems_are_known_by_what_is_written() {
+    let disk = tempfile::NamedTempFile::new().unwrap();
+    assert_eq!(file_system(disk.path()).unwrap(), None, "an empty one");
+    disk.as_file().set_len(1 << 20).unwrap();
+    assert_eq!(file_system(disk.path()).unwrap(), None);
+    for (at, magic, name) in MAGIC {
+        disk.as_file().write_all_at(magic, at).unwrap();
+        assert_eq!(file_system(disk.path()).unwrap(), Some(name));
+        disk.as_file().write_all_at(&vec![0; magic.len()], at).unwrap();
+    }
+    file_system(Path::new("/nonexistent")).unwrap_err();
+}
+
+#[test]
+fn read_only_goes_no_deeper_than_was_asked() {
+    let mount = |source: &str, propagation: &str, access: &str| json!({"destination": "/m", "type": "bind", "source": source, "options": ["rbind", propagation, access]});
+    // Whatever machine this runs on, something is mounted below its root.
+    for (source, propagation, access, expected) in [
+        ("/", "rprivate", "ro", "rw"),
+        ("/", "rprivate", "rro", "rro"),
+        ("/proc/self", "rprivate", "ro", "ro"),
+        ("/proc/self", "rslave", "ro", "rw"),
+    ] {
+        let spec = json!({"mounts": [mount(source, propagation, access)]});
+        let plan = Bundle::new(&spec).plan(image(&["rw"]), false).unwrap();
+        assert_eq!(plan.spec["mounts"][0]["options"][2], expected, "{source} {propagation} {access}");
+        assert!(plan.binds[0].read_only, "the host's is read-only");
+    }
+}
