@@ -19,10 +19,10 @@ use tokio::{
     time::{Instant, sleep},
 };
 
-use config::{BRIDGE, VARIANTS, cni_config, containerd_config};
+use config::{BRIDGE, VARIANTS, cni_config, containerd_config, scratch_file};
 pub use config::{
-    Containerd, NAMESPACE, QEMU, QEMU_9P, QEMU_INITRD, QEMU_STREAM, RUNC, SOCKET, daemon_config, folder_of,
-    handlers, socket_of, table,
+    Containerd, NAMESPACE, QEMU, QEMU_9P, QEMU_BLOCKFILE, QEMU_INITRD, QEMU_STREAM, RUNC, SOCKET,
+    daemon_config, folder_of, handlers, socket_of, table,
 };
 use pod::own_pids;
 pub use pod::{Pod, container};
@@ -394,6 +394,7 @@ fn start_containerd(machine: &Machine, paths: &Paths, settings: &Containerd) -> 
     fs::write(machine.root.join("cni/10-lab.conflist"), cni_config(machine))?;
     let config = machine.root.join("containerd.toml");
     fs::write(&config, containerd_config(machine, paths, settings))?;
+    make_scratch_file(&scratch_file(machine))?;
     let program = settings.program.clone().unwrap_or_else(|| paths.tool("containerd"));
     let path = std::env::var("PATH").unwrap_or_default();
     let path = format!("{}:{}:{path}", paths.relay_dir.display(), paths.tools.display());
@@ -402,6 +403,20 @@ fn start_containerd(machine: &Machine, paths: &Paths, settings: &Containerd) -> 
     let mut command = Command::new(program);
     command.arg("--config").arg(&config).env("PATH", path);
     spawn(machine, "containerd", &mut command)
+}
+
+/// Without `mkfs.ext4` there is none, and containerd leaves the snapshotter out that wants it.
+fn make_scratch_file(path: &Path) -> Result<()> {
+    const MKFS: &str = "/sbin/mkfs.ext4";
+    if !Path::new(MKFS).exists() {
+        return Ok(());
+    }
+    fs::File::create(path)?.set_len(64 << 20)?;
+    let made = std::process::Command::new(MKFS).args(["-q", "-F"]).arg(path).status();
+    if !made.with_context(|| format!("running {MKFS}"))?.success() {
+        bail!("{MKFS} cannot make {}", path.display());
+    }
+    Ok(())
 }
 
 /// A pod's cgroup in every hierarchy, as the kubelet makes it.

@@ -21,6 +21,8 @@ pub const QEMU_9P: &str = "kuasar-qemu-9p";
 pub const QEMU_INITRD: &str = "kuasar-qemu-initrd";
 /// [`QEMU`] once more, from the same daemon, with streaming IO instead of fifos.
 pub const QEMU_STREAM: &str = "kuasar-qemu-stream";
+/// [`QEMU`]'s daemon, with roots from the blockfile snapshotter: image files with ext4.
+pub const QEMU_BLOCKFILE: &str = "kuasar-qemu-blockfile";
 /// Handler of ordinary containers, to tell a fault of the lab from one of ours.
 pub const RUNC: &str = "runc";
 
@@ -140,7 +142,7 @@ root = "{root}/containerd"
 state = "/run/containerd"
 disabled_plugins = [
   "io.containerd.internal.v1.opt", {nri}"io.containerd.snapshotter.v1.btrfs",
-  "io.containerd.snapshotter.v1.devmapper", "io.containerd.snapshotter.v1.zfs", "io.containerd.snapshotter.v1.blockfile",
+  "io.containerd.snapshotter.v1.devmapper", "io.containerd.snapshotter.v1.zfs",
 ]
 [grpc]
   address = "{SOCKET}"
@@ -166,27 +168,38 @@ disabled_plugins = [
             folder.display()
         ));
     }
+    text.push_str(&format!(
+        r#"[plugins.'io.containerd.snapshotter.v1.blockfile']
+  root_path = "{root}/blockfile"
+  scratch_file = "{}"
+  fs_type = "ext4"
+"#,
+        scratch_file(machine).display()
+    ));
     for (handler, _) in VARIANTS {
         text.push_str(&format!(
-            r#"[proxy_plugins.{handler}]
-  type = "sandbox"
-  address = "{}"
-"#,
+            "[proxy_plugins.{handler}]\n  type = \"sandbox\"\n  address = \"{}\"\n",
             socket_of(handler).display()
         ));
-        text.push_str(&runtime(handler, handler, "fifo"));
+        text.push_str(&runtime(handler, handler, "fifo", ""));
     }
-    text.push_str(&runtime(QEMU_STREAM, QEMU, "streaming"));
+    text.push_str(&runtime(QEMU_STREAM, QEMU, "streaming", ""));
+    text.push_str(&runtime(QEMU_BLOCKFILE, QEMU, "fifo", "  snapshotter = \"blockfile\"\n"));
     text
 }
 
-fn runtime(handler: &str, sandboxer: &str, io_type: &str) -> String {
+/// What the blockfile snapshotter begins with: an empty file system.
+pub(super) fn scratch_file(machine: &Machine) -> PathBuf {
+    machine.root.join("scratch.ext4")
+}
+
+fn runtime(handler: &str, sandboxer: &str, io_type: &str, more: &str) -> String {
     format!(
         r#"[plugins.'io.containerd.cri.v1.runtime'.containerd.runtimes.{handler}]
   runtime_type = "io.containerd.kuasar-vmm.v1"
   sandboxer = "{sandboxer}"
   io_type = "{io_type}"
   privileged_without_host_devices = true
-"#
+{more}"#
     )
 }

@@ -1,18 +1,20 @@
 //! Pods over CRI: life, processes, output, images, network. One lab for all; most cases make a pod of their own.
 
+mod disks;
 mod guest;
 mod io;
 mod life;
 mod network;
 mod restart;
 mod task;
+mod volumes;
 
 use std::process::ExitCode;
 
 use kuasar_e2e::{
     cases,
-    lab::{QEMU, QEMU_9P, QEMU_INITRD},
-    suite,
+    lab::{Lab, QEMU, QEMU_9P, QEMU_INITRD},
+    suite::{self, Case},
 };
 
 use guest::{
@@ -40,6 +42,17 @@ use restart::{
     a_log_is_complete_across_a_restart_over_streams,
 };
 use task::pause_resume_figures_pids_and_limits;
+
+use disks::{
+    a_disk_is_a_device_of_the_container, a_root_is_an_image_file, a_vm_ends_with_its_disks,
+    the_file_system_of_a_disk_is_a_volume,
+};
+use volumes::{
+    a_root_has_any_number_of_layers, a_vm_without_its_file_server_ends, mounts_of_the_host_arrive_later,
+    shared_memory_is_the_pods, updates_of_a_projected_volume_arrive,
+    users_files_survive_a_busy_mount_and_a_killed_daemon, volumes_are_what_was_asked_for,
+    what_cannot_be_mounted_is_refused_by_name,
+};
 
 fn main() -> ExitCode {
     suite::with_lab(
@@ -75,8 +88,32 @@ fn main() -> ExitCode {
             a_log_is_complete_across_a_restart_over_streams,
             a_killed_relay_ends_its_pod_and_no_other,
             a_hung_guest_holds_nobody_up_and_can_be_removed,
-        ],
+            volumes_are_what_was_asked_for,
+            updates_of_a_projected_volume_arrive,
+            mounts_of_the_host_arrive_later,
+            what_cannot_be_mounted_is_refused_by_name,
+            a_root_has_any_number_of_layers,
+            shared_memory_is_the_pods,
+            users_files_survive_a_busy_mount_and_a_killed_daemon,
+            a_vm_without_its_file_server_ends,
+        ]
+        .into_iter()
+        .chain(disk_cases())
+        .collect(),
     )
+}
+
+fn disk_cases() -> Vec<Case<Lab>> {
+    let mut cases = cases![
+        a_disk_is_a_device_of_the_container,
+        the_file_system_of_a_disk_is_a_volume,
+        a_vm_ends_with_its_disks,
+        a_root_is_an_image_file,
+    ];
+    for case in &mut cases {
+        case.skip = disks::missing();
+    }
+    cases
 }
 
 /// A command that keeps a container alive and ends at once when asked to, as soon as there is a file `/up`.

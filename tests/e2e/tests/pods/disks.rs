@@ -1,0 +1,199 @@
+//! Disks of the host in a container: as devices, as volumes, as its root.
+
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::Duration,
+};
+
+use anyhow::{Context, Result, ensure};
+use kuasar_e2e::{
+    cri::{ContainerConfig, Device, Mount},
+    image::BUSYBOX,
+    lab::{self, Lab, Pod, QEMU_BLOCKFILE, run},
+    suite::handler,
+};
+use tokio::process::Command;
+
+use super::{IDLE, restart::daemon_comes_back};
+
+const SOON: Duration = Duration::from_secs(30);
+
+/// A disk of the host: a file behind a loop device.
+struct Disk {
+    file: PathBuf,
+    device: String,
+}
+
+impl Disk {
+    async fn new(lab: &Lab, name: &str, ext4: bool) -> Result<Self> {
+        let file = lab.machine.root.join("tmp").join(name);
+        fs::File::create(&file)?.set_len(16 << 20)?;
+        if ext4 {
+            run(Command::new("/sbin/mkfs.ext4").args(["-q", "-F"]).arg(&file)).await?;
+        }
+        let device = said(Command::new("/sbin/losetup").args(["--find", "--show"]).arg(&file)).await?;
+        Ok(Self { file, device: device.trim().to_owned() })
+    }
+
+    /// Whether anybody has it open: a loop device in use is not given back, however often one asks.
+    async fn free(&self) -> Result<()> {
+        run(Command::new("/sbin/losetup").args(["--detach", &self.device])).await?;
+        let left =
+            said(Command::new("/sbin/losetup").args(["--list", "--noheadings", "--output", "BACK-FILE"]))
+                .await?;
+        ensure!(!left.contains(&*self.file.to_string_lossy()), "somebody still uses {}", self.device);
+        Ok(())
+    }
+
+    async fn file(&self, path: &str) -> Result<String> {
+        said(Command::new("/sbin/debugfs").args(["-R", &format!("cat {path}")]).arg(&self.file)).await
+    }
+}
+
+async fn said(command: &mut Command) -> Result<String> {
+    Ok(String::from_utf8_lossy(&run(command).await?).into_owned())
+}
+
+fn with_device(name: &str, disk: &Disk, permissions: &str) -> ContainerConfig {
+    let device = Device {
+        container_path: "/dev/data".into(),
+        host_path: disk.device.clone(),
+        permissions: permissions.into(),
+    };
+    ContainerConfig { devices: vec![device], ..lab::container(name, BUSYBOX, IDLE) }
+}
+
+fn with_mount(name: &str, disk: &Disk, readonly: bool) -> ContainerConfig {
+    let host_path = disk.device.clone();
+    let mount = Mount { container_path: "/data".into(), host_path, readonly, ..Mount::default() };
+    ContainerConfig { mounts: vec![mount], ..lab::container(name, BUSYBOX, IDLE) }
+}
+
+async fn started(lab: &Lab, pod: &Pod<'_>, config: ContainerConfig) -> Result<String> {
+    let id = pod.create(config).await?;
+    lab.cri.start(&id).await.map_err(|e| anyhow::anyhow!("starting: {}", e.message()))?;
+    Ok(id)
+}
+
+async fn gone(lab: &Lab, id: &str) -> Result<()> {
+    lab.cri.stop(id, 0).await?;
+    lab.cri.ended(id, SOON).await?;
+    Ok(lab.cri.remove(id).await?)
+}
+
+async fn sh(lab: &Lab, id: &str, script: &str) -> Result<String> {
+    let out = lab.cri.exec(id, &["/bin/sh", "-c", script]).await?;
+    Ok(format!("{} {}{}", out.code, out.stdout.trim_end(), out.stderr.trim_end()))
+}
+
+pub(crate) async fn a_disk_is_a_device_of_the_container(lab: Arc<Lab>) -> Result<()> {
+    let pod = lab.pod("block", handler()).await?;
+    let (first, second) = (Disk::new(&lab, "first", false).await?, Disk::new(&lab, "second", false).await?);
+    fs::write(&first.file, "from the host")?;
+    fs::OpenOptions::new().write(true).open(&first.file)?.set_len(16 << 20)?;
+    let writes = started(&lab, &pod, with_device("writes", &first, "rwm")).await?;
+    let out = sh(&lab, &writes, "head -c 13 /dev/data; blockdev --getsize64 /dev/data").await?;
+    ensure!(out == "0 from the host16777216", "the container reads {out:?}");
+    let out = sh(&lab, &writes, "a=$(stat -c %t:%T /dev/data); for d in /sys/class/block/*; do \
+        [ $(cat $d/serial 2>/dev/null || echo none) = disk-1 ] && IFS=: read M m < $d/dev && printf '%x:%x' $M $m; done; echo \" $a\"").await?;
+    let numbers: Vec<&str> = out.trim_start_matches("0 ").split(' ').collect();
+    ensure!(
+        matches!(numbers[..], [guests, nodes] if guests == nodes && !guests.is_empty()),
+        "its number is {out:?}"
+    );
+    let out =
+        sh(&lab, &writes, "echo written | dd of=/dev/data bs=4096 seek=1 conv=sync 2>/dev/null && sync")
+            .await?;
+    ensure!(out == "0 ", "writing gave {out:?}");
+
+    // The same disk for who may only read, while the daemon comes and goes.
+    lab.kill_daemon(handler()).await?;
+    daemon_comes_back(&lab, &pod.id).await?;
+    let reads = started(&lab, &pod, with_device("reads", &first, "r")).await?;
+    let out = sh(
+        &lab,
+        &reads,
+        "dd if=/dev/data bs=4096 skip=1 count=1 2>/dev/null | head -c 7; echo x > /dev/data",
+    )
+    .await?;
+    ensure!(out.starts_with("1 written") && out.contains("not permitted"), "who may only read gets {out:?}");
+    let other = started(&lab, &pod, with_device("other", &second, "rwm")).await?;
+    let out = sh(&lab, &other, "head -c 4 /dev/data | hexdump -e '\"%x\"'").await?;
+    ensure!(out == "0 0", "the other disk has {out:?}");
+
+    gone(&lab, &writes).await?;
+    let out = sh(&lab, &reads, "dd if=/dev/data bs=4096 skip=1 count=1 2>/dev/null | head -c 7").await?;
+    ensure!(out == "0 written", "after the other container's end it reads {out:?}");
+    gone(&lab, &reads).await?;
+    first.free().await.context("after the last that used it")?;
+    ensure!(fs::read(&first.file)?.get(4096..4103) == Some(b"written"), "what was written did not arrive");
+    // The slot is free again.
+    let again = started(&lab, &pod, with_mount("none", &second, false)).await;
+    let error = again.err().context("a disk without a file system was mounted")?.to_string();
+    ensure!(error.contains("has no file system to mount"), "{error}");
+    gone(&lab, &other).await?;
+    pod.remove().await?;
+    second.free().await
+}
+
+pub(crate) async fn the_file_system_of_a_disk_is_a_volume(lab: Arc<Lab>) -> Result<()> {
+    let pod = lab.pod("fs", handler()).await?;
+    let disk = Disk::new(&lab, "ext4", true).await?;
+    let one = started(&lab, &pod, with_mount("one", &disk, false)).await?;
+    let two = started(&lab, &pod, with_mount("two", &disk, true)).await?;
+    let out = sh(&lab, &one, "grep ' /data ' /proc/mounts | cut -d' ' -f3; echo kept > /data/f").await?;
+    ensure!(out == "0 ext4", "the volume is {out:?}");
+    let out = sh(&lab, &two, "cat /data/f; echo no > /data/f").await?;
+    ensure!(
+        out.starts_with("1 kept") && out.contains("Read-only file system"),
+        "the read-only one gives {out:?}"
+    );
+    gone(&lab, &one).await?;
+    pod.remove().await?;
+    disk.free().await?;
+    let kept = disk.file("/f").await?;
+    ensure!(kept == "kept\n", "the disk has {kept:?}");
+    Ok(())
+}
+
+pub(crate) async fn a_vm_ends_with_its_disks(lab: Arc<Lab>) -> Result<()> {
+    let pod = lab.pod("dies", handler()).await?;
+    let disk = Disk::new(&lab, "dies", true).await?;
+    let id = started(&lab, &pod, with_mount("one", &disk, false)).await?;
+    sh(&lab, &id, "echo kept > /data/f; sync").await?;
+    let record = fs::read_to_string(lab::folder_of(handler()).join(&pod.id).join("pod.json"))?;
+    let record: serde_json::Value = serde_json::from_str(&record)?;
+    let vmm = record.pointer("/vm/vmm/pid").context("no process of the VMM is recorded")?.to_string();
+    run(Command::new("kill").args(["-9", &vmm])).await?;
+    lab.cri.ended(&id, SOON).await?;
+    gone(&lab, &id).await.context("removing a container with a disk of a dead VM")?;
+    pod.remove().await?;
+    disk.free().await?;
+    ensure!(disk.file("/f").await? == "kept\n", "what was synced is lost");
+    Ok(())
+}
+
+pub(crate) async fn a_root_is_an_image_file(lab: Arc<Lab>) -> Result<()> {
+    let pod = lab.pod("rootdisk", QEMU_BLOCKFILE).await?;
+    for name in ["one", "two"] {
+        let id = pod.container(name, BUSYBOX, IDLE).await?;
+        let out =
+            sh(&lab, &id, "grep ' / ' /proc/mounts | cut -d' ' -f3; cat /mine; echo mine > /mine").await?;
+        ensure!(
+            out.starts_with("0 ext4") && out.contains("can't open '/mine'"),
+            "the root of {name} is {out:?}"
+        );
+        // Nothing of it went over the shared folder.
+        let folder = lab::folder_of(lab::QEMU).join(&pod.id).join("shared").join(&id);
+        ensure!(!folder.join("rootfs").exists() && folder.join("storages.json").exists(), "it is shared");
+    }
+    pod.remove().await
+}
+
+/// What a test machine must have for these; without, they are skipped by name.
+pub(crate) fn missing() -> Option<String> {
+    let tools = ["/sbin/losetup", "/sbin/mkfs.ext4", "/sbin/debugfs", "/dev/loop-control"];
+    tools.iter().find(|tool| !Path::new(tool).exists()).map(|tool| format!("there is no {tool}"))
+}
