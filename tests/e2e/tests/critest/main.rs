@@ -81,7 +81,7 @@ async fn run(
     programs: &Programs,
     filter: Option<&str>,
 ) -> Result<(Vec<Outcome>, Vec<String>)> {
-    let registries = machine.root.join("registries");
+    let (registries, tmp) = (machine.root.join("registries"), machine.root.join("tmp"));
     suite::write_registries(&registries)?;
     let registry = Registry::start(programs, &machine).await?;
     let settings =
@@ -94,7 +94,7 @@ async fn run(
     let mut wrong = lab.stop().await;
     wrong.extend(forgotten.err().map(|e| format!("{e:#}")));
     wrong.extend(registry.end().await.err().map(|e| format!("{e:#}")));
-    suite::clean_up();
+    suite::clean_up(&tmp);
     let outcomes = outcomes?;
     if outcomes.is_empty() {
         bail!("no spec was run: nothing matches");

@@ -15,6 +15,7 @@ use kuasar_e2e::{
     paths::Paths,
     suite::handler,
 };
+use nix::mount::{MntFlags, umount2};
 use serde_json::Value;
 use tokio::{
     io::{AsyncBufReadExt, BufReader},
@@ -209,7 +210,14 @@ pub(crate) async fn forget_containers(lab: &Lab) -> Result<()> {
 }
 
 /// What containerd and the suite leave outside of the folders that are removed as a whole.
-pub(crate) fn clean_up() {
+pub(crate) fn clean_up(tmp: &Path) {
+    // A spec of mount propagation that fails early does not unmount what it has mounted.
+    let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
+    for point in mounts.lines().rev().filter_map(|line| line.split(' ').nth(4)) {
+        if Path::new(point).starts_with(tmp) {
+            let _ = umount2(point, MntFlags::MNT_DETACH);
+        }
+    }
     for path in [format!("{NRI}/nri.sock"), NRI.to_owned()] {
         let _ = fs::remove_file(&path);
         let _ = fs::remove_dir(&path);
