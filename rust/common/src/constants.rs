@@ -6,6 +6,8 @@ pub const PORT_TTRPC: u32 = 1024;
 pub const PORT_DEBUG: u32 = 1025;
 /// vsock port in the guest of the stdio streams (see [`crate::stdio`]).
 pub const PORT_STDIO: u32 = 1026;
+/// vsock port in the guest of port-forward (see [`crate::forward`]).
+pub const PORT_FORWARD: u32 = 1027;
 /// vsock port of the host that the agent calls when it is ready (see [`crate::handshake`]).
 pub const PORT_READY: u32 = 1024;
 /// The host's vsock address, as in `linux/vm_sockets.h` (`VMADDR_CID_HOST`).

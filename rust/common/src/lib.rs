@@ -6,6 +6,7 @@ pub mod address;
 pub mod api;
 pub mod console;
 pub mod constants;
+pub mod forward;
 pub mod handshake;
 pub mod param;
 pub mod stdio;

@@ -15,6 +15,7 @@ pub mod container;
 pub mod devices;
 pub mod error;
 pub mod events;
+pub mod forward;
 pub mod handshake;
 pub mod hooks;
 mod launch;

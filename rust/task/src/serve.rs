@@ -10,7 +10,7 @@ use std::{
 use containerd_shim_protos::shim_async::create_task;
 use kuasar_common::{
     api::sandbox_ttrpc::create_sandbox_service,
-    constants::{CID_HOST, GUEST_RUNC, PORT_DEBUG, PORT_READY, PORT_STDIO, PORT_TTRPC},
+    constants::{CID_HOST, GUEST_RUNC, PORT_DEBUG, PORT_FORWARD, PORT_READY, PORT_STDIO, PORT_TTRPC},
     streaming::route::{Incoming, Purpose, Rewound, purpose},
 };
 use tokio::{
@@ -26,6 +26,7 @@ use crate::{
     boot::{self, BootError},
     config::TaskConfig,
     console::Consoles,
+    forward::Forwards,
     handshake::{HandshakeError, HostLink},
     limits::unless_it_panics,
     reaper::Reaper,
@@ -84,8 +85,9 @@ pub async fn run(config: &TaskConfig) -> Result<(), AgentError> {
     // Listening first: the host calls as soon as it has read READY.
     let ttrpc = listen(PORT_TTRPC)?;
     let stdio = listen(PORT_STDIO)?;
+    let forward = listen(PORT_FORWARD)?;
     let mut host = HostLink::ready(connect().await?).await?;
-    let served = told(serve(config, ttrpc, stdio, &mut host)).await;
+    let served = told(serve(config, [ttrpc, stdio, forward], &mut host)).await;
     match served {
         Ok(()) => Ok(()),
         Err(error) => {
@@ -102,8 +104,7 @@ async fn told(work: impl Future<Output = Result<(), AgentError>>) -> Result<(), 
 
 async fn serve(
     config: &TaskConfig,
-    ttrpc: VsockListener,
-    stdio: VsockListener,
+    [ttrpc, stdio, forward]: [VsockListener; 3],
     host: &mut HostLink<VsockStream>,
 ) -> Result<(), AgentError> {
     let reaper = Reaper::new();
@@ -148,6 +149,12 @@ async fn serve(
     let mut server = Server::new().add_listener(Listener::new(Incoming(incoming))).register_service(services);
     server.start().await?;
     tokio::spawn(route(ttrpc, calls, Streaming::new(Arc::clone(&streams), Arc::clone(&token))));
+    let forwards = Forwards::new(Arc::clone(&token));
+    tokio::spawn(async move {
+        loop {
+            forwards.accept(Box::new(accepted(&forward, PORT_FORWARD).await)).await;
+        }
+    });
     let stdio_listener = StdioListener::new(streams, token);
     // Also what keeps the agent going: it never ends.
     loop {

@@ -1,0 +1,131 @@
+//! Port-forward: carries TCP connections of the host to the guest's own loopback (see [`kuasar_common::forward`]).
+
+use std::{io, net::SocketAddr, sync::Arc, time::Duration};
+
+use kuasar_common::forward::{Hello, Side, carry};
+use tokio::{io::AsyncWriteExt, net::TcpStream, sync::Semaphore, time::timeout};
+
+use crate::{
+    auth::Token,
+    stdio::{
+        listener::{HELLO_DEADLINE, first_line, refuse},
+        registry::{Connection, Transport},
+    },
+};
+
+/// Connections that may be open at the same time.
+const MAX_OPEN: usize = 512;
+/// How long a server of the pod may take to take a connection; only one that takes none any more needs so long.
+const DIAL_DEADLINE: Duration = Duration::from_secs(5);
+
+/// Takes connections in and carries each to where its first line says.
+pub struct Forwards {
+    token: Arc<Token>,
+    open: Arc<Semaphore>,
+}
+
+impl Forwards {
+    /// For connections that know `token`.
+    #[must_use]
+    pub fn new(token: Arc<Token>) -> Self {
+        Self { token, open: Arc::new(Semaphore::new(MAX_OPEN)) }
+    }
+
+    /// Deals with one accepted connection, in a task of its own. Waits while too many are open.
+    pub async fn accept(&self, transport: Box<dyn Transport>) {
+        let Ok(permit) = Arc::clone(&self.open).acquire_owned().await else { return };
+        let token = Arc::clone(&self.token);
+        tokio::spawn(async move {
+            let _permit = permit;
+            let mut connection = Connection::new(transport);
+            match timeout(HELLO_DEADLINE + DIAL_DEADLINE * 2, greet(&mut connection, &token)).await {
+                Ok(Ok(tcp)) => {
+                    if let Err(error) = carry(tcp, connection, Side::Agent).await {
+                        log::debug!("a forwarded connection broke: {error}");
+                    }
+                }
+                Ok(Err(why)) => {
+                    log::info!("refused a forwarded connection: {why}");
+                    refuse(&mut connection, &why).await;
+                }
+                Err(_) => log::warn!("refused a forwarded connection: no first line in time"),
+            }
+        });
+    }
+}
+
+async fn greet(connection: &mut Connection, token: &Token) -> Result<TcpStream, String> {
+    let hello: Hello = first_line(connection).await?;
+    if !token.is(&hello.token) {
+        return Err("wrong token".to_owned());
+    }
+    let [first, second] = hello.targets();
+    let tcp = match dial(first).await {
+        Ok(tcp) => tcp,
+        Err(error) => dial(second)
+            .await
+            .map_err(|other| format!("connecting in the pod: to {first}: {error}; to {second}: {other}"))?,
+    };
+    connection.write_all(b"OK\n").await.map_err(|error| error.to_string())?;
+    connection.flush().await.map_err(|error| error.to_string())?;
+    Ok(tcp)
+}
+
+async fn dial(target: SocketAddr) -> io::Result<TcpStream> {
+    timeout(DIAL_DEADLINE, TcpStream::connect(target)).await.unwrap_or(Err(io::ErrorKind::TimedOut.into()))
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::{
+        io::{AsyncBufReadExt, AsyncReadExt, BufReader, duplex},
+        net::TcpListener,
+    };
+
+    use super::*;
+
+    async fn answer(hello: &str) -> (String, BufReader<tokio::io::DuplexStream>) {
+        let token = Token::new();
+        token.set("ab".repeat(32));
+        let (ours, theirs) = duplex(16 * 1024);
+        let mut theirs = BufReader::new(theirs);
+        Forwards::new(token).accept(Box::new(ours)).await;
+        theirs.write_all(hello.as_bytes()).await.unwrap();
+        let mut line = String::new();
+        theirs.read_line(&mut line).await.unwrap();
+        (line, theirs)
+    }
+
+    fn hello(port: u16, v6: bool) -> String {
+        format!("{{\"token\":\"{}\",\"port\":{port},\"v6\":{v6}}}\n", "ab".repeat(32))
+    }
+
+    #[tokio::test]
+    async fn a_server_is_found_by_either_address() {
+        for v6 in [false, true] {
+            let server = TcpListener::bind(("127.0.0.1", 0)).await.unwrap();
+            let (line, mut conn) = answer(&hello(server.local_addr().unwrap().port(), v6)).await;
+            assert_eq!(line, "OK\n");
+            let (mut served, _) = server.accept().await.unwrap();
+            served.write_all(b"hi").await.unwrap();
+            let mut frame = [0; 6];
+            conn.read_exact(&mut frame).await.unwrap();
+            assert_eq!(&frame, b"\0\0\0\x02hi");
+        }
+    }
+
+    #[tokio::test]
+    async fn where_nobody_listens_and_who_may_not_is_said() {
+        let free = TcpListener::bind(("127.0.0.1", 0)).await.unwrap().local_addr().unwrap().port();
+        let (line, _) = answer(&hello(free, false)).await;
+        assert!(
+            line.starts_with(&format!("ERR connecting in the pod: to 127.0.0.1:{free}: Connection refused")),
+            "{line}"
+        );
+        assert!(line.contains(&format!("to [::1]:{free}: ")), "{line}");
+        let (line, _) = answer("{\"token\":\"x\",\"port\":1}\n").await;
+        assert_eq!(line, "ERR wrong token\n");
+        let (line, _) = answer("{\"port\":1}\n").await;
+        assert!(line.starts_with("ERR parsing the first line: "), "{line}");
+    }
+}
