@@ -5,7 +5,7 @@ use std::{collections::HashMap, path::PathBuf};
 use kuasar_common::address::{AddressError, GuestAddress};
 
 /// Flags that take a value: containerd's, then those of `serve`.
-const VALUED: [&str; 10] = [
+const VALUED: [&str; 11] = [
     "namespace",
     "address",
     "publish-binary",
@@ -16,6 +16,7 @@ const VALUED: [&str; 10] = [
     "guest",
     "listen-fd",
     "vmm-pidfd",
+    "forward-fd",
 ];
 
 /// Where containerd listens unless told otherwise.
@@ -56,6 +57,8 @@ pub(crate) struct Serve {
     pub(crate) listen_fd: i32,
     /// Inherited pidfd of the VMM.
     pub(crate) vmm_pidfd: Option<i32>,
+    /// Inherited listening socket for port-forward.
+    pub(crate) forward_fd: Option<i32>,
 }
 
 /// Why a command line was not understood.
@@ -127,8 +130,9 @@ fn serve(mut take: impl FnMut(&str) -> Option<String>) -> Result<Serve, ArgsErro
     let containerd = take("address").unwrap_or_else(|| CONTAINERD.to_owned()).into();
     let mut need = |flag| take(flag).ok_or(ArgsError::Missing { action: "serve", flag });
     let listen_fd = descriptor("listen-fd", need("listen-fd")?)?;
-    let vmm_pidfd = take("vmm-pidfd").map(|value| descriptor("vmm-pidfd", value)).transpose()?;
-    Ok(Serve { pod_dir, guest, containerd, listen_fd, vmm_pidfd })
+    let mut optional = |flag| take(flag).map(|value| descriptor(flag, value)).transpose();
+    let (vmm_pidfd, forward_fd) = (optional("vmm-pidfd")?, optional("forward-fd")?);
+    Ok(Serve { pod_dir, guest, containerd, listen_fd, vmm_pidfd, forward_fd })
 }
 
 fn descriptor(flag: &'static str, value: String) -> Result<i32, ArgsError> {
@@ -168,10 +172,14 @@ mod tests {
             containerd: "/run/k3s/containerd/containerd.sock".into(),
             listen_fd: 3,
             vmm_pidfd: Some(4),
+            forward_fd: Some(5),
         };
         let line = "serve --pod-dir /run/kuasar/qemu/p --guest hvsock:///run/kuasar/qemu/p/vsock.sock";
         let line = format!("{line} --address /run/k3s/containerd/containerd.sock");
-        assert_eq!(words(&format!("{line} --listen-fd 3 --vmm-pidfd=4")), Ok(Action::Serve(serve)));
+        assert_eq!(
+            words(&format!("{line} --listen-fd 3 --vmm-pidfd=4 --forward-fd 5")),
+            Ok(Action::Serve(serve))
+        );
     }
 
     #[test]

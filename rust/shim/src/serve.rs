@@ -17,7 +17,7 @@ use rustix::{
     process::{Resource, getrlimit, setrlimit},
 };
 use tokio::{
-    net::{UnixListener, UnixStream},
+    net::{TcpListener, UnixListener, UnixStream},
     sync::mpsc,
     time::sleep,
 };
@@ -25,7 +25,7 @@ use ttrpc::asynchronous::{Server, transport::Listener};
 
 use crate::{
     args::Serve,
-    events,
+    events, forward,
     guest::Guest,
     host::Host,
     log::{log, name_pod},
@@ -63,9 +63,14 @@ pub(crate) fn serve(args: Serve) -> Result<(), ServeError> {
     let pod = args.pod_dir.file_name().unwrap_or(args.pod_dir.as_os_str());
     name_pod(&pod.to_string_lossy());
     let token = read_token(&args.pod_dir)?;
-    let listener = inherited(args.listen_fd, "the listening socket", |fd| {
+    let listens = |fd: &OwnedFd| {
         if socket_acceptconn(fd)? { Ok(()) } else { Err(wrong("it does not listen".to_owned())) }
-    })?;
+    };
+    let listener = inherited(args.listen_fd, "the listening socket", listens)?;
+    let forward = args
+        .forward_fd
+        .map(|fd| inherited(fd, "the listening socket of port-forward", listens))
+        .transpose()?;
     let is_pidfd = |fd: &OwnedFd| {
         let target = fs::read_link(format!("/proc/self/fd/{}", fd.as_raw_fd()))?;
         if target.to_string_lossy().contains("pidfd") {
@@ -89,6 +94,10 @@ pub(crate) fn serve(args: Serve) -> Result<(), ServeError> {
         tokio::spawn(route(listener, calls, Arc::clone(&relay.streams)));
         log!("serving, process {}", std::process::id());
         let relay: Arc<Relay> = relay;
+        if let Some(listener) = forward {
+            let listener = TcpListener::from_std(listener.into()).map_err(ServeError::Listener)?;
+            tokio::spawn(forward::serve(listener, Arc::clone(&relay.guest)));
+        }
         events::forward(&relay.guest, &args.containerd).await;
         // SIGTERM, which has its default effect, is how a relay ends: there is nothing to say or save then.
         std::future::pending().await

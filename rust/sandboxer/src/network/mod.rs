@@ -3,8 +3,10 @@
 //! Each veth stays where it is, name and addresses included, because CNI and pod statistics look for it there. A tap is
 //! put beside it and every frame that arrives at one is sent out of the other by `tc` (an ingress qdisc with a filter
 //! that matches everything and redirects). Taps vanish with the VMM that holds them; the rest vanishes with the namespace
-//! or by [`remove`].
+//! or by [`remove`]. The namespace's loopback is what `kubectl port-forward` connects to; see [`forward`].
 
+mod bpf;
+mod forward;
 mod read;
 mod redirect;
 mod tap;
@@ -17,6 +19,7 @@ use std::{
     time::Duration,
 };
 
+pub use self::forward::Forward;
 use kuasar_common::api::sandbox::{Interface, Neighbour, Route};
 use rustix::thread::LinkNameSpaceType;
 use serde::{Deserialize, Serialize};
@@ -38,6 +41,8 @@ pub struct PodNetwork {
     pub routes: Vec<Route>,
     /// For `SetupSandbox`.
     pub neighbours: Vec<Neighbour>,
+    /// For the relay; nothing where the kernel has no way to do it.
+    pub forward: Option<Forward>,
     /// For the pod's record.
     pub record: NetworkRecord,
 }
@@ -154,6 +159,13 @@ async fn prepare_here(
             return Err(error);
         }
     }
+    match forward::prepare(handle, netns).await {
+        Ok(forward) => network.forward = Some(forward),
+        // A pod without it is worth more than none.
+        Err(error) => {
+            tracing::warn!(%error, netns = %netns.display(), "the pod runs, but no port can be forwarded to it");
+        }
+    }
     Ok(network)
 }
 
@@ -175,6 +187,7 @@ async fn add_nic(
         tap,
         mac: link.interface.hwAddr.clone(),
         mtu,
+        vhost: tap::vhost_net(fds.len()),
         queues: fds,
     });
     Ok(())

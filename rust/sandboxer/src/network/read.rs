@@ -1,6 +1,9 @@
 //! What CNI left in the pod's network namespace, in the agent's words.
 
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::{
+    collections::BTreeMap,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr},
+};
 
 use kuasar_common::api::sandbox::{IPAddress, IPFamily, Interface, Neighbour, Route};
 use netlink_packet_route::{
@@ -41,6 +44,7 @@ pub(super) async fn pod(handle: &rtnetlink::Handle) -> Result<Pod, NetworkError>
         let addresses = addresses.iter().filter(|address| address.header.index == message.header.index);
         links.extend(link(message, addresses)?);
     }
+    refuse_twins(&links)?;
     let mut routes = Vec::new();
     for (version, request) in [
         (IpVersion::V4, RouteMessageBuilder::<Ipv4Addr>::new().build()),
@@ -118,8 +122,8 @@ fn link<'a>(
         }
     }
     match kind {
-        Some(InfoKind::Veth) => {
-            "veth".clone_into(&mut interface.type_);
+        Some(kind @ (InfoKind::Veth | InfoKind::MacVlan | InfoKind::MacVtap)) => {
+            interface.type_ = kind.to_string();
             interface.device.clone_from(&interface.name);
             interface.raw_flags = flags.bits() & u32::try_from(libc::IFF_NOARP).unwrap_or(0);
             Ok(Some(Link { index: message.header.index, interface }))
@@ -127,12 +131,27 @@ fn link<'a>(
         other => {
             let kind = other.map_or_else(|| "physical".to_owned(), |kind| kind.to_string());
             Err(NetworkError::Unsupported(format!(
-                "the pod's link {} is of kind {kind}, which cannot be given to a VM; use a CNI plugin that makes veth links \
-                 (bridge, ptp)",
+                "the pod's link {} is of kind {kind}, which cannot be given to a VM; use a CNI plugin that makes veth or macvlan \
+                 links (bridge, ptp, macvlan)",
                 interface.name
             )))
         }
     }
+}
+
+/// The guest's agent finds a network card by its hardware address.
+fn refuse_twins(links: &[Link]) -> Result<(), NetworkError> {
+    let mut seen = BTreeMap::new();
+    for Link { interface, .. } in links {
+        if let Some(other) = seen.insert(&interface.hwAddr, &interface.name) {
+            return Err(NetworkError::Unsupported(format!(
+                "the pod's links {other} and {} both have the hardware address {}, by which a VM tells its network cards \
+                 apart; give one of them another (CNI plugin tuning, mac)",
+                interface.name, interface.hwAddr
+            )));
+        }
+    }
+    Ok(())
 }
 
 /// `None` for addresses that the guest makes itself.

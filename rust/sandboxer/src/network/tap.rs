@@ -45,6 +45,16 @@ fn open_queue(name: &str, many: bool) -> io::Result<OwnedFd> {
     Ok(file.into())
 }
 
+/// One `/dev/vhost-net` for each of a tap's queues; none at all where the host's kernel does not have it.
+pub(super) fn vhost_net(queues: usize) -> Vec<OwnedFd> {
+    let open = |_| OpenOptions::new().read(true).write(true).open("/dev/vhost-net").map(OwnedFd::from);
+    let opened: io::Result<Vec<OwnedFd>> = (0..queues).map(open).collect();
+    opened.unwrap_or_else(|error| {
+        tracing::debug!(%error, "no /dev/vhost-net: the VMM moves frames itself, which is slower");
+        Vec::new()
+    })
+}
+
 /// Brings a tap up; returns its index.
 pub(super) async fn configure(handle: &rtnetlink::Handle, name: &str, mtu: u32) -> Result<u32, NetworkError> {
     let Some(link) = read::link_by_name(handle, name).await? else {

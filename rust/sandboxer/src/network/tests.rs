@@ -194,7 +194,12 @@ async fn what_a_vm_cannot_have_is_refused_by_name_and_nothing_is_left() {
     for (setup, expected) in [
         (
             "link add br0 up type bridge",
-            "the pod's link br0 is of kind bridge, which cannot be given to a VM",
+            "the pod's link br0 is of kind bridge, which cannot be given to a VM; use a CNI plugin",
+        ),
+        ("link add vx0 up type vxlan id 7 dstport 4789", "the pod's link vx0 is of kind vxlan, which cannot"),
+        (
+            "link add eth1 up address 02:00:00:00:00:05 type veth peer name other",
+            "the pod's links eth0 and eth1 both have the hardware address 02:00:00:00:00:05, by which",
         ),
         ("route add blackhole 198.51.100.0/24", "the pod's route 198.51.100.0/24 has type BlackHole"),
         ("rule add from 10.77.0.5 table 100", "the pod has a routing rule for table 100"),
@@ -225,6 +230,87 @@ async fn a_failure_half_way_leaves_nothing() {
     assert!(!netns.links().contains("kua"), "{}", netns.links());
     let tc = netns.tc();
     assert!(!tc.contains("ingress") && tc.contains("clsact"), "{tc}");
+}
+
+#[tokio::test]
+async fn macvlan_and_macvtap_become_network_cards_too() {
+    for kind in ["macvlan", "macvtap"] {
+        let Some(netns) = Netns::new() else { return };
+        let (pod, host) = (&netns.pod, &netns.host);
+        ip(&format!("-n {host} link add up0 up type veth peer name out0"));
+        ip(&format!("-n {host} link set out0 up"));
+        ip(&format!("-n {host} link add mv0 link up0 type {kind} mode bridge"));
+        ip(&format!("-n {host} link set mv0 netns {pod} name eth0"));
+        ip(&format!("-n {pod} link set eth0 address 02:00:00:00:00:07 up"));
+        ip(&format!("-n {pod} addr add 10.78.0.5/24 dev eth0"));
+        let network = prepare(&netns.path(), 1).await.unwrap();
+        let [interface] = network.interfaces.as_slice() else { panic!("{:?}", network.interfaces) };
+        assert_eq!((interface.type_.as_str(), interface.name.as_str()), (kind, "eth0"));
+        assert_eq!(network.nics[0].mac, "02:00:00:00:00:07");
+        // A frame for its address arrives at the tap.
+        let mut queue = File::from(network.nics[0].queues[0].try_clone().unwrap());
+        ip(&format!("-n {host} addr add 10.78.0.1/24 dev out0"));
+        ip(&format!("-n {host} neigh add 10.78.0.5 lladdr 02:00:00:00:00:07 dev out0"));
+        let host = Path::new(NETNS_PATH).join(host);
+        let send = move || {
+            let host = File::open(host).unwrap();
+            rustix::thread::move_into_link_name_space(host.as_fd(), Some(LinkNameSpaceType::Network))
+                .unwrap();
+            std::net::UdpSocket::bind("10.78.0.1:0").unwrap().send_to(b"hi", "10.78.0.5:9").unwrap();
+        };
+        thread::spawn(send).join().unwrap();
+        let end = std::time::Instant::now() + Duration::from_secs(5);
+        rustix::io::ioctl_fionbio(&queue, true).unwrap();
+        let mut buffer = [0; 2048];
+        // Behind the headers of virtio, ethernet, IPv4 and UDP.
+        while !queue.read(&mut buffer).is_ok_and(|read| buffer[..read].get(52..54) == Some(b"hi")) {
+            assert!(std::time::Instant::now() < end, "no frame came through {kind}");
+            thread::sleep(Duration::from_millis(1));
+        }
+        remove(&network.record).await.unwrap();
+        assert!(!netns.tc().contains("ingress"), "{}", netns.tc());
+    }
+}
+
+/// Connects in a pod's namespace, as containerd does; what the other side says it is called.
+fn dial(netns: &Netns, address: &'static str) -> io::Result<std::net::TcpStream> {
+    let pod = netns.path();
+    let dialled = thread::spawn(move || {
+        rustix::thread::move_into_link_name_space(
+            File::open(pod)?.as_fd(),
+            Some(LinkNameSpaceType::Network),
+        )?;
+        std::net::TcpStream::connect_timeout(&address.parse().unwrap(), Duration::from_secs(2))
+    });
+    dialled.join().unwrap()
+}
+
+#[tokio::test]
+async fn one_listener_gets_whatever_is_connected_to_on_the_loopback() {
+    let Some(netns) = Netns::with_eth0() else { return };
+    let mut network = prepare(&netns.path(), 1).await.unwrap();
+    let Forward { listener, link } = network.forward.take().expect("this kernel can forward ports");
+    let listener = std::net::TcpListener::from(listener);
+    listener.set_nonblocking(false).unwrap();
+    for (address, seen) in [
+        ("127.0.0.1:80", "[::ffff:127.0.0.1]:80"),
+        ("127.9.8.7:65535", "[::ffff:127.9.8.7]:65535"),
+        ("[::1]:443", "[::1]:443"),
+    ] {
+        let client = dial(&netns, address).unwrap();
+        let (served, _) = listener.accept().unwrap();
+        assert_eq!(served.local_addr().unwrap().to_string(), seen);
+        drop(client);
+    }
+    // The pod's own addresses are the VM's: nothing of the namespace answers there.
+    for address in ["10.77.0.5:80", "[fd77::5]:80"] {
+        let error = dial(&netns, address).unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::ConnectionRefused, "{address}");
+    }
+    // With its last descriptor, all is as before.
+    drop(link);
+    assert_eq!(dial(&netns, "127.0.0.1:80").unwrap_err().kind(), io::ErrorKind::ConnectionRefused);
+    remove(&network.record).await.unwrap();
 }
 
 #[tokio::test]

@@ -10,6 +10,7 @@ use kuasar_common::constants::pod_files;
 
 use super::{Environment, host::bind};
 use crate::{
+    network::Forward,
     process::{Process, ProcessError, Spawn},
     vmm::Vm,
 };
@@ -28,6 +29,7 @@ pub(super) fn spawn(
     dir: &Path,
     endpoint: OwnedFd,
     vm: &dyn Vm,
+    forward: Option<Forward>,
     cgroup_procs: &[PathBuf],
 ) -> Result<Process, ProcessError> {
     let program = &environment.relay;
@@ -43,6 +45,12 @@ pub(super) fn spawn(
     spawn.args(["--guest", &vm.address().to_string()]);
     spawn.args(["--address".as_ref(), environment.containerd.as_os_str()]);
     spawn.args(["--listen-fd", &listen.to_string(), "--vmm-pidfd", &vmm.to_string()]);
+    if let Some(Forward { listener, link }) = forward {
+        let listener = spawn.fd(listener);
+        spawn.args(["--forward-fd", &listener.to_string()]);
+        // Nothing is done with it; it only has to stay open.
+        spawn.fd(link);
+    }
     spawn.cgroup_procs(cgroup_procs).log(dir.join(pod_files::LOG).join("relay.log"));
     spawn.spawn()
 }

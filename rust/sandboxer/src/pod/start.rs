@@ -78,12 +78,11 @@ impl Pod {
         step("recording the sandbox", self.persist(work))?;
         caller.check("preparing the VM's network and files")?;
 
-        let (vm, network) = self.boot(work, size, network).await?;
+        let (vm, mut network) = self.boot(work, size, network).await?;
         caller.check("starting the VM")?;
-        let relay = step(
-            "starting the relay",
-            relay::spawn(&self.environment, &self.dir, endpoint, &*vm, &work.cgroup_procs()),
-        )?;
+        let forward = network.forward.take();
+        let relay = relay::spawn(&self.environment, &self.dir, endpoint, &*vm, forward, &work.cgroup_procs());
+        let relay = step("starting the relay", relay)?;
         let relay = Arc::new(relay);
         work.relay = Some(relay.clone());
         // From here on a restarted daemon finds the processes.
@@ -167,7 +166,14 @@ impl Pod {
             tracing::info!(code = ?exit.code, by_us, reason, "the VM has ended");
             // Nobody's child any more after a restart, so nobody knows; containerd expects a number.
             pod.set_ended(Exit { code: exit.code.unwrap_or(255), at: exit.at, reason });
-            let work = pod.work.lock().await;
+            let mut work = pod.work.lock().await;
+            // containerd may take its time to call Stop, or never do.
+            if let Some(record) = &work.network {
+                match network::remove(record).await {
+                    Ok(()) => work.network = None,
+                    Err(error) => tracing::warn!(%error, "giving the network back"),
+                }
+            }
             if pod.dir.exists()
                 && let Err(error) = pod.persist(&work)
             {

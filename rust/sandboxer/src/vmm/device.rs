@@ -44,6 +44,8 @@ pub struct Nic {
     pub mtu: u32,
     /// One open tap queue each; the VMM inherits them.
     pub queues: Vec<OwnedFd>,
+    /// One open `/dev/vhost-net` for each queue, where the host has one: its kernel then moves the frames, and not the VMM.
+    pub vhost: Vec<OwnedFd>,
 }
 
 /// Kinds of buses that devices can be plugged into.

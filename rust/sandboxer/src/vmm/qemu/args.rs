@@ -42,7 +42,7 @@ pub(super) enum VsockFd {
 /// A device that a pod brings, with descriptors by their numbers in QEMU.
 #[derive(Debug)]
 pub(super) enum Extra {
-    Nic { id: String, mac: String, fds: Vec<RawFd> },
+    Nic { id: String, mac: String, fds: Vec<RawFd>, vhost: Vec<RawFd> },
     Disk { id: String, path: PathBuf, read_only: bool },
 }
 
@@ -216,8 +216,12 @@ impl CommandLine {
     fn extra(&mut self, extra: &Extra, plug: &mut Plug) -> Result<(), VmError> {
         match extra {
             Extra::Disk { id, path, read_only } => self.disk(id, path.clone(), *read_only, plug),
-            Extra::Nic { id, mac, fds } => {
-                self.netdevs.push(Netdev { kind: "tap", id: id.clone(), fds: fds.clone() });
+            Extra::Nic { id, mac, fds, vhost } => {
+                let vhost = Some(vhost).filter(|vhost| !vhost.is_empty()).cloned();
+                let on = vhost.as_ref().map(|_| true);
+                let netdev =
+                    Netdev { kind: "tap", id: id.clone(), fds: fds.clone(), vhost: on, vhostfds: vhost };
+                self.netdevs.push(netdev);
                 let many = fds.len() > 1;
                 self.devices.push(Device {
                     netdev: Some(id.clone()),

@@ -29,7 +29,7 @@ use super::{
 use crate::{
     process::{Process, Spawn},
     vmm::{
-        DeviceInfo, ReadyListener, ShareFs, VmConfig, VmError, VmSpec, VsockKind, logs,
+        Accel, DeviceInfo, ReadyListener, ShareFs, VmConfig, VmError, VmSpec, VsockKind, logs,
         supervisor::Supervisor,
         vsock::{self, SocketWatch, VHOST_VSOCK},
     },
@@ -99,7 +99,8 @@ async fn start_all(qemu: &Qemu, mut spec: VmSpec, started: &mut Started) -> Resu
         Some(watch) => vsock_device(&spec, watch, started, &mut spawn).await?,
         None => kernel_vsock(qemu, &mut spawn).await?,
     };
-    let extras: Vec<Extra> = spec.devices.drain(..).map(|device| extra(device, &mut spawn)).collect();
+    let extras: Vec<Extra> =
+        spec.devices.drain(..).map(|device| extra(device, config.accel, &mut spawn)).collect();
     let inherited = Inherited { qmp, events, console, virtiofs, vsock };
     let (line, buses) = CommandLine::new(config, &spec, &inherited, &extras)?;
     spawn.args(line.to_cmdline_params("-"));
@@ -221,12 +222,17 @@ async fn kernel_vsock(
     Ok((VsockFd::Vhost { fd: spawn.fd(fd), cid }, ready, Some(cid)))
 }
 
-fn extra(device: DeviceInfo, spawn: &mut Spawn) -> Extra {
+fn extra(device: DeviceInfo, accel: Accel, spawn: &mut Spawn) -> Extra {
     match device {
         DeviceInfo::Tap(nic) => Extra::Nic {
             id: nic.id,
             mac: nic.mac,
             fds: nic.queues.into_iter().map(|queue| spawn.fd(queue)).collect(),
+            // The kernel's half of a card needs the kernel's half of the interrupts.
+            vhost: match accel {
+                Accel::Kvm => nic.vhost.into_iter().map(|vhost| spawn.fd(vhost)).collect(),
+                Accel::Tcg => Vec::new(),
+            },
         },
         DeviceInfo::Block { id, path, read_only } => Extra::Disk { id, path, read_only },
     }

@@ -142,6 +142,10 @@ pub(super) struct Netdev {
     pub(super) id: String,
     #[property(generator = "vec_to_string")]
     pub(super) fds: Vec<RawFd>,
+    #[property(generator = "bool_to_on_off")]
+    pub(super) vhost: Option<bool>,
+    #[property(generator = "vec_to_string")]
+    pub(super) vhostfds: Option<Vec<RawFd>>,
 }
 
 #[derive(Debug, Default, CmdLineParams)]

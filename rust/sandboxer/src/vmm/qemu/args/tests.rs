@@ -57,7 +57,12 @@ fn pmem_virtiofs_vhost_user_and_a_card() {
     let spec = VmSpec { kernel_params: "task.x=1".into(), ..spec() };
     let inherited =
         Inherited { qmp: 3, events: 9, console: 4, virtiofs: Some(5), vsock: VsockFd::VhostUser { fd: 6 } };
-    let extras = [Extra::Nic { id: "net2".into(), mac: "02:00:00:00:00:05".into(), fds: vec![7, 8] }];
+    let extras = [Extra::Nic {
+        id: "net2".into(),
+        mac: "02:00:00:00:00:05".into(),
+        fds: vec![7, 8],
+        vhost: vec![10, 11],
+    }];
     let (argv, bus) = argv(&config, &spec, &inherited, &extras);
     let escaped = image.display().to_string().replace(',', ",,");
     assert_eq!(
@@ -75,7 +80,7 @@ fn pmem_virtiofs_vhost_user_and_a_card() {
              -chardev socket,id=qmp,fd=3,server=on,wait=off -chardev socket,id=events,fd=9,server=on,wait=off -chardev socket,id=vsock,fd=6 \
              -chardev socket,id=share,fd=5 -chardev socket,id=console,fd=4,server=on,wait=off \
              -mon chardev=qmp,mode=control -mon chardev=events,mode=control \
-             -netdev tap,id=net2,fds=7:8 \
+             -netdev tap,id=net2,fds=7:8,vhost=on,vhostfds=10:11 \
              -device virtio-pmem-pci,id=root,bus=pcie.0,addr=0x1,memdev=image \
              -device vhost-user-vsock-pci,id=vsock,bus=pcie.0,addr=0x2,chardev=vsock \
              -device vhost-user-fs-pci,id=share-device,bus=pcie.0,addr=0x3,chardev=share,tag=kuasar \
@@ -125,7 +130,7 @@ fn other_machines_and_a_disk() {
         Inherited { qmp: 3, events: 9, console: 4, virtiofs: None, vsock: VsockFd::Vhost { fd: 5, cid: 77 } };
     let extras = [
         Extra::Disk { id: "d0".into(), path: "/dev/sdx".into(), read_only: false },
-        Extra::Nic { id: "net2".into(), mac: "02:00:00:00:00:05".into(), fds: vec![6] },
+        Extra::Nic { id: "net2".into(), mac: "02:00:00:00:00:05".into(), fds: vec![6], vhost: vec![] },
     ];
     let (pc, _) = argv(&config(Machine::Pc), &spec(), &inherited, &extras);
     for part in [
