@@ -27,7 +27,7 @@ use crate::{
 /// Connections that may be open at the same time; more wait in the kernel's queue.
 const MAX_OPEN: usize = 256;
 /// How long a guest may take to answer a connection's first line; it has to connect in the pod.
-const HELLO_LIMIT: Duration = Duration::from_secs(20);
+const HELLO_LIMIT: Duration = Duration::from_secs(40);
 /// Pause after a connection could not be accepted, for want of descriptors.
 const PAUSE: Duration = Duration::from_millis(100);
 

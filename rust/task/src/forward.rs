@@ -16,7 +16,7 @@ use crate::{
 /// Connections that may be open at the same time.
 const MAX_OPEN: usize = 512;
 /// How long a server of the pod may take to take a connection; only one that takes none any more needs so long.
-const DIAL_DEADLINE: Duration = Duration::from_secs(5);
+const DIAL_DEADLINE: Duration = Duration::from_secs(15);
 
 /// Takes connections in and carries each to where its first line says.
 pub struct Forwards {

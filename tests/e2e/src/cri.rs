@@ -219,6 +219,15 @@ impl Cri {
         Ok(self.client().list_container_stats(ListContainerStatsRequest {}).await?.into_inner().stats)
     }
 
+    /// Prepares connections to a port on the pod's loopback; returns the URL at which they are made.
+    ///
+    /// # Errors
+    /// As containerd says.
+    pub async fn port_forward(&self, pod: &str, port: u16) -> Answer<String> {
+        let request = PortForwardRequest { pod_sandbox_id: pod.to_owned(), port: vec![port.into()] };
+        Ok(self.client().port_forward(request).await?.into_inner().url)
+    }
+
     /// Waits until a container has ended and returns its last status.
     ///
     /// # Errors

@@ -1,6 +1,7 @@
 //! A private containerd with our daemons beside it, in the machine that [`crate::machine`] made.
 
 mod config;
+mod networks;
 mod pod;
 mod program;
 
@@ -24,6 +25,7 @@ pub use config::{
     Containerd, NAMESPACE, QEMU, QEMU_9P, QEMU_BLOCKFILE, QEMU_INITRD, QEMU_STREAM, RUNC, SOCKET,
     daemon_config, folder_of, handlers, socket_of, table,
 };
+pub use networks::{MACVLAN_MASTER, NET_DUAL, NET_MACVLAN, NET_PTP, NET_RULES, NET_TWO, NET_V6};
 use pod::own_pids;
 pub use pod::{Pod, container};
 use program::{PATIENCE, log_of, spawn, tail};
@@ -334,8 +336,10 @@ impl Lab {
             let _ = fs::remove_dir(folder_of(daemon.handler));
         }
         let _ = fs::remove_dir("/run/kuasar");
-        // CNI never removes the bridge that it made.
-        let _ = run(Command::new("ip").args(["link", "delete", BRIDGE])).await;
+        // CNI never removes the bridges that it made.
+        for link in networks::LINKS.iter().chain([&BRIDGE]) {
+            let _ = run(Command::new("ip").args(["link", "delete", link])).await;
+        }
         for path in
             leaks::cgroups(&self.machine.cgroup()).iter().filter(|path| is_pod_cgroup(path, &self.machine))
         {
@@ -392,8 +396,9 @@ fn trace_of(machine: &Machine, handler: &str) -> PathBuf {
 
 fn start_containerd(machine: &Machine, paths: &Paths, settings: &Containerd) -> Result<Child> {
     fs::write(machine.root.join("cni/10-lab.conflist"), cni_config(machine))?;
+    networks::write(machine)?;
     let config = machine.root.join("containerd.toml");
-    fs::write(&config, containerd_config(machine, paths, settings))?;
+    fs::write(&config, containerd_config(machine, paths, settings) + &networks::runtimes(machine))?;
     make_scratch_file(&scratch_file(machine))?;
     let program = settings.program.clone().unwrap_or_else(|| paths.tool("containerd"));
     let path = std::env::var("PATH").unwrap_or_default();

@@ -8,6 +8,7 @@
 //! - [`conformance`]: the table of `docs/cri-conformance.md`, and what came out against it
 //! - [`cri`]: the client, one method per call
 //! - [`suite`]: test list to exit status
+//! - [`websocket`]: the client side of CRI's streams
 
 pub mod conformance;
 pub mod cri;
@@ -17,3 +18,4 @@ pub mod leaks;
 pub mod machine;
 pub mod paths;
 pub mod suite;
+pub mod websocket;

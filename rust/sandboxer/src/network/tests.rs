@@ -263,7 +263,7 @@ async fn macvlan_and_macvtap_become_network_cards_too() {
         rustix::io::ioctl_fionbio(&queue, true).unwrap();
         let mut buffer = [0; 2048];
         // Behind the headers of virtio, ethernet, IPv4 and UDP.
-        while !queue.read(&mut buffer).is_ok_and(|read| buffer[..read].get(52..54) == Some(b"hi")) {
+        while !queue.read(&mut buffer).is_ok_and(|read| buffer[..read].get(52..54) == Some(&b"hi"[..])) {
             assert!(std::time::Instant::now() < end, "no frame came through {kind}");
             thread::sleep(Duration::from_millis(1));
         }

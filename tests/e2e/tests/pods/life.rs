@@ -68,7 +68,7 @@ pub(crate) async fn pod_life_is_idempotent(lab: Arc<Lab>) -> Result<()> {
 pub(crate) async fn the_want_of_memory_is_a_reason(lab: Arc<Lab>) -> Result<()> {
     let pod = lab.pod("greedy", handler()).await?;
     let mut config = lab::container("greedy", BUSYBOX, &["/bin/sh", "-c", "tail /dev/zero"]);
-    let resources = LinuxContainerResources { memory_limit_in_bytes: 16 << 20 };
+    let resources = LinuxContainerResources { memory_limit_in_bytes: 16 << 20, ..Default::default() };
     config.linux.get_or_insert_default().resources = Some(resources);
     let id = pod.create(config).await?;
     lab.cri.start(&id).await?;

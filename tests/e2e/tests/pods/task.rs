@@ -49,7 +49,9 @@ pub(crate) async fn pause_resume_figures_pids_and_limits(lab: Arc<Lab>) -> Resul
     ensure!(later > after, "it does not go on");
 
     let limit = 48 << 20;
-    lab.cri.update(&idle, LinuxContainerResources { memory_limit_in_bytes: limit }).await?;
+    lab.cri
+        .update(&idle, LinuxContainerResources { memory_limit_in_bytes: limit, ..Default::default() })
+        .await?;
     let out = lab.cri.exec(&idle, &["cat", "/sys/fs/cgroup/memory.max"]).await?;
     ensure!(out.stdout.trim() == limit.to_string(), "its limit is {out:?}");
 

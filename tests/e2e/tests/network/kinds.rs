@@ -1,0 +1,99 @@
+//! Kinds of links.
+
+use std::sync::Arc;
+
+use anyhow::{Context, Result, anyhow, ensure};
+use kuasar_e2e::lab::{Lab, MACVLAN_MASTER, NET_MACVLAN, NET_PTP, NET_RULES, NET_TWO, NET_V6, Pod, run};
+use tokio::process::Command;
+
+use super::traffic::{get, serve};
+
+/// Runs in a container; what it wrote.
+pub(crate) async fn inside(lab: &Lab, container: &str, command: &[&str]) -> Result<String> {
+    let out = lab.cri.exec(container, command).await?;
+    ensure!(out.code == 0, "{command:?} gave {out:?}");
+    Ok(out.stdout)
+}
+
+/// Its address as CRI says it.
+pub(crate) async fn address(lab: &Lab, pod: &Pod<'_>) -> Result<String> {
+    Ok(lab.cri.pod_status(&pod.id).await?.0.network.context("the pod has no network status")?.ip)
+}
+
+/// A link of the host for macvlan, and what is at its other end.
+async fn macvlan_master() -> Result<()> {
+    let show = run(Command::new("ip").args(["link", "show", MACVLAN_MASTER])).await;
+    if show.is_ok() {
+        return Ok(());
+    }
+    for args in [
+        &format!("link add {MACVLAN_MASTER} up type veth peer name kmac1")[..],
+        "link set kmac1 up",
+        "addr add 10.88.81.1/24 dev kmac1",
+    ] {
+        run(Command::new("ip").args(args.split(' '))).await?;
+    }
+    Ok(())
+}
+
+pub(crate) async fn an_ipv6_pod(lab: Arc<Lab>) -> Result<()> {
+    let pod = lab.pod("six", NET_V6).await?;
+    let ip = address(&lab, &pod).await?;
+    ensure!(ip.starts_with("fd88:79::"), "its address is {ip:?}");
+    let id = serve(&pod).await?;
+    ensure!(get(&format!("[{ip}]:80")).await?.ends_with("a page\n"), "the pod does not answer");
+    let addresses = inside(&lab, &id, &["ip", "addr", "show", "eth0"]).await?;
+    ensure!(!addresses.contains("inet "), "it has an IPv4 address: {addresses}");
+    inside(&lab, &id, &["ping", "-c", "1", "-W", "5", "fd88:79::1"]).await?;
+    let hosts = inside(&lab, &id, &["cat", "/etc/hosts"]).await?;
+    ensure!(hosts.contains(&format!("{ip}\t{}", pod.config.hostname)), "/etc/hosts is {hosts}");
+    pod.remove().await
+}
+
+pub(crate) async fn a_ptp_pod(lab: Arc<Lab>) -> Result<()> {
+    let pod = lab.pod("ptp", NET_PTP).await?;
+    let id = serve(&pod).await?;
+    // The gateway is reached by a route of link scope, which has to be there before the one through it.
+    let routes = inside(&lab, &id, &["ip", "route"]).await?;
+    ensure!(routes.contains("default via 10.88.80.1 dev eth0"), "its routes are {routes}");
+    ensure!(routes.contains("10.88.80.1 dev eth0 scope link"), "its routes are {routes}");
+    inside(&lab, &id, &["ping", "-c", "1", "-W", "5", "10.88.80.1"]).await?;
+    let ip = address(&lab, &pod).await?;
+    ensure!(get(&format!("{ip}:80")).await?.ends_with("a page\n"), "the pod does not answer");
+    pod.remove().await
+}
+
+pub(crate) async fn a_macvlan_pod(lab: Arc<Lab>) -> Result<()> {
+    macvlan_master().await?;
+    let pod = lab.pod("macvlan", NET_MACVLAN).await?;
+    let id = serve(&pod).await?;
+    inside(&lab, &id, &["ping", "-c", "1", "-W", "5", "10.88.81.1"]).await?;
+    let ip = address(&lab, &pod).await?;
+    ensure!(get(&format!("{ip}:80")).await?.ends_with("a page\n"), "the pod does not answer");
+    pod.remove().await
+}
+
+pub(crate) async fn a_pod_with_two_interfaces(lab: Arc<Lab>) -> Result<()> {
+    macvlan_master().await?;
+    let pod = lab.pod("two", NET_TWO).await?;
+    let id = serve(&pod).await?;
+    for (link, gateway) in [("eth0", "10.88.82.1"), ("eth1", "10.88.81.1")] {
+        let text = inside(&lab, &id, &["ip", "-4", "addr", "show", link]).await?;
+        let subnet = gateway.trim_end_matches('1');
+        ensure!(text.contains(&format!("inet {subnet}")), "{link} is {text}");
+        inside(&lab, &id, &["ping", "-c", "1", "-W", "5", "-I", link, gateway]).await?;
+    }
+    pod.remove().await
+}
+
+pub(crate) async fn a_pod_with_routing_rules_is_refused(lab: Arc<Lab>) -> Result<()> {
+    let config = lab.pod_config("rules")?;
+    let refused = lab.cri.run_pod(&config, NET_RULES).await;
+    let text = refused.err().ok_or_else(|| anyhow!("it runs"))?.message().to_owned();
+    ensure!(
+        text.contains("the pod has a routing rule for table 100")
+            && text.contains("use a CNI plugin without rules"),
+        "it is refused with {text:?}"
+    );
+    Ok(())
+}

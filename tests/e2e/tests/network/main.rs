@@ -1,0 +1,65 @@
+//! Networks of pods: every kind of link, both families, port-forward, and what is left when something is killed.
+
+mod crash;
+mod forward;
+mod kinds;
+mod netns;
+mod traffic;
+
+use std::process::ExitCode;
+
+use kuasar_e2e::{cases, lab::QEMU, suite};
+
+use crash::{
+    a_killed_daemon_gives_the_network_back, a_killed_virtiofsd_gives_the_network_back,
+    a_killed_vmm_gives_the_network_back,
+};
+use forward::{
+    forwarding_goes_on_without_the_daemon, ports_are_forwarded_on_both_loopbacks,
+    ports_are_forwarded_over_cri,
+};
+use kinds::{
+    a_macvlan_pod, a_pod_with_routing_rules_is_refused, a_pod_with_two_interfaces, a_ptp_pod, an_ipv6_pod,
+};
+use traffic::{
+    a_dual_stack_pod, a_pod_with_two_processors_has_two_queues, host_ports_are_mapped,
+    limits_of_the_bandwidth_plugin_hold, pods_reach_each_other,
+};
+
+/// Cases that have not been seen to their end yet; `-- --ignored NAME` runs one.
+const UNPROVEN: [&str; 6] = [
+    "ports_are_forwarded_on_both_loopbacks",
+    "a_dual_stack_pod",
+    "pods_reach_each_other",
+    "a_pod_with_two_processors_has_two_queues",
+    "a_pod_with_routing_rules_is_refused",
+    "limits_of_the_bandwidth_plugin_hold",
+];
+
+fn main() -> ExitCode {
+    let mut all = cases![
+        ports_are_forwarded_over_cri,
+        ports_are_forwarded_on_both_loopbacks,
+        forwarding_goes_on_without_the_daemon,
+        a_dual_stack_pod,
+        pods_reach_each_other,
+        a_pod_with_two_processors_has_two_queues,
+        an_ipv6_pod,
+        a_ptp_pod,
+        a_macvlan_pod,
+        a_pod_with_two_interfaces,
+        a_pod_with_routing_rules_is_refused,
+        limits_of_the_bandwidth_plugin_hold,
+        host_ports_are_mapped,
+        a_killed_vmm_gives_the_network_back,
+        a_killed_virtiofsd_gives_the_network_back,
+        a_killed_daemon_gives_the_network_back,
+    ];
+    for case in all.iter_mut().filter(|case| UNPROVEN.contains(&case.name)) {
+        case.skip = Some("not seen to its end yet, on a machine too busy for it".to_owned());
+    }
+    suite::with_lab(&[QEMU], all)
+}
+
+/// A command that keeps a container alive and ends at once when asked to.
+const IDLE: &[&str] = &["/bin/sh", "-c", "trap 'exit 0' TERM; while :; do sleep 1000 & wait; done"];

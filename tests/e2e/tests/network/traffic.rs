@@ -1,0 +1,257 @@
+//! What goes in and out of pods.
+
+use std::{path::Path, sync::Arc, time::Duration};
+
+use anyhow::{Context, Result, ensure};
+use kuasar_e2e::{
+    cri::{DnsConfig, LinuxContainerResources, Mount, PortMapping},
+    image::BUSYBOX,
+    lab::{Lab, NET_DUAL, Pod, container, run},
+};
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::{TcpListener, TcpStream, UdpSocket},
+    process::Command,
+    time::{Instant, sleep, timeout},
+};
+
+use super::{
+    IDLE,
+    kinds::{address, inside},
+    netns::Netns,
+};
+
+const SOON: Duration = Duration::from_secs(60);
+/// Bytes of a transfer that tells.
+const LARGE: usize = 4 << 20;
+
+/// A container that serves a page on port 80.
+pub(crate) async fn serve(pod: &Pod<'_>) -> Result<String> {
+    let script = "mkdir -p /www; echo a page > /www/index.html; exec httpd -f -p 80 -h /www";
+    pod.container("server", BUSYBOX, &["/bin/sh", "-c", script]).await
+}
+
+/// Fetches that page; the server needs a moment to listen.
+pub(crate) async fn get(address: &str) -> Result<String> {
+    let end = Instant::now() + SOON;
+    loop {
+        let attempt = async {
+            let mut stream = TcpStream::connect(address).await?;
+            stream.write_all(b"GET / HTTP/1.0\r\n\r\n").await?;
+            let mut text = String::new();
+            stream.read_to_string(&mut text).await.map(|_| text)
+        };
+        match attempt.await {
+            Ok(text) => return Ok(text),
+            Err(e) if Instant::now() >= end => return Err(e).with_context(|| format!("reaching {address}")),
+            Err(_) => sleep(Duration::from_millis(100)).await,
+        }
+    }
+}
+
+async fn sixth_address(lab: &Lab, pod: &Pod<'_>) -> Result<String> {
+    let status = lab.cri.pod_status(&pod.id).await?.0.network.unwrap_or_default();
+    Ok(status.additional_ips.first().context("the pod has one address only")?.ip.clone())
+}
+
+pub(crate) async fn a_dual_stack_pod(lab: Arc<Lab>) -> Result<()> {
+    let mut config = lab.pod_config("dual")?;
+    config.dns_config = Some(DnsConfig {
+        servers: vec!["10.88.78.1".into(), "fd88:78::1".into()],
+        searches: vec!["a.svc".into(), "svc".into()],
+        options: vec!["ndots:5".into()],
+    });
+    let pod = lab.run(config, NET_DUAL).await?;
+    let (four, six) = (address(&lab, &pod).await?, sixth_address(&lab, &pod).await?);
+    let id = serve(&pod).await?;
+    for address in [format!("{four}:80"), format!("[{six}]:80")] {
+        ensure!(get(&address).await?.ends_with("a page\n"), "the pod does not answer at {address}");
+    }
+    for gateway in ["10.88.78.1", "fd88:78::1"] {
+        inside(&lab, &id, &["ping", "-c", "1", "-W", "5", gateway]).await?;
+    }
+    let link = inside(&lab, &id, &["ip", "addr", "show", "eth0"]).await?;
+    for part in ["mtu 1400", &four, &six] {
+        ensure!(link.contains(part), "there is no {part} in {link}");
+    }
+    let (hosts, name) = (inside(&lab, &id, &["cat", "/etc/hosts"]).await?, &pod.config.hostname);
+    ensure!(
+        hosts.contains(&format!("{four}\t{name}\n")) && hosts.contains(&format!("{six}\t{name}\n")),
+        "/etc/hosts is {hosts}"
+    );
+    let resolv = inside(&lab, &id, &["cat", "/etc/resolv.conf"]).await?;
+    let expected = "search a.svc svc\nnameserver 10.88.78.1\nnameserver fd88:78::1\noptions ndots:5\n";
+    ensure!(resolv == expected, "/etc/resolv.conf is {resolv}");
+    datagrams(&lab, &pod).await?;
+    frames_are_larger_than_the_mtu(&lab, &pod, &id).await?;
+    pod.remove().await
+}
+
+pub(crate) async fn a_pod_with_two_processors_has_two_queues(lab: Arc<Lab>) -> Result<()> {
+    let mut config = lab.pod_config("queues")?;
+    let linux = config.linux.as_mut().context("it has no linux part")?;
+    let two_processors =
+        LinuxContainerResources { cpu_period: 100_000, cpu_quota: 200_000, ..Default::default() };
+    linux.resources = Some(two_processors);
+    let pod = lab.run(config, NET_DUAL).await?;
+    let id = serve(&pod).await?;
+    let queues = inside(&lab, &id, &["ls", "/sys/class/net/eth0/queues"]).await?;
+    ensure!(queues.contains("rx-1") && !queues.contains("rx-2"), "the queues are {queues}");
+    let ip = address(&lab, &pod).await?;
+    ensure!(get(&format!("{ip}:80")).await?.ends_with("a page\n"), "the pod does not answer");
+    pod.remove().await
+}
+
+/// A datagram of several fragments goes out, and another comes back.
+async fn datagrams(lab: &Lab, pod: &Pod<'_>) -> Result<()> {
+    let server = UdpSocket::bind("10.88.78.1:5000").await?;
+    let mut bash = container("bash", BUSYBOX, IDLE);
+    bash.mounts.push(Mount {
+        container_path: "/bash".into(),
+        host_path: lab.paths.tool("bash-static").canonicalize()?.to_string_lossy().into_owned(),
+        readonly: true,
+    });
+    let id = pod.create(bash).await?;
+    lab.cri.start(&id).await?;
+    let script =
+        "exec 3<>/dev/udp/10.88.78.1/5000; printf '%4000s' question >&3; timeout 20 head -c 4000 <&3 | wc -c";
+    let answering = async {
+        let mut buffer = vec![0; 8192];
+        let (length, from) =
+            timeout(SOON, server.recv_from(&mut buffer)).await.context("no datagram came")??;
+        ensure!(
+            length == 4000 && buffer.get(..length).is_some_and(|b| b.ends_with(b"question")),
+            "{length} bytes"
+        );
+        server.send_to(&[b'a'; 4000], from).await?;
+        Ok(())
+    };
+    let asking = async {
+        let out = lab.cri.exec(&id, &["/bash", "-c", script]).await?;
+        ensure!(out.stdout.trim() == "4000", "what came back: {out:?}");
+        Ok(())
+    };
+    tokio::try_join!(asking, answering)?;
+    Ok(())
+}
+
+/// A large transfer each way, whole, in pieces that only segmentation offload explains.
+async fn frames_are_larger_than_the_mtu(lab: &Lab, pod: &Pod<'_>, id: &str) -> Result<()> {
+    let netns = Netns::of(pod)?;
+    let server = TcpListener::bind("10.88.78.1:5001").await?;
+    let before = tap_counters(&netns).await?;
+    let serving = exchange(server);
+    let script = format!("head -c {LARGE} /dev/zero | nc 10.88.78.1 5001 | tr -d '\\007' | wc -c; echo done");
+    let asking = async {
+        let out = inside(lab, id, &["/bin/sh", "-c", &script]).await?;
+        ensure!(out == "0\ndone\n", "bytes that were not sent arrived in the pod: {out}");
+        Ok(())
+    };
+    tokio::try_join!(serving, asking)?;
+    let after = tap_counters(&netns).await?;
+    for (name, (bytes, packets)) in [
+        ("into the pod", (after.0 - before.0, after.1 - before.1)),
+        ("out of the pod", (after.2 - before.2, after.3 - before.3)),
+    ] {
+        ensure!(bytes >= LARGE as u64, "{bytes} bytes went {name} over the tap");
+        // Without offloads, none has more than 1414 bytes, and acknowledgements make the average smaller.
+        ensure!(bytes / packets.max(1) > 2000, "{bytes} bytes in {packets} frames went {name}: no offload");
+    }
+    Ok(())
+}
+
+/// Sends a lot to whoever connects, and receives as much, all of it zeroes, at the same time.
+async fn exchange(server: TcpListener) -> Result<()> {
+    let (stream, _) = timeout(SOON, server.accept()).await.context("the pod does not connect")??;
+    let (mut from_pod, mut to_pod) = stream.into_split();
+    let sending = async {
+        to_pod.write_all(&vec![7; LARGE]).await?;
+        to_pod.shutdown().await
+    };
+    let mut got = Vec::new();
+    tokio::try_join!(sending, from_pod.read_to_end(&mut got))?;
+    ensure!(got == vec![0; LARGE], "{} bytes came out of the pod, or not those that were sent", got.len());
+    Ok(())
+}
+
+/// Bytes and packets into the VM, and out of it.
+async fn tap_counters(netns: &Netns) -> Result<(u64, u64, u64, u64)> {
+    let text = netns.run(&["cat", "/proc/net/dev"]).await?;
+    let line = text.lines().find_map(|line| line.trim().strip_prefix("kua")).context("there is no tap")?;
+    let (_, counters) = line.split_once(':').context("a line of another make")?;
+    let numbers: Vec<u64> = counters.split_whitespace().map(str::parse).collect::<Result<_, _>>()?;
+    match numbers.as_slice() {
+        [rx_bytes, rx_packets, _, _, _, _, _, _, tx_bytes, tx_packets, ..] => {
+            Ok((*tx_bytes, *tx_packets, *rx_bytes, *rx_packets))
+        }
+        _ => anyhow::bail!("a line of another make: {line}"),
+    }
+}
+
+pub(crate) async fn pods_reach_each_other(lab: Arc<Lab>) -> Result<()> {
+    let server = lab.pod("server", NET_DUAL).await?;
+    let client = lab.pod("client", NET_DUAL).await?;
+    let (four, six) = (address(&lab, &server).await?, sixth_address(&lab, &server).await?);
+    let server_id = serve(&server).await?;
+    let client_id = client.container("client", BUSYBOX, IDLE).await?;
+    let make = format!("head -c {LARGE} /dev/urandom > /www/file && sha256sum < /www/file");
+    let expected = inside(&lab, &server_id, &["/bin/sh", "-c", &make]).await?;
+    for host in [four.clone(), format!("[{six}]")] {
+        let fetch = format!("wget -q -O - http://{host}/file | sha256sum");
+        let fetched = inside(&lab, &client_id, &["/bin/sh", "-c", &fetch]).await?;
+        ensure!(fetched == expected, "from {host} came {fetched} instead of {expected}");
+    }
+    for host in [four, six] {
+        inside(&lab, &client_id, &["ping", "-c", "1", "-W", "5", &host]).await?;
+    }
+    client.remove().await?;
+    server.remove().await
+}
+
+/// The plugin's limiters are on the host's end of the link: nothing must go round them, and they must stay as they are.
+pub(crate) async fn limits_of_the_bandwidth_plugin_hold(lab: Arc<Lab>) -> Result<()> {
+    let mut config = lab.pod_config("limited")?;
+    for direction in ["ingress", "egress"] {
+        config.annotations.insert(format!("kubernetes.io/{direction}-bandwidth"), "80M".into());
+    }
+    let pod = lab.run(config, NET_DUAL).await?;
+    let id = pod.container("idle", BUSYBOX, IDLE).await?;
+    let server = TcpListener::bind("10.88.78.1:5002").await?;
+    let serving = exchange(server);
+    let script = format!("head -c {LARGE} /dev/zero | nc 10.88.78.1 5002 | wc -c");
+    let asking = async {
+        let out = inside(&lab, &id, &["/bin/sh", "-c", &script]).await?;
+        ensure!(out.trim() == LARGE.to_string(), "{out} bytes arrived in the pod");
+        Ok(())
+    };
+    tokio::try_join!(serving, asking)?;
+    let text = String::from_utf8(run(Command::new("tc").args(["-s", "qdisc", "show"])).await?)?;
+    // One into the pod, on the host's end of its link, and one out of it, on the plugin's own device.
+    let limiters: Vec<&str> =
+        text.split("qdisc ").filter(|part| part.starts_with("tbf") && part.contains("rate 80Mbit")).collect();
+    ensure!(limiters.len() == 2, "the limiters are {limiters:?} in {text}");
+    for limiter in limiters {
+        let sent =
+            limiter.split_once("Sent ").and_then(|(_, rest)| rest.split(' ').next()?.parse::<usize>().ok());
+        ensure!(sent.is_some_and(|bytes| bytes >= LARGE), "traffic went round a limiter: {limiter}");
+    }
+    pod.remove().await?;
+    let text = String::from_utf8(run(Command::new("tc").args(["qdisc", "show"])).await?)?;
+    ensure!(!text.contains("tbf"), "a limiter is left: {text}");
+    Ok(())
+}
+
+pub(crate) async fn host_ports_are_mapped(lab: Arc<Lab>) -> Result<()> {
+    let found = ["/usr/sbin/iptables", "/sbin/iptables", "/usr/bin/iptables"]
+        .iter()
+        .any(|path| Path::new(path).exists());
+    ensure!(found, "CNI's portmap needs iptables, which is not there: run tests/lab/setup --check");
+    let mut config = lab.pod_config("mapped")?;
+    config.port_mappings.push(PortMapping { container_port: 80, host_port: 18080, ..Default::default() });
+    let pod = lab.run(config, NET_DUAL).await?;
+    serve(&pod).await?;
+    ensure!(get("10.88.78.1:18080").await?.ends_with("a page\n"), "the host's port is not the pod's");
+    pod.remove().await?;
+    ensure!(TcpStream::connect("10.88.78.1:18080").await.is_err(), "the port is mapped after the pod's end");
+    Ok(())
+}
