@@ -188,7 +188,14 @@ async fn what_this_driver_cannot_do_says_so() {
     );
     let error = vm.hot_attach(disk("a-name-of-21-bytes-it")).await.unwrap_err().to_string();
     assert!(error.ends_with("a disk's id has 1 to 20 bytes"), "{error}");
-    let tap = Nic { id: "net2".into(), tap: "t".into(), mac: String::new(), mtu: 1500, queues: Vec::new() };
+    let tap = Nic {
+        id: "net2".into(),
+        tap: "t".into(),
+        mac: String::new(),
+        mtu: 1500,
+        queues: Vec::new(),
+        vhost: Vec::new(),
+    };
     let error = vm.hot_attach(DeviceInfo::Tap(tap)).await.unwrap_err().to_string();
     assert!(error.starts_with("plugging net2 into a running VM: only disks"), "{error}");
     vm.hot_detach("d0").await.unwrap();
