@@ -5,11 +5,13 @@ use std::{
     io,
     path::{Path, PathBuf},
     sync::Arc,
+    time::Duration,
 };
 
 use rustix::{
     fs::{FlockOperation, flock},
     io::Errno,
+    process::{Resource, Rlimit},
 };
 use tokio::{
     net::UnixListener,
@@ -19,10 +21,21 @@ use tokio_stream::wrappers::UnixListenerStream;
 use tonic::transport::Server;
 
 use crate::{
+    containerd::SandboxList,
     controller::Controller,
-    pod::{Environment, Pods},
+    notify,
+    pod::{Collector, Environment, Pods},
     vmm::PreflightError,
 };
+
+/// When pods are removed that containerd has forgotten.
+#[derive(Clone, Copy, Debug)]
+pub struct Collecting {
+    /// The longest time between two looks.
+    pub interval: Duration,
+    /// How long a pod must have been forgotten.
+    pub grace: Duration,
+}
 
 /// Why the daemon cannot serve.
 #[derive(Debug, thiserror::Error)]
@@ -92,31 +105,43 @@ fn lock(what: &Path, path: PathBuf) -> Result<File, DaemonError> {
     }
 }
 
+/// Lets the process have as many open files as it may: three for each pod, and 1024, the usual start, is not for many.
+pub fn raise_open_files() {
+    let limit = rustix::process::getrlimit(Resource::Nofile);
+    let most = Rlimit { current: limit.maximum, maximum: limit.maximum };
+    if let Err(error) = rustix::process::setrlimit(Resource::Nofile, most) {
+        tracing::warn!(%error, ?limit, "raising the limit of open files");
+    }
+}
+
 /// Recovers, serves, and returns when SIGTERM or SIGINT asks for it. Pods go on without the daemon.
 ///
 /// # Errors
 /// When VMs cannot be started at all, another daemon is there, or the socket cannot be served.
-pub async fn run(environment: Environment, listen: &Path) -> Result<(), DaemonError> {
+pub async fn run(environment: Environment, collecting: Collecting, listen: &Path) -> Result<(), DaemonError> {
     let _claim = Claim::take(listen, &environment.dir)?;
     let mut term = signal(SignalKind::terminate()).map_err(failed("handling signals for", listen))?;
     let mut int = signal(SignalKind::interrupt()).map_err(failed("handling signals for", listen))?;
     environment.hypervisor.preflight().await?;
-    let dir = environment.dir.clone();
+    let (dir, containerd) = (environment.dir.clone(), environment.containerd.clone());
     let pods = Arc::new(Pods::new(environment));
     let recovered = pods.recover().await.map_err(failed("recovering the sandboxes of", &dir))?;
     let incoming = UnixListenerStream::new(bind(listen)?);
     tracing::info!(listen = %listen.display(), recovered, "ready");
     // Only now: containerd, started after us, asks once for each of its sandboxes.
-    if let Err(error) = sd_notify::notify(false, &[sd_notify::NotifyState::Ready]) {
-        tracing::warn!(%error, "telling systemd that the daemon is ready");
-    }
+    notify::ready();
+    let list = Arc::new(SandboxList::new(containerd));
+    let collector = Collector::new(pods.clone(), list, collecting.interval, collecting.grace);
     let server = Server::builder().add_service(Controller::new(pods.clone()).into_server());
     tokio::select! {
         // Not a graceful shutdown: calls of Wait would keep the daemon for the life of their pods.
         served = server.serve_with_incoming(incoming) => served?,
+        () = collector.run() => {}
+        () = notify::keep_alive() => {}
         _ = term.recv() => tracing::info!("SIGTERM: leaving, sandboxes go on"),
         _ = int.recv() => tracing::info!("SIGINT: leaving, sandboxes go on"),
     }
+    notify::stopping();
     pods.leave();
     // containerd gets "unavailable" instead of a refused connection to a socket that nobody serves.
     let _ = fs::remove_file(listen);

@@ -1,16 +1,18 @@
 //! containerd sandbox controller that runs every pod in a microVM.
 //!
 //! [`controller`] speaks gRPC with containerd, [`pod`] owns a pod's life, [`container`] what a container needs on the host,
-//! [`guest`] talks to the agent; [`vmm`], [`network`] and [`process`] are below all of them.
+//! [`containerd`] asks containerd, [`guest`] talks to the agent; [`vmm`], [`network`] and [`process`] are below all of them.
 
 pub mod args;
 mod clock;
 pub mod config;
 pub mod container;
+pub mod containerd;
 pub mod controller;
 pub mod daemon;
 pub mod guest;
 pub mod network;
+mod notify;
 pub mod pod;
 pub mod process;
 pub mod protos;

@@ -9,7 +9,17 @@ use std::{
 use anyhow::Context;
 use clap::Parser;
 use tracing_subscriber::{EnvFilter, Layer, layer::SubscriberExt, util::SubscriberInitExt};
-use vmm_sandboxer::{args::Args, config::Config, daemon, pod::Environment, trace::ChromeTrace, vmm};
+use vmm_sandboxer::{
+    args::Args,
+    config::Config,
+    daemon::{self, Collecting},
+    pod::{CGROUP_ROOT, Environment},
+    trace::ChromeTrace,
+    vmm,
+};
+
+/// For one pod after a restart; all of them are found again at the same time.
+const RECOVER_TIMEOUT: Duration = Duration::from_secs(10);
 
 fn main() -> ExitCode {
     let args = Args::parse();
@@ -64,14 +74,21 @@ fn run(args: Args) -> anyhow::Result<()> {
         containerd: config.sandbox.containerd_address.clone(),
         start_timeout: Duration::from_secs(config.sandbox.start_timeout_s),
         stop_timeout: Duration::from_secs(config.sandbox.stop_timeout_s),
+        recover_timeout: RECOVER_TIMEOUT,
+        cgroup_root: CGROUP_ROOT.into(),
     };
+    let collecting = Collecting {
+        interval: Duration::from_secs(config.sandbox.collect_interval_s),
+        grace: Duration::from_secs(config.sandbox.collect_grace_s),
+    };
+    daemon::raise_open_files();
     let listen = std::path::absolute(&args.listen).context("resolving --listen")?;
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .enable_all()
         .worker_threads(4)
         .build()
         .context("starting the runtime")?;
-    let served = runtime.block_on(daemon::run(environment, &listen));
+    let served = runtime.block_on(daemon::run(environment, collecting, &listen));
     // Tasks that wait for the end of a VM must not keep the daemon.
     runtime.shutdown_background();
     Ok(served?)

@@ -41,7 +41,7 @@ use crate::{
     clock::epoch_ns,
     config::HypervisorConfig,
     container::mount::unmount_below,
-    pod::Environment,
+    pod::{Annotation, Environment},
     process::{Process, Spawn},
     vmm::{
         DeviceAddress, DeviceInfo, Hypervisor, PreflightError, ReadyGuest, ReadyListener, Vm, VmError,
@@ -63,6 +63,12 @@ pub(crate) enum Fault {
     NoVmm,
     /// The VM ends before its guest calls.
     Dies,
+    /// Starting the VMM takes for ever, with nothing to show for it.
+    SlowVmm,
+    /// The guest never answers SetupSandbox.
+    HangsSetup,
+    /// The VM cannot be found again after a restart: the attempt hangs.
+    HangsAdopt,
 }
 
 /// Starts sleeping processes.
@@ -79,6 +85,10 @@ pub(crate) struct FakeHypervisor {
     pub(crate) resumptions: watch::Sender<u64>,
     /// Makes a guest give up.
     pub(crate) gives_up: Arc<Notify>,
+    /// vCPUs, MiB and kernel parameters of every VM ever started.
+    pub(crate) specs: Mutex<Vec<(u32, u64, String)>>,
+    /// The slow start has begun.
+    pub(crate) slow: Notify,
 }
 
 #[derive(Debug)]
@@ -101,13 +111,18 @@ impl Hypervisor for FakeHypervisor {
     }
 
     async fn start(&self, spec: VmSpec) -> Result<Arc<dyn Vm>, VmError> {
+        self.specs.lock().unwrap().push((spec.vcpus, spec.memory_mib, spec.kernel_params.clone()));
+        if self.fault == Fault::SlowVmm {
+            self.slow.notify_one();
+            tokio::time::sleep(Duration::from_millis(300)).await;
+        }
         if self.fault == Fault::NoVmm {
             return Err(VmError::Unsupported("no VMM today".into()));
         }
         let socket = spec.dir.join(pod_files::VSOCK_SOCKET);
         let listener = ReadyListener::hybrid(&socket).map_err(VmError::io("listening"))?;
         let mut spawn = Spawn::new("sleep");
-        spawn.args(["600"]);
+        spawn.args(["600"]).cgroup_procs(&spec.cgroup_procs);
         let process = Arc::new(spawn.spawn()?);
         if let Ok(mut started) = self.started.lock() {
             started.push(process.clone());
@@ -131,6 +146,9 @@ impl Hypervisor for FakeHypervisor {
     }
 
     async fn adopt(&self, record: VmRecord) -> Result<Option<Arc<dyn Vm>>, VmError> {
+        if self.fault == Fault::HangsAdopt || record.dir.join("hang").exists() {
+            std::future::pending::<()>().await;
+        }
         let Some(process) = Process::adopt(record.vmm)? else { return Ok(None) };
         Ok(Some(Arc::new(FakeVm {
             dir: record.dir,
@@ -180,6 +198,10 @@ impl Vm for FakeVm {
 
     fn resumptions(&self) -> Option<watch::Receiver<u64>> {
         Some(self.resumptions.clone())
+    }
+
+    async fn vcpu_threads(&self) -> Result<Vec<u32>, VmError> {
+        Ok(vec![self.process.pid()])
     }
 
     async fn hot_attach(&self, _: DeviceInfo) -> Result<DeviceAddress, VmError> {
@@ -270,6 +292,9 @@ impl SandboxService for FakeGuest {
             return Err(refusal(Code::INTERNAL, "setting the sysctl x: no such file"));
         }
         self.setups.lock().unwrap().push(request);
+        if self.fault == Fault::HangsSetup {
+            std::future::pending::<()>().await;
+        }
         Ok(Empty::new())
     }
 
@@ -335,11 +360,16 @@ impl Lab {
         Environment {
             dir: self.path("pods"),
             hypervisor: self.hypervisor.clone(),
-            sizes: HypervisorConfig::default(),
+            sizes: HypervisorConfig {
+                allowed_annotations: vec![Annotation::KernelParams],
+                ..HypervisorConfig::default()
+            },
             relay: self.path("relay"),
             containerd: "/run/containerd/containerd.sock".into(),
             start_timeout: Duration::from_secs(20),
             stop_timeout: Duration::from_secs(1),
+            recover_timeout: Duration::from_secs(3),
+            cgroup_root: self.path("cgroup"),
         }
     }
 

@@ -9,6 +9,7 @@ use std::{
 
 use serde::Deserialize;
 
+use crate::pod::Annotation;
 use crate::vmm::{Accel, Machine, Root, ShareFs, VmConfig, VsockKind};
 
 /// Where the daemon looks for its configuration.
@@ -45,6 +46,10 @@ pub struct SandboxConfig {
     pub start_timeout_s: u64,
     /// Seconds containers have to end when a pod is stopped.
     pub stop_timeout_s: u64,
+    /// Seconds between two looks at containerd's list of pods, for those that it has forgotten.
+    pub collect_interval_s: u64,
+    /// Seconds for which a pod must be missing there before it is removed.
+    pub collect_grace_s: u64,
 }
 
 impl Default for SandboxConfig {
@@ -56,6 +61,8 @@ impl Default for SandboxConfig {
             containerd_address: "/run/containerd/containerd.sock".into(),
             start_timeout_s: 60,
             stop_timeout_s: 10,
+            collect_interval_s: 600,
+            collect_grace_s: 60,
         }
     }
 }
@@ -127,12 +134,14 @@ pub struct HypervisorConfig {
     pub machine_type: Machine,
     /// CPU model. Empty: `host` with KVM, `max` with emulation.
     pub cpu_model: String,
-    /// vCPUs of a pod without a CPU limit, and the fewest of any pod.
+    /// vCPUs of a pod without a CPU limit, if it does not request more.
     pub vcpus: u32,
     /// Guest memory, in MiB, of a pod without a memory limit.
     pub memory_in_mb: u32,
     /// MiB added to a pod's memory limit for the guest's kernel and agent.
     pub memory_overhead_in_mb: u32,
+    /// Annotations with which a pod may ask for another VM.
+    pub allowed_annotations: Vec<Annotation>,
     /// Guest kernel.
     pub kernel_path: PathBuf,
     /// Guest image; needed with `root = "pmem"` and `"blk"`.
@@ -165,6 +174,7 @@ impl Default for HypervisorConfig {
             vcpus: 1,
             memory_in_mb: 512,
             memory_overhead_in_mb: 64,
+            allowed_annotations: Vec::new(),
             kernel_path: "/usr/share/kuasar/vmlinux".into(),
             image_path: "/usr/share/kuasar/kuasar.img".into(),
             initrd_path: "/usr/share/kuasar/kuasar.initrd".into(),
@@ -320,6 +330,17 @@ impl Config {
         }
         if self.sandbox.start_timeout_s == 0 {
             return Err(("sandbox.start_timeout_s", "is 0, no pod can start within that".into()));
+        }
+        for (key, seconds) in [
+            ("sandbox.collect_interval_s", self.sandbox.collect_interval_s),
+            ("sandbox.collect_grace_s", self.sandbox.collect_grace_s),
+        ] {
+            if seconds == 0 {
+                return Err((
+                    key,
+                    "is 0, and a pod that is being created must not be taken for a forgotten one".into(),
+                ));
+            }
         }
         let mut needed = vec![
             ("hypervisor.path", &hypervisor.path),

@@ -62,6 +62,9 @@ fn values_that_cannot_work_are_refused_by_name() {
         ("[hypervisor]\nkernel_path = \"\"", "hypervisor.kernel_path is empty"),
         ("[hypervisor]\nroot = \"initrd\"\ninitrd_path = \"\"", "hypervisor.initrd_path is empty"),
         ("[sandbox]\nstart_timeout_s = 0", "sandbox.start_timeout_s is 0"),
+        ("[sandbox]\ncollect_grace_s = 0", "sandbox.collect_grace_s is 0"),
+        ("[sandbox]\ncollect_interval_s = 0", "sandbox.collect_interval_s is 0"),
+        ("[hypervisor]\nallowed_annotations = [\"io.kuasar.vm.vcpu\"]", "did you mean `io.kuasar.vm.vcpus`?"),
     ] {
         let said = refusal(text);
         assert!(said.contains(part), "{said}");

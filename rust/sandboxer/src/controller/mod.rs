@@ -3,19 +3,15 @@
 //! Bodies that change something run in tasks of their own, because tonic drops a handler whose client went away.
 
 mod info;
+mod update;
 
-use std::{
-    collections::HashMap,
-    sync::Arc,
-    time::{SystemTime, UNIX_EPOCH},
-};
+use std::{collections::HashMap, sync::Arc};
 
-use prost_types::Timestamp;
 use tonic::{Request, Response, Status};
 use tracing::Instrument;
 
 use crate::{
-    pod::{Caller, Phase, PodError, PodSpec, Pods},
+    pod::{Caller, Phase, PodError, PodSpec, Pods, namespace_of_cri},
     protos::{
         controller::{
             ControllerCreateRequest, ControllerCreateResponse, ControllerMetricsRequest,
@@ -25,6 +21,7 @@ use crate::{
             ControllerStopRequest, ControllerStopResponse, ControllerUpdateRequest, ControllerUpdateResponse,
             ControllerWaitRequest, ControllerWaitResponse, controller_server,
         },
+        timestamp,
         types::Platform,
     },
 };
@@ -86,24 +83,18 @@ async fn apart<T: Send + 'static>(
     }
 }
 
-fn timestamp(time: SystemTime) -> Timestamp {
-    let since = time.duration_since(UNIX_EPOCH).unwrap_or_default();
-    Timestamp {
-        seconds: i64::try_from(since.as_secs()).unwrap_or(i64::MAX),
-        nanos: i32::try_from(since.subsec_nanos()).unwrap_or(0),
-    }
-}
-
 #[tonic::async_trait]
 impl controller_server::Controller for Controller {
     async fn create(
         &self,
         request: Request<ControllerCreateRequest>,
     ) -> Result<Response<ControllerCreateResponse>, Status> {
+        let namespace = namespace(&request);
         let request = request.into_inner();
         let (pods, id) = (self.pods.clone(), request.sandbox_id.clone());
         apart(&request.sandbox_id.clone(), async move {
-            let spec = PodSpec::from_request(&request)?;
+            let mut spec = PodSpec::from_request(&request, pods.allowed_annotations())?;
+            spec.namespace = namespace;
             tracing::info!(name = spec.name, "creating the sandbox");
             pods.create(&request.sandbox_id, spec).await
         })
@@ -168,7 +159,9 @@ impl controller_server::Controller for Controller {
         request: Request<ControllerWaitRequest>,
     ) -> Result<Response<ControllerWaitResponse>, Status> {
         let pod = self.pods.get(&request.into_inner().sandbox_id)?;
+        let mut hung_up = HungUp(Some(self.pods.clone()));
         let exit = pod.wait().await;
+        hung_up.0 = None;
         Ok(Response::new(ControllerWaitResponse {
             exit_status: exit.code,
             exited_at: Some(timestamp(exit.at)),
@@ -208,16 +201,42 @@ impl controller_server::Controller for Controller {
 
     async fn metrics(
         &self,
-        _: Request<ControllerMetricsRequest>,
+        request: Request<ControllerMetricsRequest>,
     ) -> Result<Response<ControllerMetricsResponse>, Status> {
-        Err(Status::unimplemented("metrics of sandboxes are not there yet"))
+        let pod = self.pods.get(&request.into_inner().sandbox_id)?;
+        // Files of the kernel, read at once, but as many as there are controllers.
+        let metrics = tokio::task::spawn_blocking(move || pod.metrics()).await;
+        let metrics = metrics.map_err(|error| Status::internal(format!("the daemon failed: {error}")))?;
+        Ok(Response::new(ControllerMetricsResponse { metrics: Some(metrics) }))
     }
 
     async fn update(
         &self,
-        _: Request<ControllerUpdateRequest>,
+        request: Request<ControllerUpdateRequest>,
     ) -> Result<Response<ControllerUpdateResponse>, Status> {
-        Err(Status::unimplemented("updates of sandboxes are not there yet"))
+        let request = request.into_inner();
+        let pod = self.pods.get(&request.sandbox_id)?;
+        if let Some(resources) = update::resources(&request)? {
+            apart(&request.sandbox_id, async move { pod.update(resources).await }).await?;
+        }
+        Ok(Response::new(ControllerUpdateResponse {}))
+    }
+}
+
+/// containerd's namespace, which it says beside each request.
+fn namespace<T>(request: &Request<T>) -> String {
+    let said = request.metadata().get("containerd-namespace").and_then(|name| name.to_str().ok());
+    said.map_or_else(namespace_of_cri, str::to_owned)
+}
+
+/// Who waits for a pod and hangs up before it ends was ended itself, and may know less when it comes back.
+struct HungUp(Option<Arc<Pods>>);
+
+impl Drop for HungUp {
+    fn drop(&mut self) {
+        if let Some(pods) = &self.0 {
+            pods.suspect();
+        }
     }
 }
 

@@ -254,7 +254,13 @@ async fn the_death_of_the_vm_ends_wait_and_status() {
     lab.vmm().signal(rustix::process::Signal::KILL).unwrap();
     let exit = timeout(Duration::from_secs(5), wait(client.clone())).await.expect("Wait ends").unwrap();
     assert_eq!(exit.exit_status, 137);
-    assert_eq!(status(&mut client).await.unwrap().state, "SANDBOX_NOTREADY");
+    let status = status(&mut client).await.unwrap();
+    assert_eq!(status.state, "SANDBOX_NOTREADY");
+    // Not just a number.
+    let ours: serde_json::Value = serde_json::from_str(&status.info["kuasar"]).unwrap();
+    let reason = ours["reason"].as_str().unwrap();
+    assert!(reason.starts_with("the VM ended with status 137 (signal 9)"), "{reason}");
+    assert!(reason.ends_with("console.log: Kernel panic"), "{reason}");
     stop(&mut client).await.unwrap();
     shutdown(&mut client).await.unwrap();
     lab.assert_clean();
@@ -323,18 +329,19 @@ async fn the_death_of_the_relay_ends_the_pod() {
     assert_eq!(relay.len(), 1);
     crate::process::Process::open(relay[0]).unwrap().signal(rustix::process::Signal::KILL).unwrap();
     timeout(Duration::from_secs(5), wait(client.clone())).await.expect("Wait ends").unwrap();
-    assert_eq!(status(&mut client).await.unwrap().state, "SANDBOX_NOTREADY");
+    let status = status(&mut client).await.unwrap();
+    assert_eq!(status.state, "SANDBOX_NOTREADY");
+    assert!(
+        status.info["kuasar"].contains("its relay ended with status 137 (signal 9); relay.log: relay is up")
+    );
     shutdown(&mut client).await.unwrap();
     lab.assert_clean();
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn what_is_not_there_yet_says_so() {
+async fn the_platform_is_containerds_name_for_it() {
     let lab = Lab::new(Fault::None);
     let (mut client, _pods) = serve(&lab).await;
-    let metrics = client.metrics(ControllerMetricsRequest::default()).await.unwrap_err();
-    let update = client.update(ControllerUpdateRequest::default()).await.unwrap_err();
-    assert_eq!((metrics.code(), update.code()), (Code::Unimplemented, Code::Unimplemented));
     let platform = client.platform(ControllerPlatformRequest::default()).await.unwrap().into_inner();
     let platform = platform.platform.unwrap();
     assert_eq!(platform.os, "linux");
@@ -429,7 +436,9 @@ async fn a_new_daemon_finds_dead_pods_not_ready_and_half_started_ones_gone() {
 
     let (mut client, pods) = serve(&lab).await;
     assert_eq!(pods.len(), 1);
-    assert_eq!(status(&mut client).await.unwrap().state, "SANDBOX_NOTREADY");
+    let dead = status(&mut client).await.unwrap();
+    assert_eq!(dead.state, "SANDBOX_NOTREADY");
+    assert!(dead.info["kuasar"].contains("its VM ended while no daemon watched; console.log: Kernel panic"));
     timeout(Duration::from_secs(5), wait(client.clone())).await.expect("at once").unwrap();
     assert!(!lab.path("pods/p2").exists() && !lab.path("pods/p3").exists());
     assert!(lab.path("pods/p4/pod.json.unreadable").exists());
@@ -440,3 +449,6 @@ async fn a_new_daemon_finds_dead_pods_not_ready_and_half_started_ones_gone() {
     fs::remove_dir_all(lab.path("pods/p4")).unwrap();
     lab.assert_clean();
 }
+
+mod resources;
+mod robust;

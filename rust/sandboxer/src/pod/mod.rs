@@ -3,9 +3,11 @@
 //! What a pod looks like from outside ([`View`]) is published in a `watch` channel, so that Status and Wait never wait for
 //! anybody. What changes the pod holds its own lock, which nobody else needs.
 
+mod annotations;
 mod caller;
 mod cgroup;
 mod clock;
+mod collect;
 mod error;
 mod host;
 mod log;
@@ -18,11 +20,12 @@ mod spec;
 mod start;
 mod stop;
 mod store;
+mod update;
 
 use std::{
     collections::BTreeMap,
     path::{Path, PathBuf},
-    sync::{Arc, PoisonError, atomic::AtomicBool},
+    sync::{Arc, Mutex as SyncMutex, PoisonError, atomic::AtomicBool},
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
@@ -33,16 +36,21 @@ use tokio::{
 };
 use tracing::Instrument;
 
+pub use self::cgroup::ROOT as CGROUP_ROOT;
 pub use self::{
+    annotations::{Annotation, Wishes},
     caller::{Caller, CallerGuard},
+    collect::{Collector, Known},
     error::{PodError, StepError},
     record::Phase,
-    spec::{PodResources, PodSpec},
+    spec::{PodResources, PodSpec, namespace_of_cri},
     store::Pods,
 };
 use self::{
+    cgroup::Cgroups,
     host::HostServer,
     record::{ExitRecord, PodRecord, VERSION},
+    size::VmSize,
 };
 use crate::{
     clock::epoch_ns,
@@ -50,7 +58,8 @@ use crate::{
     container::{Disks, Plan, Storage, StorageError, mount::RootfsMount, spec::Target},
     network::NetworkRecord,
     process::Process,
-    vmm::{Hypervisor, Vm},
+    protos::types::Metric,
+    vmm::{Hypervisor, Vm, VmRecord},
 };
 
 /// What all pods of a daemon share.
@@ -66,10 +75,14 @@ pub struct Environment {
     pub relay: PathBuf,
     /// containerd's gRPC socket.
     pub containerd: PathBuf,
+    /// Where cgroup hierarchies are mounted.
+    pub cgroup_root: PathBuf,
     /// A pod has this long from Start to ready.
     pub start_timeout: Duration,
     /// Containers have this long to end when a pod is stopped.
     pub stop_timeout: Duration,
+    /// A pod has this long to be found again after a restart; the others do not wait for it, but the daemon's start does.
+    pub recover_timeout: Duration,
 }
 
 /// A pod from outside.
@@ -109,13 +122,18 @@ pub struct Pod {
     dir: PathBuf,
     labels: BTreeMap<String, String>,
     shared_pids: bool,
+    netns: PathBuf,
+    namespace: String,
+    cgroup_parent: String,
     environment: Environment,
     view: watch::Sender<View>,
     work: Mutex<Work>,
     storage: Mutex<Storage>,
     /// Taken before `storage`, and never while `work` is waited for: ending a pod must not wait for its VM's bus.
     disks: Mutex<Disks>,
-    watchers: std::sync::Mutex<Vec<AbortHandle>>,
+    /// Why its VM ends, from the first who knows; nobody who only was asked for it says so.
+    blame: SyncMutex<Option<String>>,
+    watchers: SyncMutex<Vec<AbortHandle>>,
     /// Somebody asked for the VM's end.
     stopping: AtomicBool,
 }
@@ -129,13 +147,11 @@ struct Work {
     relay: Option<Arc<Process>>,
     host: Option<HostServer>,
     cgroups: Vec<PathBuf>,
-}
-
-impl Work {
-    /// Where processes of the pod write themselves to.
-    fn cgroup_procs(&self) -> Vec<PathBuf> {
-        self.cgroups.iter().map(|cgroup| cgroup.join("cgroup.procs")).collect()
-    }
+    size: Option<VmSize>,
+    /// A VM that could not be taken over, and whose processes have yet to be ended.
+    lost: Option<VmRecord>,
+    /// The guest of a pod that is not running any more has yet to be told to end.
+    guest_up: bool,
 }
 
 impl Pod {
@@ -145,12 +161,16 @@ impl Pod {
             id: id.to_owned(),
             labels: spec.labels.clone(),
             shared_pids: spec.shared_pids,
+            netns: spec.netns.clone(),
+            namespace: spec.namespace.clone(),
+            cgroup_parent: spec.cgroup_parent.clone(),
             environment: environment.clone(),
             view: watch::Sender::new(view),
             work: Mutex::new(Work { spec, ..Work::default() }),
             storage: Mutex::new(Storage::new(&dir)),
             disks: Mutex::new(Disks::new(&dir)),
-            watchers: std::sync::Mutex::default(),
+            blame: SyncMutex::default(),
+            watchers: SyncMutex::default(),
             stopping: AtomicBool::new(false),
             dir,
         })
@@ -191,6 +211,26 @@ impl Pod {
     #[must_use]
     pub fn view(&self) -> View {
         self.view.borrow().clone()
+    }
+
+    /// What the pod uses on the host; never waits for anybody.
+    #[must_use]
+    pub fn metrics(&self) -> Metric {
+        let cgroups = self.cgroups().ok();
+        let counted = cgroups.and_then(|cgroups| cgroup::of_cgroups(&self.id, &cgroups));
+        counted.unwrap_or_else(|| {
+            let mut pids = vec![self.view().pid];
+            if let Ok(work) = self.work.try_lock() {
+                let companions = work.vm.iter().flat_map(|vm| vm.record().companions.into_values());
+                pids.extend(companions.map(|process| process.pid));
+                pids.extend(work.relay.iter().map(|relay| relay.pid()));
+            }
+            cgroup::of_processes(&self.id, &pids)
+        })
+    }
+
+    fn cgroups(&self) -> std::io::Result<Cgroups> {
+        Cgroups::plan(&self.environment.cgroup_root, &self.cgroup_parent, &self.id)
     }
 
     /// Where containerd reaches the pod's containers. The scheme is the only one that containerd 2.1 can use for both
@@ -286,9 +326,10 @@ impl Pod {
             created_ns: epoch_ns(view.created),
             spec: work.spec.clone(),
             network: work.network.clone(),
-            vm: work.vm.as_ref().map(|vm| vm.record()),
+            vm: work.vm.as_ref().map(|vm| vm.record()).or_else(|| work.lost.clone()),
             relay: work.relay.as_ref().map(|relay| relay.record()),
             cgroups: work.cgroups.clone(),
+            size: work.size,
             exit: view.exit.map(|exit| ExitRecord {
                 code: exit.code,
                 at_ns: epoch_ns(exit.at),
@@ -304,6 +345,15 @@ impl Pod {
 
     fn set_phase(&self, phase: Phase) {
         self.view.send_modify(|view| view.phase = phase);
+    }
+
+    /// Says why the VM is about to end; the first word holds.
+    fn blame(&self, why: impl Into<String>) {
+        self.blame.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(why.into());
+    }
+
+    fn blamed(&self) -> Option<String> {
+        self.blame.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
     /// The first who notices the end says how it was.

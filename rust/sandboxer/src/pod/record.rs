@@ -10,11 +10,14 @@ use std::{
 use kuasar_common::constants::pod_files;
 use serde::{Deserialize, Serialize};
 
-use super::spec::PodSpec;
+use super::{size::VmSize, spec::PodSpec};
 use crate::{network::NetworkRecord, process::ProcessRecord, vmm::VmRecord};
 
-/// Raised when an older daemon could not make sense of the record any more.
-pub(super) const VERSION: u32 = 1;
+/// Raised when an older daemon could not make sense of the record any more. Records of every version so far are read:
+/// what a version added has a default.
+///
+/// 2: how big the VM is, why it ended, what annotations asked for.
+pub(super) const VERSION: u32 = 2;
 
 /// How far a pod is in its life.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -64,8 +67,16 @@ pub(super) struct PodRecord {
     /// cgroups that were created for it, outermost first.
     #[serde(default)]
     pub cgroups: Vec<PathBuf>,
+    /// How big its VM is.
+    #[serde(default)]
+    pub size: Option<VmSize>,
     /// How it ended.
     pub exit: Option<ExitRecord>,
+}
+
+#[derive(Deserialize)]
+struct Version {
+    version: u32,
 }
 
 /// Why a record could not be read.
@@ -106,10 +117,14 @@ impl PodRecord {
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Err(RecordError::Missing),
             read => read?,
         };
-        let record: Self = serde_json::from_slice(&text).map_err(|e| RecordError::Alien(e.to_string()))?;
-        if record.version != VERSION {
-            return Err(RecordError::Alien(format!("version {}, expected {VERSION}", record.version)));
+        // Before all else: what a later version means by the rest, nobody knows.
+        let version: Version =
+            serde_json::from_slice(&text).map_err(|e| RecordError::Alien(e.to_string()))?;
+        if !(1..=VERSION).contains(&version.version) {
+            let why = format!("version {}, and this daemon reads 1 to {VERSION}", version.version);
+            return Err(RecordError::Alien(why));
         }
+        let record: Self = serde_json::from_slice(&text).map_err(|e| RecordError::Alien(e.to_string()))?;
         if dir.file_name().and_then(|name| name.to_str()) != Some(record.id.as_str()) {
             return Err(RecordError::Alien(format!("it is of pod {:?}", record.id)));
         }
@@ -137,7 +152,8 @@ mod tests {
             vm: None,
             relay: Some(ProcessRecord { pid: 4, start_time: 5 }),
             cgroups: Vec::new(),
-            exit: None,
+            size: Some(VmSize { vcpus: 1, memory_mib: 512 }),
+            exit: Some(ExitRecord { code: 1, at_ns: 2, reason: Some("stopped".into()) }),
         };
         record.write(&dir).unwrap();
         assert_eq!(PodRecord::read(&dir).unwrap(), record);
@@ -147,5 +163,31 @@ mod tests {
         assert!(PodRecord::read(&other).unwrap_err().to_string().contains("it is of pod \"p1\""));
         fs::write(other.join(pod_files::RECORD), "{\"version\":1").unwrap();
         assert!(matches!(PodRecord::read(&other), Err(RecordError::Alien(_))));
+        fs::write(other.join(pod_files::RECORD), "{\"version\":3,\"id\":{}}").unwrap();
+        let text = PodRecord::read(&other).unwrap_err().to_string();
+        assert_eq!(text, "understanding the record: version 3, and this daemon reads 1 to 2");
+    }
+
+    /// As the first version wrote it.
+    #[test]
+    fn records_of_version_1_are_read() {
+        let root = tempfile::tempdir().unwrap();
+        let dir = root.path().join("p1");
+        fs::create_dir(&dir).unwrap();
+        let text = r#"{
+            "version": 1, "id": "p1", "phase": "stopped", "created_ns": 5,
+            "spec": {
+                "name": "prod/web", "netns": "/run/netns/x", "hostname": "web", "resolv_conf": "", "sysctls": {},
+                "cgroup_parent": "/kubepods/podu", "labels": {},
+                "resources": {"cpu_quota": 0, "cpu_period": 0, "memory_limit": 7, "memory_overhead": 0}
+            },
+            "network": null, "relay": {"pid": 4, "start_time": 5}, "cgroups": ["/sys/fs/cgroup/kubepods/podu/kuasar-p1"],
+            "vm": {"dir": "/run/p1", "vmm": {"pid": 3, "start_time": 4}, "companions": {}, "cid": null, "buses": []},
+            "exit": {"code": 137, "at_ns": 6}
+        }"#;
+        fs::write(dir.join(pod_files::RECORD), text).unwrap();
+        let record = PodRecord::read(&dir).unwrap();
+        assert_eq!((record.spec.resources.memory_limit, record.spec.namespace.as_str()), (7, "k8s.io"));
+        assert_eq!((record.size, record.exit.map(|exit| exit.code)), (None, Some(137)));
     }
 }

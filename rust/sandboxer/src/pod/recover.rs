@@ -15,15 +15,15 @@ use tracing::Instrument;
 use super::{
     Environment, Exit, Phase, Pod, Pods, View, cgroup, from_epoch_ns,
     host::HostServer,
+    log,
     record::{PodRecord, RecordError},
+    stop::end_lost,
 };
 use crate::{
     container::{is_safe_id, remove},
     process::Process,
 };
 
-/// One pod's recovery has this long; the others do not wait for it, but the daemon's start does.
-const DEADLINE: Duration = Duration::from_secs(30);
 /// A process that was killed has this long to be gone.
 const GONE: Duration = Duration::from_secs(10);
 
@@ -48,8 +48,9 @@ impl Pods {
             let span = tracing::info_span!("pod", id);
             let pods = self.clone();
             let recovery = async move {
-                if timeout(DEADLINE, pods.recover_one(&entry.path(), &id)).await.is_err() {
-                    tracing::error!("the sandbox is not recovered within {DEADLINE:?}; its folder is kept");
+                let deadline = pods.environment().recover_timeout;
+                if timeout(deadline, pods.recover_one(&entry.path(), &id)).await.is_err() {
+                    pods.give_up(&entry.path(), &id, deadline);
                 }
             };
             set.spawn(recovery.instrument(span));
@@ -73,15 +74,22 @@ impl Pods {
             Phase::Starting => {
                 tracing::info!("removing a sandbox whose start was interrupted");
                 end_recorded(environment, &record).await;
-                clear(environment, dir).await;
-                if let Err(error) = cgroup::remove(&record.cgroups).await {
-                    tracing::warn!(%error, "removing the sandbox's cgroup");
+                // A process that was started and not recorded yet is known by its cgroup, or by its arguments.
+                cgroup::end_members(&record.cgroups);
+                end_strays(environment, dir).await;
+                // Before the folder, with which the record of them goes.
+                match cgroup::remove(&record.cgroups).await {
+                    Ok(()) => clear(environment, dir).await,
+                    Err(error) => {
+                        tracing::error!(%error, "removing the sandbox's cgroup; its folder is kept")
+                    }
                 }
             }
             Phase::Created | Phase::Stopped => {
                 let pod = revive(environment, id, &record);
                 adopt_relay(&pod, &record).await;
                 if record.phase == Phase::Stopped {
+                    pod.work.lock().await.lost = record.vm;
                     serve_host(&pod).await;
                 }
                 self.insert(pod);
@@ -114,15 +122,45 @@ impl Pods {
                 pod.watch(vm, relay, None);
             }
             (vm, relay) => {
-                let (vm_lives, relay_lives) = (vm.is_some(), relay.is_some());
-                tracing::warn!(vm_lives, relay_lives, "the sandbox has ended while no daemon watched");
-                pod.work.lock().await.vm = vm;
-                if let Err(error) = pod.stop().await {
-                    tracing::error!(%error, "clearing up after a sandbox that ended");
+                let whose = if vm.is_none() { "VM" } else { "relay" };
+                let log = log::tails(pod.dir(), &["vmm.log", "console.log", "relay.log"]);
+                let reason = format!("its {whose} ended while no daemon watched{log}");
+                tracing::warn!(reason, relay_lives = relay.is_some(), "the sandbox has ended");
+                pod.blame(&*reason);
+                // Known before it is cleared up: containerd is not to wait for that, nor to take it for a mere stop.
+                pod.set_ended(Exit { code: 255, at: SystemTime::now(), reason: Some(reason) });
+                {
+                    let mut work = pod.work.lock().await;
+                    // A guest without a relay still has file systems to sync; of a VM that ended, processes may be left.
+                    work.guest_up = vm.is_some();
+                    work.lost = if vm.is_none() { record.vm.clone() } else { None };
+                    work.vm = vm;
                 }
-                pod.set_ended(Exit::new(255, SystemTime::now()));
+                let stopping = pod.clone();
+                pod.beside(async move {
+                    if let Err(error) = stopping.stop().await {
+                        tracing::error!(%error, "clearing up after a sandbox that ended");
+                    }
+                });
             }
         }
+    }
+}
+
+impl Pods {
+    /// What cannot be found again in time is not ready, and can be stopped and removed like any other.
+    fn give_up(&self, dir: &Path, id: &str, deadline: Duration) {
+        tracing::error!("the sandbox is not recovered within {deadline:?}");
+        let Ok(record) = PodRecord::read(dir) else { return };
+        let reason = format!("it was not found again within {deadline:?} after the daemon's restart");
+        let pod = revive(self.environment(), id, &record);
+        pod.blame(&*reason);
+        pod.set_ended(Exit { code: 255, at: SystemTime::now(), reason: Some(reason) });
+        if let Ok(mut work) = pod.work.try_lock() {
+            work.lost = record.vm;
+            work.relay = record.relay.and_then(|relay| Process::adopt(relay).ok().flatten()).map(Arc::new);
+        }
+        self.insert(pod);
     }
 }
 
@@ -142,6 +180,7 @@ fn revive(environment: &Environment, id: &str, record: &PodRecord) -> Arc<Pod> {
     if let Ok(mut work) = pod.work.try_lock() {
         work.network.clone_from(&record.network);
         work.cgroups.clone_from(&record.cgroups);
+        work.size = record.size;
     }
     pod
 }
@@ -176,7 +215,7 @@ fn set_aside(dir: &Path, error: &RecordError) {
 
 async fn end_recorded(environment: &Environment, record: &PodRecord) {
     if let Some(vm) = record.vm.clone() {
-        match environment.hypervisor.adopt(vm).await {
+        match environment.hypervisor.adopt(vm.clone()).await {
             Ok(Some(vm)) => {
                 if let Err(error) = vm.stop(true, GONE).await {
                     tracing::error!(%error, "ending the VM");
@@ -185,6 +224,15 @@ async fn end_recorded(environment: &Environment, record: &PodRecord) {
             Ok(None) => {}
             Err(error) => tracing::error!(%error, "ending the VM"),
         }
+        if let Err(error) = end_lost(&vm).await {
+            tracing::error!(%error, "ending the VM's processes");
+        }
+    }
+    if let Some(relay) = record.relay
+        && let Ok(Some(relay)) = Process::adopt(relay)
+        && let Err(error) = relay.end(Duration::ZERO).await
+    {
+        tracing::error!(%error, "ending the relay");
     }
     if let Some(network) = &record.network
         && let Err(error) = crate::network::remove(network).await
@@ -198,9 +246,7 @@ async fn clear(environment: &Environment, dir: &Path) {
     if dir.join(format!("{}.unreadable", pod_files::RECORD)).exists() {
         return;
     }
-    let sizes = &environment.sizes;
-    let programs = [&sizes.path, &sizes.virtiofsd.path, &sizes.vsock_device.path, &environment.relay];
-    end_strays(dir, &programs.map(Clone::clone)).await;
+    end_strays(environment, dir).await;
     let folder = dir.to_owned();
     let removed = tokio::task::spawn_blocking(move || remove::remove(&folder)).await;
     match removed {
@@ -211,13 +257,16 @@ async fn clear(environment: &Environment, dir: &Path) {
 }
 
 /// Kills processes of ours that were started for this folder: those whose program we start and whose arguments name it.
-async fn end_strays(dir: &Path, programs: &[PathBuf]) {
+async fn end_strays(environment: &Environment, dir: &Path) {
+    let sizes = &environment.sizes;
+    let programs = [&sizes.path, &sizes.virtiofsd.path, &sizes.vsock_device.path, &environment.relay];
+    let programs = programs.map(Clone::clone);
     for pid in fs::read_dir("/proc").into_iter().flatten().flatten() {
         let Some(pid) = pid.file_name().to_str().and_then(|name| name.parse::<u32>().ok()) else { continue };
         // Held before it is looked at, so that the signal goes to what was looked at.
         let Ok(process) = Process::open(pid) else { continue };
         let Ok(command) = fs::read(format!("/proc/{pid}/cmdline")) else { continue };
-        if is_for(&command, dir, programs) {
+        if is_for(&command, dir, &programs) {
             tracing::info!(pid, "ending a process of a sandbox that is no more");
             if let Err(error) = process.end(Duration::ZERO).await {
                 tracing::error!(%error, "ending a process of a sandbox that is no more");

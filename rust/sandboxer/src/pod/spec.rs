@@ -5,14 +5,24 @@ use std::{collections::BTreeMap, fs, path::PathBuf};
 use prost::Message;
 use serde::{Deserialize, Serialize};
 
-use super::PodError;
+use super::{
+    PodError,
+    annotations::{Annotation, Wishes},
+    cgroup::Limits,
+};
 use crate::protos::{
     controller::ControllerCreateRequest,
-    cri::{DnsConfig, LinuxPodSandboxConfig, NamespaceMode, NamespaceOption, PodSandboxConfig},
+    cri::{
+        DnsConfig, LinuxContainerResources, LinuxPodSandboxConfig, NamespaceMode, NamespaceOption,
+        PodSandboxConfig,
+    },
 };
 
 /// Type of the CRI's pod configuration in a Create request.
 const CONFIG_TYPE: &str = "runtime.v1.PodSandboxConfig";
+
+/// containerd's namespace of the CRI.
+const NAMESPACE: &str = "k8s.io";
 
 /// sysctls that the CRI plugin promises for every pod and leaves to the sandbox.
 const DEFAULT_SYSCTLS: [(&str, &str); 2] =
@@ -39,12 +49,24 @@ pub struct PodSpec {
     pub cgroup_parent: String,
     /// What the pod may use.
     pub resources: PodResources,
+    /// What its annotations say of its VM.
+    #[serde(default)]
+    pub wishes: Wishes,
+    /// Namespace of containerd in which the pod is listed. (Records of before knew one only.)
+    #[serde(default = "namespace_of_cri")]
+    pub namespace: String,
     /// Handed back to containerd, which replaces its own by them.
     pub labels: BTreeMap<String, String>,
 }
 
-/// Limits of all containers of a pod together, as kubelet adds them up; 0 or less: unlimited or not told.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+/// Containerd's namespace of all pods that Kubernetes makes.
+#[must_use]
+pub fn namespace_of_cri() -> String {
+    NAMESPACE.to_owned()
+}
+
+/// Limits of all containers of a pod together, as kubelet adds them up; 0 or less, or empty: unlimited or not told.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct PodResources {
     /// Microseconds of CPU time per period.
@@ -55,14 +77,49 @@ pub struct PodResources {
     pub memory_limit: i64,
     /// Bytes, of the runtime class's overhead.
     pub memory_overhead: i64,
+    /// What is requested of the CPUs, 1024 for each.
+    pub cpu_shares: i64,
+    /// CPUs that the pod may run on, as in `0-3,8`.
+    pub cpuset_cpus: String,
+    /// Memory nodes that it may use, likewise.
+    pub cpuset_mems: String,
+    /// Bytes of huge pages by their size, as in `2MB`.
+    pub huge_pages: BTreeMap<String, u64>,
+}
+
+impl PodResources {
+    /// What of it is set in the pod's own cgroups; the rest kubelet sets in the one above.
+    pub(super) fn limits(&self) -> Limits {
+        Limits {
+            cpus: self.cpuset_cpus.clone(),
+            mems: self.cpuset_mems.clone(),
+            huge_pages: self.huge_pages.clone(),
+        }
+    }
+
+    /// From the CRI's.
+    #[must_use]
+    pub fn new(limits: LinuxContainerResources, overhead: &LinuxContainerResources) -> Self {
+        let huge_pages = limits.hugepage_limits.into_iter();
+        Self {
+            cpu_quota: limits.cpu_quota,
+            cpu_period: limits.cpu_period,
+            memory_limit: limits.memory_limit_in_bytes,
+            memory_overhead: overhead.memory_limit_in_bytes,
+            cpu_shares: limits.cpu_shares,
+            cpuset_cpus: limits.cpuset_cpus,
+            cpuset_mems: limits.cpuset_mems,
+            huge_pages: huge_pages.map(|limit| (limit.page_size, limit.limit)).collect(),
+        }
+    }
 }
 
 impl PodSpec {
     /// Reads a Create request.
     ///
     /// # Errors
-    /// When it cannot be read, or asks for what a VM cannot give.
-    pub fn from_request(request: &ControllerCreateRequest) -> Result<Self, PodError> {
+    /// When it cannot be read, or asks for what a VM cannot give or what is not allowed.
+    pub fn from_request(request: &ControllerCreateRequest, allowed: &[Annotation]) -> Result<Self, PodError> {
         let config = match &request.options {
             None => PodSandboxConfig::default(),
             Some(any) if any.type_url.rsplit('/').next() == Some(CONFIG_TYPE) => {
@@ -89,7 +146,12 @@ impl PodSpec {
             shared_pids: namespace_options(&linux).is_some_and(|options| is(options.pid, NamespaceMode::Pod)),
             sysctls,
             cgroup_parent: linux.cgroup_parent.clone(),
-            resources: resources(&linux),
+            resources: PodResources::new(
+                linux.resources.unwrap_or_default(),
+                &linux.overhead.unwrap_or_default(),
+            ),
+            wishes: Wishes::read(&config.annotations, allowed)?,
+            namespace: namespace_of_cri(),
             labels: labels.into_iter().collect(),
         })
     }
@@ -130,17 +192,6 @@ fn refuse_host_namespaces(linux: &LinuxPodSandboxConfig, netns: &str) -> Result<
     Ok(())
 }
 
-fn resources(linux: &LinuxPodSandboxConfig) -> PodResources {
-    let limits = linux.resources.clone().unwrap_or_default();
-    let overhead = linux.overhead.clone().unwrap_or_default();
-    PodResources {
-        cpu_quota: limits.cpu_quota,
-        cpu_period: limits.cpu_period,
-        memory_limit: limits.memory_limit_in_bytes,
-        memory_overhead: overhead.memory_limit_in_bytes,
-    }
-}
-
 fn host_name() -> String {
     fs::read_to_string("/proc/sys/kernel/hostname").map(|name| name.trim().to_owned()).unwrap_or_default()
 }
@@ -164,7 +215,7 @@ fn resolv_conf(dns: Option<&DnsConfig>) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::protos::cri::{LinuxContainerResources, LinuxSandboxSecurityContext, PodSandboxMetadata};
+    use crate::protos::cri::{LinuxSandboxSecurityContext, PodSandboxMetadata};
 
     fn request(config: &PodSandboxConfig) -> ControllerCreateRequest {
         ControllerCreateRequest {
@@ -173,6 +224,10 @@ mod tests {
             options: Some(prost_types::Any { type_url: CONFIG_TYPE.into(), value: config.encode_to_vec() }),
             ..ControllerCreateRequest::default()
         }
+    }
+
+    fn from(request: &ControllerCreateRequest) -> Result<PodSpec, PodError> {
+        PodSpec::from_request(request, &[])
     }
 
     fn with_namespaces(options: NamespaceOption) -> PodSandboxConfig {
@@ -202,27 +257,30 @@ mod tests {
         let linux = config.linux.as_mut().unwrap();
         linux.cgroup_parent = "/kubepods/podu".into();
         linux.sysctls.insert("net.ipv4.ip_unprivileged_port_start".into(), "1024".into());
-        linux.resources =
-            Some(LinuxContainerResources { memory_limit_in_bytes: 1 << 30, ..Default::default() });
-        let spec = PodSpec::from_request(&request(&config)).unwrap();
+        linux.resources = Some(LinuxContainerResources {
+            memory_limit_in_bytes: 1 << 30,
+            cpuset_cpus: "0-1".into(),
+            ..Default::default()
+        });
+        let spec = from(&request(&config)).unwrap();
         assert_eq!(spec.name, "prod/web");
         assert_eq!(spec.resolv_conf, "search a.svc svc\nnameserver 10.96.0.10\noptions ndots:5\n");
         assert_eq!(spec.sysctls["net.ipv4.ip_unprivileged_port_start"], "1024");
         assert_eq!(spec.sysctls["net.ipv4.ping_group_range"], "0 2147483647");
-        assert_eq!(spec.resources.memory_limit, 1 << 30);
+        assert_eq!((spec.resources.memory_limit, spec.resources.cpuset_cpus.as_str()), (1 << 30, "0-1"));
         assert_eq!(spec.cgroup_parent, "/kubepods/podu");
     }
 
     #[test]
     fn no_dns_configuration_is_the_hosts_and_no_hostname_too() {
-        let spec = PodSpec::from_request(&request(&PodSandboxConfig::default())).unwrap();
+        let spec = from(&request(&PodSandboxConfig::default())).unwrap();
         assert_eq!(spec.resolv_conf, fs::read_to_string("/etc/resolv.conf").unwrap_or_default());
         assert!(!spec.hostname.is_empty());
     }
 
     #[test]
     fn processes_are_shared_only_by_who_asks_for_it() {
-        let shared = |config: &PodSandboxConfig| PodSpec::from_request(&request(config)).unwrap().shared_pids;
+        let shared = |config: &PodSandboxConfig| from(&request(config)).unwrap().shared_pids;
         assert!(shared(&with_namespaces(NamespaceOption::default())));
         assert!(!shared(&with_namespaces(kubelets())));
         assert!(!shared(&PodSandboxConfig::default()));
@@ -240,24 +298,34 @@ mod tests {
             (NamespaceOption { pid: node, ..kubelets() }, "namespace_options.pid is NODE", "hostPID: false"),
             (NamespaceOption { ipc: node, ..kubelets() }, "namespace_options.ipc is NODE", "hostIPC: false"),
         ] {
-            let error = PodSpec::from_request(&request(&with_namespaces(options))).unwrap_err();
+            let error = from(&request(&with_namespaces(options))).unwrap_err();
             let text = error.to_string();
             assert!(matches!(error, PodError::Refused(_)), "{text}");
             assert!(text.contains(field) && text.contains(way_out), "{text}");
         }
         let mut request = request(&with_namespaces(kubelets()));
         request.netns_path.clear();
-        let text = PodSpec::from_request(&request).unwrap_err().to_string();
+        let text = from(&request).unwrap_err().to_string();
         assert!(text.starts_with("netns_path is empty (hostNetwork: true)"), "{text}");
+    }
+
+    #[test]
+    fn annotations_for_the_vm_are_refused_unless_allowed() {
+        let mut config = with_namespaces(kubelets());
+        config.annotations.insert("io.kuasar.vm.memory_mib".into(), "300".into());
+        let error = from(&request(&config)).unwrap_err();
+        assert!(matches!(error, PodError::Refused(_)) && error.to_string().contains("memory_mib"), "{error}");
+        let allowed = PodSpec::from_request(&request(&config), &[Annotation::MemoryMib]).unwrap();
+        assert_eq!(allowed.wishes.memory_mib, Some(300));
     }
 
     #[test]
     fn options_of_another_kind_are_refused() {
         let mut other = request(&PodSandboxConfig::default());
         other.options.as_mut().unwrap().type_url = "x.Y".into();
-        assert!(PodSpec::from_request(&other).unwrap_err().to_string().contains("\"x.Y\""));
+        assert!(from(&other).unwrap_err().to_string().contains("\"x.Y\""));
         other.options.as_mut().unwrap().type_url = CONFIG_TYPE.into();
         other.options.as_mut().unwrap().value = vec![0xff];
-        assert!(matches!(PodSpec::from_request(&other), Err(PodError::Invalid(_))));
+        assert!(matches!(from(&other), Err(PodError::Invalid(_))));
     }
 }

@@ -13,8 +13,8 @@ use tokio::{task::JoinHandle, time::timeout};
 use tracing::Instrument;
 
 use super::{
-    Caller, Exit, Phase, Pod, PodError, StepError, View, Work, cgroup, host::HostServer, log, relay, setup,
-    size::VmSize,
+    Caller, Exit, Phase, Pod, PodError, StepError, View, Work, cgroup::Cgroups, host::HostServer, log, relay,
+    setup, size::VmSize,
 };
 use crate::{
     guest::Guest,
@@ -52,7 +52,8 @@ impl Pod {
                 Ok(self.view())
             }
             Err(error) => {
-                self.set_ended(Exit::new(255, SystemTime::now()));
+                let reason = Some(error.to_string());
+                self.set_ended(Exit { code: 255, at: SystemTime::now(), reason });
                 // containerd does not call again for a sandbox that failed to start.
                 if let Err(error) = self.remove_all(&mut work).await {
                     tracing::error!(%error, "undoing a failed start");
@@ -65,10 +66,16 @@ impl Pod {
     #[tracing::instrument(name = "start", level = "trace", skip_all)]
     async fn bring_up(self: &Arc<Self>, work: &mut Work, caller: &mut Caller) -> Result<(), PodError> {
         let deadline = Deadline::new(self.environment.start_timeout);
+        let size = VmSize::of(&work.spec, &self.environment.sizes)?;
+        let cgroups = step("creating the sandbox's cgroup", self.cgroups().map_err(StepError::Cgroup))?;
+        work.size = Some(size);
+        work.cgroups = cgroups.paths();
         self.set_phase(Phase::Starting);
-        let size = VmSize::of(&work.spec.resources, &self.environment.sizes);
-        let cgroups = cgroup::create(&work.spec.cgroup_parent, &self.id);
-        work.cgroups = step("creating the sandbox's cgroup", cgroups.map_err(StepError::Cgroup))?;
+        // From here on a restarted daemon knows what to clear away.
+        step("recording the sandbox", self.persist(work))?;
+        step("creating the sandbox's cgroup", cgroups.create().map_err(StepError::Cgroup))?;
+        let limits = work.spec.resources.limits();
+        step("limiting the sandbox's cgroup", cgroups.limit(&limits).map_err(StepError::Cgroup))?;
         let (network, files) = tokio::join!(network::prepare(&work.spec.netns, size.vcpus), self.files());
         let network = step("giving the VM the pod's network", network)?;
         work.network = Some(network.record.clone());
@@ -78,17 +85,19 @@ impl Pod {
         step("recording the sandbox", self.persist(work))?;
         caller.check("preparing the VM's network and files")?;
 
-        let (vm, mut network) = self.boot(work, size, network).await?;
+        let (vm, mut network) = self.boot(work, size, &cgroups, network).await?;
         caller.check("starting the VM")?;
         let forward = network.forward.take();
-        let relay = relay::spawn(&self.environment, &self.dir, endpoint, &*vm, forward, &work.cgroup_procs());
+        let relay = relay::spawn(&self.environment, &self.dir, endpoint, &*vm, forward, &cgroups.procs());
         let relay = step("starting the relay", relay)?;
         let relay = Arc::new(relay);
         work.relay = Some(relay.clone());
         // From here on a restarted daemon finds the processes.
         step("recording the sandbox", self.persist(work))?;
 
-        let greeted = caller.unless_gone("waiting for the guest", greet(&*vm, &token, deadline)).await?;
+        let greeted =
+            async { tokio::join!(greet(&*vm, &token, deadline), self.place_vcpus(&*vm, &cgroups)).0 };
+        let greeted = caller.unless_gone("waiting for the guest", greeted).await?;
         let agent = step("waiting for the guest's agent", greeted)?;
         tracing::debug!(agent = agent.ready.agent, uptime_ns = agent.ready.uptime_ns, "the agent is ready");
         let guest = Guest::new(vm.address(), token);
@@ -100,6 +109,7 @@ impl Pod {
             source: source.into(),
             log: log::tails(&self.dir, &GUEST_LOGS),
         })?;
+        caller.check("setting the guest up")?;
         self.set_phase(Phase::Running);
         step("recording the sandbox", self.persist(work))?;
         self.watch(vm, relay, Some(agent));
@@ -135,23 +145,35 @@ impl Pod {
         &self,
         work: &mut Work,
         size: VmSize,
+        cgroups: &Cgroups,
         mut network: PodNetwork,
     ) -> Result<(Arc<dyn Vm>, PodNetwork), PodError> {
         let spec = VmSpec {
             pod: self.id.clone(),
             dir: self.dir.clone(),
             netns: Some(work.spec.netns.clone()),
-            cgroup_procs: work.cgroup_procs(),
+            cgroup_procs: cgroups.procs(),
             vcpus: size.vcpus,
             memory_mib: size.memory_mib,
             devices: network.nics.drain(..).map(DeviceInfo::Tap).collect(),
-            kernel_params: String::new(),
+            kernel_params: work.spec.wishes.kernel_params.clone(),
         };
         let vm = step("starting the VM", self.environment.hypervisor.start(spec).await)?;
         self.view.send_modify(|view| view.pid = vm.pid());
         self.disks.lock().await.set_vm(vm.clone());
         work.vm = Some(vm.clone());
         Ok((vm, network))
+    }
+
+    /// Counts the guest's CPUs apart from what it costs to have them. A pod is as good without.
+    async fn place_vcpus(&self, vm: &dyn Vm, cgroups: &Cgroups) {
+        let placed = match vm.vcpu_threads().await {
+            Ok(threads) => cgroups.place_vcpus(&threads).map_err(|error| error.to_string()),
+            Err(error) => Err(error.to_string()),
+        };
+        if let Err(error) = placed {
+            tracing::warn!(error, "putting the VM's CPUs into a cgroup of their own");
+        }
     }
 
     /// Notices the end of what a running pod is made of.
@@ -162,7 +184,10 @@ impl Pod {
         let ended = async move {
             let exit = watched.wait().await;
             let by_us = pod.stopping.load(Ordering::Relaxed);
-            let reason = if by_us { None } else { Some(reason(&*watched, last_words).await) };
+            let reason = match pod.blamed() {
+                None if !by_us => Some(reason(&*watched, last_words, &pod.dir, exit.code).await),
+                blamed => blamed,
+            };
             tracing::info!(code = ?exit.code, by_us, reason, "the VM has ended");
             // Nobody's child any more after a restart, so nobody knows; containerd expects a number.
             pod.set_ended(Exit { code: exit.code.unwrap_or(255), at: exit.at, reason });
@@ -186,11 +211,9 @@ impl Pod {
             let code = relay.wait().await;
             if pod.view().phase == Phase::Running {
                 // containerd takes all containers of the pod for dead now and would start them a second time.
-                tracing::error!(
-                    ?code,
-                    log = log::tails(&pod.dir, &["relay.log"]),
-                    "the relay has ended; stopping the VM"
-                );
+                let log = log::tails(&pod.dir, &["relay.log"]);
+                tracing::error!(?code, log, "the relay has ended; stopping the VM");
+                pod.blame(format!("its relay ended{}{log}", with_status(code.ok().flatten())));
                 if let Err(error) = vm.stop(true, Duration::from_secs(10)).await {
                     tracing::error!(%error, "stopping the VM of a relay that ended");
                 }
@@ -213,11 +236,29 @@ fn last_words(agent: Option<ReadyGuest>) -> JoinHandle<Option<String>> {
 }
 
 /// Why a VM ended that nobody ended: what its agent said, or else what the logs show.
-async fn reason(vm: &dyn Vm, last_words: JoinHandle<Option<String>>) -> String {
+async fn reason(
+    vm: &dyn Vm,
+    last_words: JoinHandle<Option<String>>,
+    dir: &std::path::Path,
+    code: Option<u32>,
+) -> String {
     // The connection has ended with the VM, or does now.
     match timeout(LAST_WORDS, last_words).await {
         Ok(Ok(Some(said))) => format!("the guest's agent gave up: {said}"),
-        _ => vm.ping().await.err().map_or_else(|| "the VM has ended".to_owned(), |error| error.to_string()),
+        _ => vm.ping().await.err().map_or_else(|| died(dir, code), |error| error.to_string()),
+    }
+}
+
+/// What is known of a VM's end without its help.
+fn died(dir: &std::path::Path, code: Option<u32>) -> String {
+    format!("the VM ended{}{}", with_status(code), log::tails(dir, &["vmm.log", "console.log"]))
+}
+
+fn with_status(code: Option<u32>) -> String {
+    match code {
+        Some(code @ 129..=192) => format!(" with status {code} (signal {})", code.saturating_sub(128)),
+        Some(code) => format!(" with status {code}"),
+        None => String::new(),
     }
 }
 

@@ -9,7 +9,13 @@ use std::{
 use kuasar_common::constants::pod_files;
 
 use super::{Exit, Phase, Pod, PodError, StepError, Work, cgroup};
-use crate::{container::remove, guest::Guest, network, vmm::Vm};
+use crate::{
+    container::remove,
+    guest::Guest,
+    network,
+    process::{Process, ProcessError},
+    vmm::{Vm, VmRecord},
+};
 
 /// A VMM that was asked to quit has this long.
 const QUIT: Duration = Duration::from_secs(5);
@@ -44,14 +50,18 @@ impl Pod {
         let running = self.view().phase == Phase::Running;
         self.stopping.store(true, Ordering::Relaxed);
         if let Some(vm) = work.vm.clone() {
-            if running {
+            if running || std::mem::take(&mut work.guest_up) {
                 self.shut_guest_down(&*vm).await;
             }
             end("stopping the VM", stop_vm(&vm).await)?;
             let exit = vm.wait().await;
-            self.set_ended(Exit::new(exit.code.unwrap_or(0), exit.at));
+            self.set_ended(Exit { code: exit.code.unwrap_or(0), at: exit.at, reason: self.blamed() });
         }
-        self.set_ended(Exit::new(0, SystemTime::now()));
+        if let Some(lost) = &work.lost {
+            end("ending the VM that was not taken over", end_lost(lost).await)?;
+            work.lost = None;
+        }
+        self.set_ended(Exit { code: 0, at: SystemTime::now(), reason: self.blamed() });
         // Independent of each other: all are tried, the first failure is reported.
         let network = match &work.network {
             Some(record) => network::remove(record).await.map_err(StepError::from),
@@ -100,6 +110,16 @@ impl Pod {
         work.vm = None;
         Ok(())
     }
+}
+
+/// Ends the processes of a VM without a word to it.
+pub(super) async fn end_lost(vm: &VmRecord) -> Result<(), ProcessError> {
+    for record in std::iter::once(&vm.vmm).chain(vm.companions.values()) {
+        if let Some(process) = Process::adopt(*record)? {
+            process.end(Duration::ZERO).await?;
+        }
+    }
+    Ok(())
 }
 
 #[tracing::instrument(name = "end VM", level = "trace", skip_all)]

@@ -10,7 +10,9 @@ use std::{
 
 use kuasar_common::constants::pod_files;
 
-use super::{Environment, Phase, Pod, PodError, PodSpec, StepError, View};
+use tokio::sync::Notify;
+
+use super::{Annotation, Environment, Phase, Pod, PodError, PodSpec, StepError, View, VmSize};
 use crate::container::is_safe_id;
 
 /// Longest path of a unix socket that the kernel takes, less the end that marks it.
@@ -24,13 +26,39 @@ pub struct Pods {
     environment: Environment,
     /// Never held while anything is awaited.
     pods: Mutex<BTreeMap<String, Arc<Pod>>>,
+    /// Something happened after which containerd may not know a pod any more.
+    suspicion: Notify,
+    creation: Notify,
 }
 
 impl Pods {
     /// None yet.
     #[must_use]
-    pub const fn new(environment: Environment) -> Self {
-        Self { environment, pods: Mutex::new(BTreeMap::new()) }
+    pub fn new(environment: Environment) -> Self {
+        Self { environment, pods: Mutex::default(), suspicion: Notify::new(), creation: Notify::new() }
+    }
+
+    /// Has containerd's list looked at soon.
+    pub fn suspect(&self) {
+        self.suspicion.notify_one();
+    }
+
+    pub(super) async fn suspected(&self) {
+        self.suspicion.notified().await;
+    }
+
+    pub(super) async fn created(&self) {
+        self.creation.notified().await;
+    }
+
+    pub(super) fn all(&self) -> Vec<Arc<Pod>> {
+        self.lock().values().cloned().collect()
+    }
+
+    /// Annotations with which a pod may ask for another VM.
+    #[must_use]
+    pub fn allowed_annotations(&self) -> &[Annotation] {
+        &self.environment.sizes.allowed_annotations
     }
 
     pub(super) const fn environment(&self) -> &Environment {
@@ -82,6 +110,7 @@ impl Pods {
                 "the sandbox id {id:?} is not 1 to 128 letters, digits, '-', '_' and '.'"
             )));
         }
+        VmSize::of(&spec, &self.environment.sizes)?;
         let dir = self.environment.dir.join(id);
         let longest = dir.join(LONGEST_SOCKET);
         if longest.as_os_str().len() > MAX_SOCKET_PATH {
@@ -104,6 +133,7 @@ impl Pods {
         if pod.view().phase != Phase::Created || work.spec != spec {
             return Err(exists());
         }
+        self.creation.notify_one();
         let made = make_folder(&pod).and_then(|()| pod.persist(&work));
         made.map_err(|source| {
             self.forget(&pod);

@@ -135,6 +135,11 @@ pub trait Vm: Send + Sync + fmt::Debug {
         None
     }
 
+    /// The VMM's threads that are the guest's CPUs, by thread id; none when the VMM does not tell.
+    async fn vcpu_threads(&self) -> Result<Vec<u32>, VmError> {
+        Ok(Vec::new())
+    }
+
     /// Plugs a device into the running VM.
     async fn hot_attach(&self, device: DeviceInfo) -> Result<DeviceAddress, VmError>;
 

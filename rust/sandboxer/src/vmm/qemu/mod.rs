@@ -42,6 +42,8 @@ const EVENTS_SOCKET: &str = "events.sock";
 const LOGS: [&str; 4] = ["vmm.log", "virtiofsd.log", "vsock.log", "console.log"];
 /// How long QEMU may take to answer a command.
 const QMP_DEADLINE: Duration = Duration::from_secs(5);
+/// How long it may take to answer the first one: it does so when its machine is built.
+const START_DEADLINE: Duration = Duration::from_secs(20);
 /// The first version whose seccomp filter, vhost-user and `-cpu max` work for guests with several CPUs.
 const MIN_VERSION: u32 = 8;
 /// How long it may take to say its version.
@@ -236,6 +238,14 @@ impl Vm for QemuVm {
 
     fn resumptions(&self) -> Option<watch::Receiver<u64>> {
         Some(self.resumptions.clone())
+    }
+
+    async fn vcpu_threads(&self) -> Result<Vec<u32>, VmError> {
+        let command = qapi::qmp::query_cpus_fast {};
+        let cpus = qmp::execute(&self.dir.join(QMP_SOCKET), command, START_DEADLINE).await?;
+        // The answer has a variant for each architecture, and all have this in common.
+        let thread = |cpu| u32::try_from(serde_json::to_value(cpu).ok()?.get("thread-id")?.as_i64()?).ok();
+        Ok(cpus.iter().filter_map(thread).collect())
     }
 
     async fn hot_attach(&self, device: DeviceInfo) -> Result<DeviceAddress, VmError> {

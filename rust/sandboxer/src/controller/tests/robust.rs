@@ -1,0 +1,217 @@
+//! Callers that go away, and daemons that come back.
+
+use std::{sync::Arc, time::Instant};
+
+use super::*;
+use crate::{pod::Caller, process::Spawn};
+
+/// Starts, and hangs up when `when` is over.
+async fn start_and_hang_up(client: &Client, when: impl Future<Output = ()>) {
+    let mut other = client.clone();
+    let starting = tokio::spawn(async move { start(&mut other).await });
+    when.await;
+    starting.abort();
+    let _ = starting.await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_caller_that_goes_away_in_a_step_that_hangs_leaves_nothing() {
+    for fault in [Fault::SlowVmm, Fault::Silent, Fault::HangsSetup] {
+        let lab = Lab::new(fault);
+        let (mut client, pods) = serve(&lab).await;
+        client.create(create(&lab, &pod_config())).await.unwrap();
+        let reached = async {
+            match fault {
+                Fault::SlowVmm => lab.hypervisor.slow.notified().await,
+                Fault::Silent => eventually("the VMM starts", || !lab.survivors().is_empty()).await,
+                _ => {
+                    eventually("the guest is set up", || !lab.hypervisor.setups.lock().unwrap().is_empty())
+                        .await;
+                }
+            }
+        };
+        start_and_hang_up(&client, reached).await;
+        eventually("the pod goes", || pods.is_empty()).await;
+        lab.assert_clean();
+    }
+}
+
+/// At every millisecond of a start, so that every step is hit; a start that was faster than its caller is a running pod.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_caller_that_goes_away_at_any_time_leaves_nothing_or_a_pod() {
+    let lab = Lab::new(Fault::None);
+    let (mut client, pods) = serve(&lab).await;
+    let mut running = 0;
+    for millis in (0..120).step_by(4) {
+        client.create(create(&lab, &pod_config())).await.unwrap();
+        start_and_hang_up(&client, tokio::time::sleep(Duration::from_millis(millis))).await;
+        let settled =
+            || pods.get("p1").map_or(true, |pod| pod.view().phase == Phase::Running || pod.view().pid == 0);
+        eventually("the start is over", settled).await;
+        // Whoever had not been heard at all has only created a pod.
+        if let Ok(pod) = pods.get("p1") {
+            if pod.view().phase == Phase::Running {
+                running += 1;
+            }
+            shutdown(&mut client).await.unwrap();
+        }
+        eventually("the pod goes", || pods.is_empty()).await;
+        assert!(!lab.path("pods/p1").exists());
+        eventually("its processes go", || lab.survivors().is_empty()).await;
+    }
+    assert!(running < 30, "the caller never went away in time");
+    lab.assert_clean();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn create_stop_and_shutdown_finish_without_their_caller() {
+    let lab = Lab::new(Fault::None);
+    let (mut client, pods) = serve(&lab).await;
+    for call in ["create", "stop", "shutdown"] {
+        let (mut other, request) = (client.clone(), create(&lab, &pod_config()));
+        if call != "create" {
+            client.create(request.clone()).await.unwrap();
+            start(&mut client).await.unwrap();
+        }
+        let calling = tokio::spawn(async move {
+            match call {
+                "create" => drop(other.create(request).await),
+                "stop" => drop(stop(&mut other).await),
+                _ => drop(shutdown(&mut other).await),
+            }
+        });
+        tokio::time::sleep(Duration::from_millis(5)).await;
+        calling.abort();
+        let _ = calling.await;
+        // Again, as kubelet does: whatever the first did, the second finds it done or does it.
+        if call == "create" {
+            client.create(create(&lab, &pod_config())).await.unwrap();
+        }
+        if call == "stop" {
+            stop(&mut client).await.unwrap();
+            assert_eq!(status(&mut client).await.unwrap().state, "SANDBOX_NOTREADY");
+        }
+        shutdown(&mut client).await.unwrap();
+        assert!(pods.is_empty());
+        lab.assert_clean();
+    }
+}
+
+/// The daemon dies after each of the steps that are written down; what it knew then is all that the next one has.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_start_that_dies_with_the_daemon_is_cleared_away() {
+    for fault in [Fault::SlowVmm, Fault::Silent, Fault::HangsSetup] {
+        let lab = Lab::new(fault);
+        let (mut client, pods) = serve(&lab).await;
+        client.create(create(&lab, &pod_config())).await.unwrap();
+        // Not through the client: nobody may cancel it in an orderly way.
+        let (guard, caller) = Caller::new();
+        let pod = pods.get("p1").unwrap();
+        let starting = tokio::spawn(async move { pod.start(caller).await });
+        match fault {
+            Fault::SlowVmm => lab.hypervisor.slow.notified().await,
+            Fault::Silent => eventually("the relay starts", || !lab.relays().is_empty()).await,
+            _ => {
+                eventually("the guest is set up", || !lab.hypervisor.setups.lock().unwrap().is_empty()).await
+            }
+        }
+        starting.abort();
+        let _ = starting.await;
+        std::mem::forget(guard);
+        pods.leave();
+        drop((client, pods));
+        let (mut client, pods) = serve(&lab).await;
+        assert!(pods.is_empty());
+        assert_eq!(status(&mut client).await.unwrap_err().code(), Code::NotFound);
+        lab.assert_clean();
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_pod_that_cannot_be_found_again_is_not_ready_and_can_be_removed() {
+    let lab = Lab::new(Fault::None);
+    let (mut client, pods) = serve(&lab).await;
+    client.create(create(&lab, &pod_config())).await.unwrap();
+    start(&mut client).await.unwrap();
+    pods.leave();
+    drop((client, pods));
+    fs::write(lab.path("pods/p1/hang"), "").unwrap();
+    let (mut client, _pods) = serve(&lab).await;
+    let lost = status(&mut client).await.unwrap();
+    assert_eq!(lost.state, "SANDBOX_NOTREADY");
+    assert!(
+        lost.info["kuasar"].contains("it was not found again within 3s after the daemon's restart"),
+        "{lost:?}"
+    );
+    timeout(Duration::from_secs(5), wait(client.clone())).await.expect("at once").unwrap();
+    assert!(!lab.survivors().is_empty(), "nobody has ended it so far");
+    stop(&mut client).await.unwrap();
+    assert!(!lab.survivors().contains(&lab.vmm().pid()));
+    shutdown(&mut client).await.unwrap();
+    lab.assert_clean();
+}
+
+/// Records of one running pod, multiplied: 490 that live, and of the broken ones each kind.
+#[tokio::test(flavor = "multi_thread")]
+async fn five_hundred_pods_are_recovered_and_ten_broken_ones_delay_none() {
+    crate::daemon::raise_open_files();
+    let lab = Lab::new(Fault::None);
+    let (mut client, pods) = serve(&lab).await;
+    client.create(create(&lab, &pod_config())).await.unwrap();
+    start(&mut client).await.unwrap();
+    pods.leave();
+    drop((client, pods));
+    let record = fs::read_to_string(lab.path("pods/p1/pod.json")).unwrap();
+    let mut gone = Spawn::new("true").spawn().unwrap().record();
+    gone.start_time += 1;
+    let vmm = serde_json::from_str::<serde_json::Value>(&record).unwrap()["vm"]["vmm"].clone();
+    for number in 2..=500 {
+        let id = format!("p{number}");
+        let dir = lab.path("pods").join(&id);
+        fs::create_dir_all(dir.join("log")).unwrap();
+        let mut record: serde_json::Value = serde_json::from_str(&record).unwrap();
+        record["id"] = id.clone().into();
+        record["vm"]["dir"] = dir.to_str().unwrap().into();
+        match number {
+            // Three torn, three that hang, three whose VM is dead, one of another age.
+            2..=4 => {}
+            5..=7 => fs::write(dir.join("hang"), "").unwrap(),
+            8..=10 => record["vm"]["vmm"] = serde_json::to_value(gone).unwrap(),
+            11 => record["version"] = 99.into(),
+            _ => assert_eq!(record["vm"]["vmm"], vmm),
+        }
+        let mut text = record.to_string();
+        if number <= 4 {
+            text.truncate(text.len() / 2);
+        }
+        fs::write(dir.join("pod.json"), text).unwrap();
+    }
+    let began = Instant::now();
+    let pods = Arc::new(Pods::new(lab.environment()));
+    let recovering = {
+        let pods = pods.clone();
+        tokio::spawn(async move { pods.recover().await })
+    };
+    let ready = || {
+        (1..=500)
+            .filter(|number| {
+                pods.get(&format!("p{number}")).is_ok_and(|pod| pod.view().phase == Phase::Running)
+            })
+            .count()
+    };
+    eventually("490 pods are there", || ready() == 490).await;
+    // The hanging ones are given up after three seconds; the others were there without them.
+    assert!(!recovering.is_finished(), "the hanging ones were not waited for");
+    eprintln!("490 pods ready after {:?}", began.elapsed());
+    assert_eq!(recovering.await.unwrap().unwrap(), 496);
+    assert!(began.elapsed() < Duration::from_secs(10), "{:?}", began.elapsed());
+    for (number, reason) in [(5, "it was not found again"), (8, "its VM ended while no daemon watched")] {
+        let exit = pods.get(&format!("p{number}")).unwrap().view().exit.unwrap();
+        assert!(exit.reason.as_deref().is_some_and(|told| told.starts_with(reason)), "{exit:?}");
+    }
+    for number in [2, 11] {
+        assert!(pods.get(&format!("p{number}")).is_err());
+        assert!(lab.path(&format!("pods/p{number}/pod.json.unreadable")).exists());
+    }
+    pods.leave();
+}

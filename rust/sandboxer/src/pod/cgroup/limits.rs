@@ -1,0 +1,93 @@
+//! What of a pod's resources is set in its cgroups: which CPUs and memory nodes, and huge pages.
+
+use std::{collections::BTreeMap, fs, io, path::Path};
+
+use super::{Cgroups, OVERHEAD, VCPU, Version, write};
+
+/// What is to be set; empty: left as it is.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(in crate::pod) struct Limits {
+    /// As in `0-3,8`.
+    pub cpus: String,
+    /// Memory nodes, likewise.
+    pub mems: String,
+    /// Bytes by size of page, as in `2MB`.
+    pub huge_pages: BTreeMap<String, u64>,
+}
+
+impl Cgroups {
+    /// Sets limits; what is asked for and the host has no controller for is an error.
+    pub(in crate::pod) fn limit(&self, limits: &Limits) -> io::Result<()> {
+        if self.0.is_empty() {
+            return Ok(());
+        }
+        for (field, file, set) in
+            [("cpuset_cpus", "cpuset.cpus", &limits.cpus), ("cpuset_mems", "cpuset.mems", &limits.mems)]
+        {
+            if !set.is_empty() {
+                self.confine(file, set).map_err(|error| {
+                    io::Error::new(error.kind(), format!("linux.resources.{field} is {set:?}: {error}"))
+                })?;
+            }
+        }
+        for (size, limit) in &limits.huge_pages {
+            self.limit_huge_pages(size, *limit).map_err(|error| {
+                let field = format!("linux.resources.hugepage_limits has {limit} bytes of {size} pages");
+                io::Error::new(error.kind(), format!("{field}: {error}"))
+            })?;
+        }
+        Ok(())
+    }
+
+    fn confine(&self, file: &str, set: &str) -> io::Result<()> {
+        let there = |path: &Path| path.join(file).exists();
+        let Some(place) = self.0.iter().find(|place| there(&place.pod)) else {
+            return Err(missing("cpuset"));
+        };
+        let own = place.pod.join(file);
+        match place.version {
+            // The parts have no sets of their own and follow.
+            Version::V2 => write(&own, set),
+            // A part's set must lie within the one above it at any time, so that one is widened first and narrowed last.
+            Version::V1 => {
+                let old = fs::read_to_string(&own)?;
+                let both = [old.trim(), set].into_iter().filter(|set| !set.is_empty()).collect::<Vec<_>>();
+                write(&own, &both.join(","))?;
+                for part in [VCPU, OVERHEAD] {
+                    let path = place.pod.join(part).join(file);
+                    if path.exists() {
+                        write(&path, set)?;
+                    }
+                }
+                write(&own, set)
+            }
+        }
+    }
+
+    fn limit_huge_pages(&self, size: &str, limit: u64) -> io::Result<()> {
+        if !size.bytes().all(|byte| byte.is_ascii_alphanumeric()) {
+            return Err(io::Error::new(io::ErrorKind::InvalidInput, "that is no size of pages"));
+        }
+        let files = self.0.iter().map(|place| {
+            place.pod.join(match place.version {
+                Version::V1 => format!("hugetlb.{size}.limit_in_bytes"),
+                Version::V2 => format!("hugetlb.{size}.max"),
+            })
+        });
+        match files.into_iter().find(|file| file.exists()) {
+            Some(file) => write(&file, &limit.to_string()),
+            // Kubelet says 0 for every size that there is.
+            None if limit == 0 => Ok(()),
+            None => Err(missing("hugetlb")),
+        }
+    }
+}
+
+fn missing(controller: &str) -> io::Error {
+    io::Error::new(
+        io::ErrorKind::Unsupported,
+        format!(
+            "the pod's cgroup on this host has no {controller} controller for it; enable it, or do not ask for this"
+        ),
+    )
+}

@@ -1,0 +1,249 @@
+use std::collections::BTreeMap;
+
+use prost::Message;
+
+use super::*;
+use crate::protos::{cgroups_v1, cgroups_v2, types::Metric};
+
+/// A tree of plain files with these hierarchies. What the kernel would put into a new cgroup is not there by itself.
+fn tree(hierarchies: &[&str]) -> tempfile::TempDir {
+    let root = tempfile::tempdir().unwrap();
+    for name in hierarchies {
+        fs::create_dir_all(root.path().join(name)).unwrap();
+        fs::write(root.path().join(name).join("cgroup.procs"), "").unwrap();
+    }
+    root
+}
+
+fn unified() -> tempfile::TempDir {
+    let root = tree(&["."]);
+    fs::write(root.path().join("cgroup.controllers"), "cpu memory").unwrap();
+    root
+}
+
+#[test]
+fn parents_are_paths_or_slices() {
+    assert_eq!(below("/kubepods/burstable/podu").unwrap(), Path::new("kubepods/burstable/podu"));
+    assert_eq!(
+        below("kubepods-burstable-podu.slice").unwrap(),
+        Path::new("kubepods.slice/kubepods-burstable.slice/kubepods-burstable-podu.slice")
+    );
+    assert_eq!(below("/a.slice/a-b.slice").unwrap(), Path::new("a.slice/a-b.slice"));
+    assert!(below("/../x").unwrap_err().to_string().contains("is no plain path"));
+}
+
+#[test]
+fn below_a_slice_is_a_scope_and_without_a_parent_there_is_nothing() {
+    let root = unified();
+    let paths = |parent| Cgroups::plan(root.path(), parent, "p1").unwrap().paths();
+    let scope = root.path().join("kubepods.slice/kubepods-podu.slice/kuasar-p1.scope");
+    assert_eq!(paths("kubepods-podu.slice").first(), Some(&scope));
+    assert_eq!(paths("/kubepods/podu").first(), Some(&root.path().join("kubepods/podu/kuasar-p1")));
+    assert_eq!(paths(""), Vec::<PathBuf>::new());
+}
+
+#[test]
+fn every_hierarchy_of_v1_gets_one_and_all_go() {
+    let root = tree(&["cpu", "memory"]);
+    fs::create_dir_all(root.path().join("not-one")).unwrap();
+    std::os::unix::fs::symlink(root.path().join("cpu"), root.path().join("cpu,cpuacct")).unwrap();
+    let cgroups = Cgroups::plan(root.path(), "/kubepods/podu", "p1").unwrap();
+    cgroups.create().unwrap();
+    let pod = |name: &str| root.path().join(name).join("kubepods/podu/kuasar-p1");
+    assert_eq!(
+        cgroups.procs(),
+        [pod("cpu").join("overhead/cgroup.procs"), pod("memory").join("cgroup.procs")]
+    );
+    let paths = cgroups.paths();
+    assert!(remove_now(&paths).is_none() && remove_now(&paths).is_none());
+    assert!(
+        root.path().join("cpu/kubepods/podu").is_dir() && !pod("cpu").exists() && !pod("memory").exists()
+    );
+    // One hierarchy that refuses leaves none in the others.
+    fs::remove_dir_all(root.path().join("memory/kubepods")).unwrap();
+    fs::write(root.path().join("memory/kubepods"), "").unwrap();
+    let error = cgroups.create().unwrap_err().to_string();
+    assert!(error.contains("memory/kubepods/podu/kuasar-p1"), "{error}");
+    assert!(!pod("cpu").exists());
+}
+
+#[test]
+fn cpus_of_the_guest_are_apart_in_v1() {
+    let root = tree(&["cpu,cpuacct", "memory"]);
+    let cgroups = Cgroups::plan(root.path(), "/podu", "p1").unwrap();
+    cgroups.create().unwrap();
+    let tasks = root.path().join("cpu,cpuacct/podu/kuasar-p1/vcpu/tasks");
+    fs::write(&tasks, "").unwrap();
+    cgroups.place_vcpus(&[17]).unwrap();
+    assert_eq!(fs::read_to_string(&tasks).unwrap(), "17");
+}
+
+fn limits(cpus: &str, huge_pages: &[(&str, u64)]) -> Limits {
+    let huge_pages = huge_pages.iter().map(|(size, limit)| ((*size).to_owned(), *limit)).collect();
+    Limits { cpus: cpus.into(), mems: String::new(), huge_pages }
+}
+
+#[test]
+fn sets_of_cpus_reach_all_parts_and_nothing_is_written_without_being_asked_for() {
+    let root = tree(&["cpuset"]);
+    let cgroups = Cgroups::plan(root.path(), "/podu", "p1").unwrap();
+    cgroups.create().unwrap();
+    let file = |part: &str| root.path().join("cpuset/podu/kuasar-p1").join(part).join("cpuset.cpus");
+    for part in ["", "vcpu", "overhead"] {
+        fs::write(file(part), "   ").unwrap();
+    }
+    cgroups.limit(&limits("", &[])).unwrap();
+    assert_eq!(fs::read_to_string(file("vcpu")).unwrap(), "   ");
+    cgroups.limit(&limits("0-1", &[])).unwrap();
+    for part in ["", "vcpu", "overhead"] {
+        assert_eq!(fs::read_to_string(file(part)).unwrap(), "0-1", "{part}");
+    }
+}
+
+#[test]
+fn what_no_controller_can_limit_is_an_error_that_names_it() {
+    let root = tree(&["memory"]);
+    let cgroups = Cgroups::plan(root.path(), "/podu", "p1").unwrap();
+    cgroups.create().unwrap();
+    let error = cgroups.limit(&limits("0", &[])).unwrap_err().to_string();
+    assert!(
+        error
+            .starts_with("linux.resources.cpuset_cpus is \"0\": the pod's cgroup on this host has no cpuset"),
+        "{error}"
+    );
+    let error = cgroups.limit(&limits("", &[("2MB", 4096)])).unwrap_err().to_string();
+    assert!(
+        error.contains("hugepage_limits has 4096 bytes of 2MB pages") && error.contains("no hugetlb"),
+        "{error}"
+    );
+    assert!(cgroups.limit(&limits("", &[("../x", 1)])).is_err());
+    // Kubelet says 0 for every size that it knows.
+    cgroups.limit(&limits("", &[("2MB", 0)])).unwrap();
+    let file = root.path().join("memory/podu/kuasar-p1/hugetlb.2MB.limit_in_bytes");
+    fs::write(&file, "9223372036854771712").unwrap();
+    cgroups.limit(&limits("", &[("2MB", 4096)])).unwrap();
+    assert!(fs::read_to_string(&file).unwrap().starts_with("4096"));
+    // Without a cgroup of kubelet there is nothing to limit.
+    Cgroups::default().limit(&limits("0", &[])).unwrap();
+}
+
+fn write_all(folder: &Path, files: &[(&str, &str)]) {
+    for (name, text) in files {
+        fs::write(folder.join(name), text).unwrap();
+    }
+}
+
+fn data<M: Message + Default>(metric: Metric, name: &str) -> M {
+    let data = metric.data.unwrap();
+    assert_eq!((data.type_url.as_str(), metric.id.as_str()), (name, "p1"));
+    assert!(metric.timestamp.is_some_and(|time| time.seconds > 1_600_000_000));
+    M::decode(data.value.as_slice()).unwrap()
+}
+
+#[test]
+fn metrics_of_v2() {
+    let root = unified();
+    let cgroups = Cgroups::plan(root.path(), "/podu", "p1").unwrap();
+    assert!(of_cgroups("p1", &cgroups).is_none());
+    cgroups.create().unwrap();
+    write_all(
+        &root.path().join("podu/kuasar-p1"),
+        &[
+            ("cpu.stat", "usage_usec 30\nuser_usec 20\nsystem_usec 10\nnr_throttled 2\n"),
+            ("memory.current", "4096\n"),
+            ("memory.max", "max\n"),
+            ("memory.stat", "anon 7\ninactive_file 8\npgfault 9\n"),
+            ("pids.current", "5\n"),
+            ("hugetlb.2MB.current", "2097152\n"),
+            ("hugetlb.2MB.rsvd.current", "1\n"),
+            ("hugetlb.2MB.max", "max\n"),
+        ],
+    );
+    let metrics: cgroups_v2::Metrics =
+        data(of_cgroups("p1", &cgroups).unwrap(), "io.containerd.cgroups.v2.Metrics");
+    let (cpu, memory) = (metrics.cpu.unwrap(), metrics.memory.unwrap());
+    assert_eq!((cpu.usage_usec, cpu.user_usec, cpu.nr_throttled), (30, 20, 2));
+    assert_eq!((memory.usage, memory.usage_limit), (4096, u64::MAX));
+    assert_eq!((memory.anon, memory.inactive_file, memory.pgfault), (7, 8, 9));
+    assert_eq!(metrics.pids.unwrap().current, 5);
+    assert_eq!(
+        metrics.hugetlb.iter().map(|huge| (&*huge.pagesize, huge.current)).collect::<Vec<_>>(),
+        [("2MB", 2 << 20)]
+    );
+}
+
+#[test]
+fn metrics_of_v1_with_the_unified_hierarchy_beside_it() {
+    let root = tree(&["cpuacct", "memory", "pids", "unified"]);
+    fs::write(root.path().join("unified/cgroup.controllers"), "hugetlb").unwrap();
+    let cgroups = Cgroups::plan(root.path(), "/podu", "p1").unwrap();
+    cgroups.create().unwrap();
+    let pod = |name: &str| root.path().join(name).join("podu/kuasar-p1");
+    write_all(&pod("cpuacct"), &[("cpuacct.usage", "123456789\n"), ("cpuacct.stat", "user 3\nsystem 4\n")]);
+    write_all(
+        &pod("memory"),
+        &[
+            ("memory.usage_in_bytes", "4096\n"),
+            ("memory.limit_in_bytes", "9223372036854771712\n"),
+            ("memory.stat", "rss 1\ntotal_rss 7\ntotal_inactive_file 8\n"),
+        ],
+    );
+    write_all(&pod("pids"), &[("pids.current", "5"), ("pids.max", "max")]);
+    write_all(&pod("unified"), &[("hugetlb.2MB.current", "2097152")]);
+    let metrics: cgroups_v1::Metrics =
+        data(of_cgroups("p1", &cgroups).unwrap(), "io.containerd.cgroups.v1.Metrics");
+    let (usage, memory) = (metrics.cpu.unwrap().usage.unwrap(), metrics.memory.unwrap());
+    assert_eq!((usage.total, usage.user, usage.kernel), (123_456_789, 30_000_000, 40_000_000));
+    assert_eq!((memory.usage.unwrap().usage, memory.total_rss, memory.total_inactive_file), (4096, 7, 8));
+    assert_eq!(metrics.pids.unwrap(), cgroups_v1::PidsStat { current: 5, limit: 0 });
+    assert_eq!(metrics.hugetlb.first().map(|huge| huge.usage), Some(2 << 20));
+}
+
+#[test]
+fn metrics_of_processes_that_have_no_cgroup() {
+    let metric = of_processes("p1", &[std::process::id(), 0]);
+    let metrics: cgroups_v2::Metrics = data(metric, "io.containerd.cgroups.v2.Metrics");
+    let memory = metrics.memory.unwrap();
+    assert!(memory.usage > 1 << 20 && memory.anon > 0, "{memory:?}");
+    assert!(metrics.pids.unwrap().current > 0 && metrics.cpu.is_some());
+}
+
+/// The hierarchies that this machine really has; only root may make cgroups in them.
+fn real() -> BTreeMap<&'static str, PathBuf> {
+    let candidates = [("all of this host's", PathBuf::from(ROOT)), ("v2", Path::new(ROOT).join("unified"))];
+    candidates
+        .into_iter()
+        .filter(|(_, root)| hierarchies(root).is_ok_and(|found| !found.is_empty()))
+        .collect()
+}
+
+#[tokio::test]
+async fn the_kernel_takes_it_threads_apart_and_gives_it_all_back() {
+    for (name, root) in real() {
+        let parent = format!("/kuasar-test-{}", std::process::id());
+        let cgroups = Cgroups::plan(&root, &parent, "p1").unwrap();
+        cgroups.create().unwrap();
+        let mut spawn = crate::process::Spawn::new("sleep");
+        spawn.args(["600"]).cgroup_procs(&cgroups.procs());
+        let process = spawn.spawn().unwrap();
+        cgroups.place_vcpus(&[process.pid()]).unwrap();
+        let of = fs::read_to_string(format!("/proc/{}/cgroup", process.pid())).unwrap();
+        let apart = of.lines().filter(|line| line.ends_with("/kuasar-p1/vcpu")).count();
+        assert!(apart > 0, "{name}: {of}");
+        for place in &cgroups.0 {
+            assert!(
+                of.contains(&parent) && (place.version == Version::V1 || place.part(VCPU).is_some()),
+                "{name}: {of}"
+            );
+        }
+        let counted = of_cgroups("p1", &cgroups).unwrap();
+        assert!(counted.data.is_some_and(|data| !data.value.is_empty()));
+        // Nobody else ends it: as after a start that was interrupted before its processes were written down.
+        remove(&cgroups.paths()).await.unwrap();
+        assert_eq!(process.wait().await.unwrap(), Some(137), "{name}");
+        for place in &cgroups.0 {
+            assert!(!place.pod.exists());
+            fs::remove_dir(place.pod.parent().unwrap()).unwrap();
+        }
+    }
+}
