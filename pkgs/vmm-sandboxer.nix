@@ -10,6 +10,11 @@ rustPlatform.buildRustPackage (
     inherit stdenv;
   }
   // {
+    postInstall = ''
+      mkdir -p "$out/lib/systemd/system"
+      sed "s|/usr/bin/vmm-sandboxer|$out/bin/vmm-sandboxer|" rust/sandboxer/systemd/kuasar-qemu.service \
+        >"$out/lib/systemd/system/kuasar-qemu.service"
+    '';
     meta = {
       description = "containerd sandbox controller that runs every pod in a microVM";
       license = lib.licenses.asl20;
