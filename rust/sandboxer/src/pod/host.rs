@@ -18,7 +18,7 @@ use kuasar_common::{
 use protobuf::well_known_types::empty::Empty;
 use tokio::{net::UnixListener, sync::oneshot, task::JoinHandle};
 use tokio_stream::wrappers::UnixListenerStream;
-use tracing::Instrument;
+use tracing::{Instrument, Span};
 use ttrpc::{
     Code,
     asynchronous::{Server, TtrpcContext, transport::Listener},
@@ -81,6 +81,7 @@ struct HostService {
 impl Host for HostService {
     async fn prepare(&self, _: &TtrpcContext, request: PrepareRequest) -> ttrpc::Result<PrepareResponse> {
         let pod = self.pod()?;
+        let span = span(&pod);
         let work = async move {
             let rootfs = request.rootfs.into_iter().map(|mount| RootfsMount {
                 kind: mount.type_,
@@ -92,13 +93,13 @@ impl Host for HostService {
             pod.prepare(request.container_id, bundle, rootfs.collect()).await
         };
         let mut response = PrepareResponse::new();
-        response.bundle = apart(work).await?;
+        response.bundle = apart(span, work).await?;
         Ok(response)
     }
 
     async fn release(&self, _: &TtrpcContext, request: ReleaseRequest) -> ttrpc::Result<Empty> {
         let pod = self.pod()?;
-        apart(async move { pod.release(request.container_id).await }).await?;
+        apart(span(&pod), async move { pod.release(request.container_id).await }).await?;
         Ok(Empty::new())
     }
 }
@@ -109,14 +110,20 @@ impl HostService {
     }
 }
 
+/// ttrpc's server knows nothing of whose socket it serves.
+fn span(pod: &Pod) -> Span {
+    tracing::info_span!("pod", id = pod.id())
+}
+
 /// Runs work in a task of its own: a relay that hangs up must not leave it half done.
 async fn apart<T: Send + 'static>(
+    span: Span,
     work: impl Future<Output = Result<T, StorageError>> + Send + 'static,
 ) -> ttrpc::Result<T> {
-    match tokio::spawn(work.in_current_span()).await {
+    let work = async move { work.await.inspect_err(|error| tracing::warn!(%error, "serving the relay")) };
+    match tokio::spawn(work.instrument(span)).await {
         Ok(Ok(done)) => Ok(done),
         Ok(Err(error)) => {
-            tracing::warn!(%error, "serving the relay");
             let code = if error.is_refusal() { Code::FAILED_PRECONDITION } else { Code::INTERNAL };
             Err(status(code, error.to_string()))
         }

@@ -41,7 +41,7 @@ use restart::{
     a_killed_relay_ends_its_pod_and_no_other, a_log_is_complete_across_a_restart_of_containerd,
     a_log_is_complete_across_a_restart_over_streams,
 };
-use task::pause_resume_figures_pids_and_limits;
+use task::{pause_resume_figures_pids_and_limits, the_daemon_traces_where_time_goes};
 
 use disks::{
     a_disk_is_a_device_of_the_container, a_root_is_an_image_file, a_vm_ends_with_its_disks,
@@ -71,6 +71,7 @@ fn main() -> ExitCode {
             a_wrong_clock_is_put_right,
             a_kernel_panic_is_the_reason_of_a_pods_end,
             pause_resume_figures_pids_and_limits,
+            the_daemon_traces_where_time_goes,
             exec_reads_stdin_to_its_end,
             exec_with_a_terminal,
             two_streams_stay_apart,

@@ -6,7 +6,7 @@ use anyhow::{Context, Result, ensure};
 use kuasar_e2e::{
     cri::LinuxContainerResources,
     image::BUSYBOX,
-    lab::{Lab, run},
+    lab::{Lab, QEMU, run},
     suite::handler,
 };
 use tokio::time::sleep;
@@ -58,4 +58,21 @@ pub(crate) async fn pause_resume_figures_pids_and_limits(lab: Arc<Lab>) -> Resul
     lab.cri.stop(&id, 0).await?;
     lab.cri.stop(&id, 0).await.context("killing what has ended")?;
     pod.remove().await
+}
+
+pub(crate) async fn the_daemon_traces_where_time_goes(lab: Arc<Lab>) -> Result<()> {
+    let pod = lab.pod("traced", QEMU).await?;
+    pod.container("true", BUSYBOX, &["/bin/true"]).await?;
+    let id = pod.id.clone();
+    pod.remove().await?;
+    let text = std::fs::read_to_string(lab.trace(QEMU)).context("reading the trace")?;
+    let text = format!("{}]", text.trim_end().trim_end_matches(','));
+    let events: Vec<serde_json::Value> = serde_json::from_str(&text).context("parsing the trace")?;
+    for name in ["start", "prepare network", "start relay", "wait for guest", "prepare container", "stop"] {
+        let of = |event: &&serde_json::Value| {
+            event["name"] == name && event.pointer("/args/pod").is_some_and(|pod| *pod == *id)
+        };
+        ensure!(events.iter().any(|event| of(&event)), "it does not tell of {name:?}");
+    }
+    Ok(())
 }
