@@ -1,7 +1,7 @@
 //! PID namespaces that several containers share: the pod's own, and that of another container.
 //!
 //! In a spec that comes from the host, the `path` of the PID namespace is [`POD`] for the pod's, or [`CONTAINER`] and an id
-//! for a container's; no path is a namespace of the container's own, as in any spec. (Paths of the host's `/proc` would
+//! or [`PROCESS`] and the pid of its first process for a container's; no path is a namespace of the container's own, as in any spec. (Paths of the host's `/proc` would
 //! mean nothing here.)
 
 use std::{
@@ -26,6 +26,8 @@ use crate::{error::TaskError, reaper::Reaper, runc::Runc};
 pub const POD: &str = "pod";
 /// `path` of a container's PID namespace, followed by the container's id.
 pub const CONTAINER: &str = "container:";
+/// `path` of a container's PID namespace, followed by the pid that was reported for the container: all that CRI names.
+pub const PROCESS: &str = "process:";
 /// Name under which the agent's program runs as the first process of the pod's PID namespace. Not an argument: what the
 /// kernel does not understand of its command line becomes arguments of PID 1.
 const PAUSE: &str = "kuasar-pause";
@@ -67,19 +69,27 @@ impl PodPidNamespace {
         let Some(name) = namespace.get("path").and_then(Value::as_str).filter(|path| !path.is_empty()) else {
             return Ok(false);
         };
-        let pid = match name.strip_prefix(CONTAINER) {
-            Some(container) => init_of(container, runc).ok_or_else(|| {
-                refused(&format!("container {container}, whose it is to share, does not run"))
-            })?,
-            None if name == POD => {
-                let init =
-                    self.init.get().ok_or_else(|| refused("the pod was set up without a shared one"))?;
-                i64::from(init.as_raw_nonzero().get())
-            }
-            None => return Err(refused(&format!("{name:?} is neither {POD:?} nor \"{CONTAINER}<id>\""))),
-        };
+        let pid = self.init_of_namespace(name, runc)?;
         namespace.insert("path".to_owned(), json!(format!("/proc/{pid}/ns/pid")));
         Ok(true)
+    }
+
+    /// The first process of the namespace that the host calls `name`.
+    fn init_of_namespace(&self, name: &str, runc: &Runc) -> Result<i64, TaskError> {
+        if name == POD {
+            let init = self.init.get().ok_or_else(|| refused("the pod was set up without a shared one"))?;
+            return Ok(i64::from(init.as_raw_nonzero().get()));
+        }
+        if let Some(container) = name.strip_prefix(CONTAINER) {
+            let gone = || refused(&format!("container {container}, whose it is to share, does not run"));
+            return init_of(container, runc).ok_or_else(gone);
+        }
+        if let Some(pid) = name.strip_prefix(PROCESS) {
+            let gone =
+                || refused(&format!("the container of process {pid}, whose it is to share, does not run"));
+            return pid.parse().ok().filter(|pid| is_init(*pid, runc)).ok_or_else(gone);
+        }
+        Err(refused(&format!("{name:?} is none of {POD:?}, \"{CONTAINER}<id>\" and \"{PROCESS}<pid>\"")))
     }
 }
 
@@ -96,6 +106,13 @@ fn init_of(container: &str, runc: &Runc) -> Option<i64> {
     let state: Value = serde_json::from_slice(&state).ok()?;
     let pid = state.get("init_process_pid")?.as_i64().filter(|pid| *pid > 1)?;
     Path::new("/proc").join(pid.to_string()).join("ns/pid").exists().then_some(pid)
+}
+
+/// Whether a container's first process has this pid: any other process's namespace, the agent's own among them, is none to
+/// share.
+fn is_init(pid: i64, runc: &Runc) -> bool {
+    let containers = fs::read_dir(&runc.root).into_iter().flatten().flatten();
+    containers.filter_map(|entry| init_of(entry.file_name().to_str()?, runc)).any(|init| init == pid)
 }
 
 fn start(reaper: &Arc<Reaper>) -> io::Result<Pid> {
@@ -171,7 +188,7 @@ mod tests {
         assert!(refused("pod").ends_with("the pod was set up without a shared one"));
         assert!(refused("container:a").ends_with("container a, whose it is to share, does not run"));
         assert!(refused("container:../a").contains("does not run"));
-        assert!(refused("/proc/77/ns/pid").contains("is neither \"pod\" nor \"container:<id>\""));
+        assert!(refused("/proc/77/ns/pid").contains("is none of \"pod\", \"container:<id>\" and"));
         let none = pod.resolve(&mut json!({"linux": {"namespaces": []}}), &runc).unwrap_err().to_string();
         assert!(none.contains("the VM's own is the agent's"), "{none}");
 
@@ -181,6 +198,13 @@ mod tests {
         let mut target = spec(json!({"type": "pid", "path": "container:a"}));
         assert!(pod.resolve(&mut target, &runc).unwrap());
         assert_eq!(target, spec(json!({"type": "pid", "path": format!("/proc/{pid}/ns/pid")})));
+        let mut target = spec(json!({"type": "pid", "path": format!("process:{pid}")}));
+        assert!(pod.resolve(&mut target, &runc).unwrap());
+        assert_eq!(target, spec(json!({"type": "pid", "path": format!("/proc/{pid}/ns/pid")})));
+        // Not any process, and not the agent.
+        for other in ["1", "", "-1", "x", "/proc/1"] {
+            assert!(refused(&format!("process:{other}")).contains("does not run"), "{other}");
+        }
         fs::write(dir.path().join("a/state.json"), "{\"init_process_pid\":\"x\"}").unwrap();
         assert!(refused("container:a").contains("does not run"));
     }

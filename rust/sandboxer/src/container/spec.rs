@@ -93,6 +93,7 @@ pub fn rewrite(spec: &mut Value, target: &Target) -> Result<Needs, SpecError> {
     spec.remove("domainname");
     // Hooks stay: the agent refuses those whose programs the guest does not have, which only it can know.
     if let Some(process) = spec.get_mut("process").and_then(Value::as_object_mut) {
+        check_profile(process)?;
         clear_labels(process);
     }
     let linux = spec.entry("linux").or_insert_with(|| json!({}));
@@ -115,6 +116,21 @@ pub fn clear_labels(process: &mut Object) {
     process.remove("selinuxLabel");
 }
 
+/// containerd gives its own profile to whoever asks for none. The VM confines in its place; but a profile that somebody
+/// wrote and asked for must not silently be left out.
+fn check_profile(process: &Object) -> Result<(), SpecError> {
+    match process.get("apparmorProfile").and_then(Value::as_str).unwrap_or_default() {
+        "" | "unconfined" | "cri-containerd.apparmor.d" => Ok(()),
+        profile => Err(refused(
+            "process.apparmorProfile",
+            format!(
+                "{profile} is a profile of the host, which the VM's kernel does not have; set the AppArmor profile to \
+                 RuntimeDefault or Unconfined"
+            ),
+        )),
+    }
+}
+
 fn set_root(spec: &mut Object, target: &Target) -> Result<bool, SpecError> {
     let root = spec.entry("root").or_insert_with(|| json!({}));
     let root = root.as_object_mut().ok_or_else(|| SpecError::Malformed("root is not an object".into()))?;
@@ -126,21 +142,11 @@ fn set_namespaces(linux: &mut Object, target: &Target) -> Result<(), SpecError> 
     let of_pod = format!("/proc/{}/ns/pid", target.pod_pid);
     let given = linux.get("namespaces").and_then(Value::as_array).cloned().unwrap_or_default();
     for namespace in &given {
-        let path = namespace.get("path").and_then(Value::as_str).unwrap_or_default();
         match namespace.get("type").and_then(Value::as_str) {
             Some("user") => {
                 return Err(refused(
                     "linux.namespaces",
                     "user namespaces are not supported in the VM; set hostUsers: true",
-                ));
-            }
-            // CRI names another container's process here; it has no such pid on the host.
-            Some("pid") if !path.is_empty() && path != of_pod => {
-                return Err(refused(
-                    "linux.namespaces",
-                    format!(
-                        "the PID namespace of another container ({path}) cannot be joined; remove targetContainerName"
-                    ),
                 ));
             }
             _ => {}
@@ -152,16 +158,28 @@ fn set_namespaces(linux: &mut Object, target: &Target) -> Result<(), SpecError> 
             "user namespaces are not supported in the VM; set hostUsers: true",
         ));
     }
-    let in_pods =
-        given.iter().any(|namespace| namespace.get("path").and_then(Value::as_str) == Some(&of_pod));
-    // The agent knows the pod's by this name; a path of the host's means nothing to it.
-    let pid = if target.shared_pids && in_pods {
-        json!({"type": "pid", "path": "pod"})
-    } else {
-        json!({"type": "pid"})
+    let is_pid = |namespace: &&Value| namespace.get("type").and_then(Value::as_str) == Some("pid");
+    let path =
+        given.iter().find(is_pid).and_then(|namespace| namespace.get("path")?.as_str()).unwrap_or_default();
+    // The agent's names; a path of the host's means nothing to it.
+    let pid = match path {
+        path if path == of_pod && target.shared_pids => json!({"type": "pid", "path": "pod"}),
+        path if path == of_pod || path.is_empty() => json!({"type": "pid"}),
+        path => json!({"type": "pid", "path": format!("process:{}", pid_in(path)?)}),
     };
     linux.insert("namespaces".into(), json!([pid, {"type": "mount"}, {"type": "cgroup"}]));
     Ok(())
+}
+
+/// CRI names the container whose processes another one is to see by the pid that was reported for it, which is the guest's.
+fn pid_in(path: &str) -> Result<u32, SpecError> {
+    let pid = path.strip_prefix("/proc/").and_then(|rest| rest.strip_suffix("/ns/pid")?.parse().ok());
+    pid.ok_or_else(|| {
+        refused(
+            "linux.namespaces",
+            format!("the PID namespace {path} is one of the host; only those of the pod and of its containers can be joined"),
+        )
+    })
 }
 
 /// Character devices that every guest has under the same numbers as the host.

@@ -176,6 +176,11 @@ fn a_pid_namespace_of_the_pod_is_private_unless_the_pod_shares_it() {
     let target = Target { container: "c1", pod_pid: 4242, shared_pids: true };
     rewrite(&mut shared, &target).unwrap();
     assert_eq!(shared["linux"]["namespaces"][0], json!({"type": "pid", "path": "pod"}));
+    // That of another container, as for kubectl debug --target.
+    let mut of_other = cri();
+    of_other["linux"]["namespaces"][0] = json!({"type": "pid", "path": "/proc/77/ns/pid"});
+    let (of_other, _) = rewritten(of_other);
+    assert_eq!(of_other["linux"]["namespaces"][0], json!({"type": "pid", "path": "process:77"}));
     let mut own = cri();
     rewrite(&mut own, &target).unwrap();
     assert_eq!(own["linux"]["namespaces"][0], json!({"type": "pid"}));
@@ -200,7 +205,11 @@ fn what_a_vm_cannot_give_is_refused_by_name() {
                                          {"path": "/dev/kvm", "type": "c", "major": 10, "minor": 232}]);
     for (said, part) in [
         (with("/linux/namespaces/0", json!({"type": "user"})), "set hostUsers: true"),
-        (with("/linux/namespaces/0", json!({"type": "pid", "path": "/proc/77/ns/pid"})), "/proc/77/ns/pid"),
+        (
+            with("/linux/namespaces/0", json!({"type": "pid", "path": "/run/ns"})),
+            "/run/ns is one of the host",
+        ),
+        (with("/process/apparmorProfile", json!("mine")), "mine is a profile of the host"),
         (
             with("/linux/resources/hugepageLimits", json!([{"pageSize": "2MB", "limit": 2097152}])),
             "no huge pages of 2MB",
