@@ -110,6 +110,7 @@ async fn datagrams(lab: &Lab, pod: &Pod<'_>) -> Result<()> {
         container_path: "/bash".into(),
         host_path: lab.paths.tool("bash-static").canonicalize()?.to_string_lossy().into_owned(),
         readonly: true,
+        ..Default::default()
     });
     let id = pod.create(bash).await?;
     lab.cri.start(&id).await?;
