@@ -45,7 +45,7 @@ impl Pod {
         let bundle = Path::new("/run/bundles").join(container);
         fs::create_dir_all(&bundle).unwrap();
         fs::write(bundle.join(storage::FILE), serde_json::to_vec(list).unwrap()).unwrap();
-        self.storages.attach(container, &bundle).await.map_err(|error| error.to_string())
+        self.storages.attach(container, &bundle).await.map(drop).map_err(|error| error.to_string())
     }
 
     async fn release(&self, container: &str) {
