@@ -141,16 +141,12 @@ fn set_root(spec: &mut Object, target: &Target) -> Result<bool, SpecError> {
 fn set_namespaces(linux: &mut Object, target: &Target) -> Result<(), SpecError> {
     let of_pod = format!("/proc/{}/ns/pid", target.pod_pid);
     let given = linux.get("namespaces").and_then(Value::as_array).cloned().unwrap_or_default();
-    for namespace in &given {
-        match namespace.get("type").and_then(Value::as_str) {
-            Some("user") => {
-                return Err(refused(
-                    "linux.namespaces",
-                    "user namespaces are not supported in the VM; set hostUsers: true",
-                ));
-            }
-            _ => {}
-        }
+    let is = |namespace: &Value, kind: &str| namespace.get("type").and_then(Value::as_str) == Some(kind);
+    if given.iter().any(|namespace| is(namespace, "user")) {
+        return Err(refused(
+            "linux.namespaces",
+            "user namespaces are not supported in the VM; set hostUsers: true",
+        ));
     }
     if linux.get("uidMappings").and_then(Value::as_array).is_some_and(|mappings| !mappings.is_empty()) {
         return Err(refused(
@@ -158,9 +154,8 @@ fn set_namespaces(linux: &mut Object, target: &Target) -> Result<(), SpecError> 
             "user namespaces are not supported in the VM; set hostUsers: true",
         ));
     }
-    let is_pid = |namespace: &&Value| namespace.get("type").and_then(Value::as_str) == Some("pid");
-    let path =
-        given.iter().find(is_pid).and_then(|namespace| namespace.get("path")?.as_str()).unwrap_or_default();
+    let of_pids = given.iter().find(|namespace| is(namespace, "pid"));
+    let path = of_pids.and_then(|namespace| namespace.get("path")?.as_str()).unwrap_or_default();
     // The agent's names; a path of the host's means nothing to it.
     let pid = match path {
         path if path == of_pod && target.shared_pids => json!({"type": "pid", "path": "pod"}),

@@ -31,8 +31,8 @@ const HANDLERS: [&str; 6] = [NET_DUAL, NET_V6, NET_PTP, NET_MACVLAN, NET_TWO, NE
 /// Address ranges, one for each family, with a default route for each.
 fn ipam(machine: &Machine, subnets: &[&str]) -> Value {
     let ranges: Vec<_> = subnets.iter().map(|subnet| json!([{"subnet": subnet}])).collect();
-    let default = |subnet: &&str| if subnet.contains(':') { "::/0" } else { "0.0.0.0/0" };
-    let routes: Vec<_> = subnets.iter().map(|subnet| json!({"dst": default(&subnet)})).collect();
+    let default = |subnet: &str| if subnet.contains(':') { "::/0" } else { "0.0.0.0/0" };
+    let routes: Vec<_> = subnets.iter().map(|subnet| json!({"dst": default(subnet)})).collect();
     json!({"type": "host-local", "dataDir": machine.root.join("cni/leases"), "ranges": ranges, "routes": routes})
 }
 
@@ -53,7 +53,7 @@ fn lists(machine: &Machine, handler: &str) -> Vec<Value> {
     match handler {
         NET_DUAL => {
             let mut bridge = bridge(machine, "klabd0", &["10.88.78.0/24", "fd88:78::/64"]);
-            bridge["mtu"] = 1400.into();
+            bridge.as_object_mut().map(|fields| fields.insert("mtu".into(), json!(1400)));
             let bandwidth = json!({"type": "bandwidth", "capabilities": {"bandwidth": true}});
             let portmap = json!({"type": "portmap", "capabilities": {"portMappings": true}, "snat": true});
             vec![json!([bridge, bandwidth, portmap])]

@@ -27,7 +27,7 @@ async fn macvlan_master() -> Result<()> {
         return Ok(());
     }
     for args in [
-        &format!("link add {MACVLAN_MASTER} up type veth peer name kmac1")[..],
+        format!("link add {MACVLAN_MASTER} up type veth peer name kmac1").as_str(),
         "link set kmac1 up",
         "addr add 10.88.81.1/24 dev kmac1",
     ] {

@@ -30,7 +30,8 @@ pub(crate) struct Netns {
 impl Netns {
     pub(crate) fn of(pod: &Pod<'_>) -> Result<Self> {
         let record = record(pod)?;
-        let path = PathBuf::from(record["spec"]["netns"].as_str().context("the record names no namespace")?);
+        let netns = record.pointer("/spec/netns").and_then(serde_json::Value::as_str);
+        let path = PathBuf::from(netns.context("the record names no namespace")?);
         let file = File::open(&path).with_context(|| format!("opening {}", path.display()))?;
         Ok(Self { file })
     }
