@@ -34,7 +34,7 @@ pub use program::{end, listening, run};
 use crate::{
     cri::{
         Cri, LinuxPodSandboxConfig, LinuxSandboxSecurityContext, NamespaceOption, PodSandboxConfig,
-        PodSandboxMetadata,
+        PodSandboxMetadata, PodSandboxState,
     },
     image, leaks,
     machine::Machine,
@@ -150,6 +150,24 @@ impl Lab {
         daemons.retain(|daemon| daemon.handler != *handler);
         daemons.push(daemon);
         Ok(())
+    }
+
+    /// Waits until containerd, which tries at most every 3 s, has found the daemon of a pod again.
+    ///
+    /// # Errors
+    /// When it has not after some time.
+    pub async fn ready_again(&self, pod: &str) -> Result<()> {
+        let end = Instant::now() + PATIENCE;
+        loop {
+            let state = self.cri.pod_status(pod).await.map(|(status, _)| status.state());
+            match state {
+                Ok(PodSandboxState::SandboxReady) => return Ok(()),
+                other if Instant::now() >= end => {
+                    bail!("the pod is {other:?} after the daemon came back")
+                }
+                _ => sleep(Duration::from_millis(200)).await,
+            }
+        }
     }
 
     /// Kills containerd as the kernel does when memory runs out.

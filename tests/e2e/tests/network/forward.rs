@@ -117,6 +117,7 @@ pub(crate) async fn forwarding_goes_on_without_the_daemon(lab: Arc<Lab>) -> Resu
     lab.kill_daemon(handler()).await?;
     let without = netns.ask(v4(8080), b"without".to_vec()).await;
     lab.restart_daemon(handler()).await?;
+    lab.ready_again(&pod.id).await?;
     let after = netns.ask(v4(8080), b"after".to_vec()).await;
     ensure!(without.context("without the daemon")? == b"without", "something else came back");
     ensure!(after.context("with the next daemon")? == b"after", "something else came back");

@@ -26,14 +26,11 @@ use traffic::{
     limits_of_the_bandwidth_plugin_hold, pods_reach_each_other,
 };
 
-/// Cases that have not been seen to their end yet; `-- --ignored NAME` runs one.
-const UNPROVEN: [&str; 6] = [
-    "ports_are_forwarded_on_both_loopbacks",
-    "a_dual_stack_pod",
-    "pods_reach_each_other",
-    "a_pod_with_two_processors_has_two_queues",
-    "a_pod_with_routing_rules_is_refused",
-    "limits_of_the_bandwidth_plugin_hold",
+/// Cases that do not pass yet, and what they end with; `-- --ignored NAME` runs one.
+const OPEN: [(&str, &str); 3] = [
+    ("ports_are_forwarded_on_both_loopbacks", "of eight connections at once one is reset"),
+    ("a_dual_stack_pod", "of four megabytes sent out of the pod 3.6 arrive"),
+    ("limits_of_the_bandwidth_plugin_hold", "what is sent out of the pod does not all arrive"),
 ];
 
 fn main() -> ExitCode {
@@ -55,8 +52,9 @@ fn main() -> ExitCode {
         a_killed_virtiofsd_gives_the_network_back,
         a_killed_daemon_gives_the_network_back,
     ];
-    for case in all.iter_mut().filter(|case| UNPROVEN.contains(&case.name)) {
-        case.skip = Some("not seen to its end yet, on a machine too busy for it".to_owned());
+    for case in &mut all {
+        let open = OPEN.iter().find(|(name, _)| *name == case.name);
+        case.skip = open.map(|(_, why)| format!("does not pass yet: {why}"));
     }
     suite::with_lab(&[QEMU], all)
 }

@@ -16,7 +16,7 @@ use kuasar_e2e::{
 };
 use tokio::process::Command;
 
-use super::{IDLE, restart::daemon_comes_back};
+use super::IDLE;
 
 const SOON: Duration = Duration::from_secs(30);
 
@@ -110,7 +110,8 @@ pub(crate) async fn a_disk_is_a_device_of_the_container(lab: Arc<Lab>) -> Result
 
     // The same disk for who may only read, while the daemon comes and goes.
     lab.kill_daemon(handler()).await?;
-    daemon_comes_back(&lab, &pod.id).await?;
+    lab.restart_daemon(handler()).await?;
+    lab.ready_again(&pod.id).await?;
     let reads = started(&lab, &pod, with_device("reads", &first, "r")).await?;
     let out = sh(
         &lab,

@@ -21,20 +21,6 @@ use super::IDLE;
 const SOON: Duration = Duration::from_secs(60);
 const UNTIL_TOLD: &str = "echo begin; while [ ! -e /go ]; do sleep 1; done; echo end; exit 9";
 
-/// Starts the daemon again, and waits until containerd has found it.
-pub(crate) async fn daemon_comes_back(lab: &Lab, pod: &str) -> Result<()> {
-    lab.restart_daemon(handler()).await?;
-    let end = Instant::now() + SOON;
-    loop {
-        let state = lab.cri.pod_status(pod).await.map(|(status, _)| status.state());
-        match state {
-            Ok(PodSandboxState::SandboxReady) => return Ok(()),
-            other => ensure!(Instant::now() < end, "the pod is {other:?} after the daemon came back"),
-        }
-        sleep(Duration::from_millis(200)).await;
-    }
-}
-
 pub(crate) async fn a_killed_daemon_finds_its_pods_again(lab: Arc<Lab>) -> Result<()> {
     let pod = lab.pod("orphan", handler()).await?;
     let id = pod.container("waits", BUSYBOX, &["/bin/sh", "-c", UNTIL_TOLD]).await?;
@@ -43,7 +29,8 @@ pub(crate) async fn a_killed_daemon_finds_its_pods_again(lab: Arc<Lab>) -> Resul
     let out = lab.cri.exec(&id, &["/bin/sh", "-c", "echo alone; exit 5"]).await?;
     ensure!(out.code == 5 && out.stdout == "alone\n", "exec without the daemon gave {out:?}");
 
-    daemon_comes_back(&lab, &pod.id).await?;
+    lab.restart_daemon(handler()).await?;
+    lab.ready_again(&pod.id).await?;
     // Only the daemon can prepare a root for another container.
     let second = pod.container("later", BUSYBOX, &["/bin/sh", "-c", "exit 3"]).await?;
     let code = lab.cri.ended(&second, SOON).await?.exit_code;

@@ -17,7 +17,7 @@ use kuasar_e2e::{
 };
 use tokio::process::Command;
 
-use super::{IDLE, restart::daemon_comes_back};
+use super::IDLE;
 
 const SOON: Duration = Duration::from_secs(30);
 
@@ -255,7 +255,8 @@ pub(crate) async fn users_files_survive_a_busy_mount_and_a_killed_daemon(lab: Ar
     ensure!(fs::read_to_string(volume.join("f"))? == "precious\n", "it is lost with the container");
     let id = started(&lab, &pod, config("two", &[mount(&volume, "/data")])).await?;
     lab.kill_daemon(handler()).await?;
-    daemon_comes_back(&lab, &pod.id).await?;
+    lab.restart_daemon(handler()).await?;
+    lab.ready_again(&pod.id).await?;
     lab.cri.stop(&id, 0).await?;
     pod.remove().await?;
     ensure!(fs::read_to_string(volume.join("f"))? == "precious\n", "it is lost with the pod");
