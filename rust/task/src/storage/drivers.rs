@@ -155,7 +155,11 @@ async fn show(
     let filesystem = Filesystem { fstype: storage.fstype.clone(), data: options.data.clone() };
     let name = device.name.clone();
     let slot = storages.bases.add(name.clone(), filesystem.clone()).map_err(|other| {
-        let how = if other.fstype.is_empty() { "used as a device" } else { "mounted in another way" };
+        let how = match other.fstype.as_str() {
+            "" => "used as a device".to_owned(),
+            fstype if storage.device.is_empty() => format!("mounted as {fstype} with other options"),
+            fstype => format!("mounted as {fstype}"),
+        };
         storage.refuse(format!("device {name} is {how} already"))
     })?;
     let shown = async {
