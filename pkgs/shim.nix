@@ -14,6 +14,7 @@ rustPlatform.buildRustPackage (
     env = {
       CARGO_PROFILE_RELEASE_OPT_LEVEL = "z";
       CARGO_PROFILE_RELEASE_LTO = "fat";
+      CARGO_PROFILE_RELEASE_CODEGEN_UNITS = "1";
     };
     meta = {
       description = "Relay between containerd's Task API and the microVM of one pod (static)";
