@@ -6,6 +6,8 @@
 }:
 let
   cpu = builtins.head (lib.filter builtins.isString (builtins.split "-" system));
+  # Everything is built on this machine; for the other architecture by the host's cross compilers.
+  isCross = system != inputs.builder;
 
   # A tool of the host. "${flex}/bin/flex" is /usr/bin/flex; its version is part of `inputs.toolchain`.
   hostTool = name: {
@@ -23,7 +25,8 @@ let
       ...
     }:
     derivation {
-      inherit name system;
+      inherit name;
+      system = inputs.builder;
       builder = "/bin/sh";
       args = [
         "-c"
@@ -65,18 +68,21 @@ let
             derivation (
               {
                 name = args.name or "${args.pname}-${args.version}";
-                inherit system;
+                system = inputs.builder;
                 builder = "/bin/bash";
                 args = [
                   "-e"
                   ./setup.sh
                 ];
                 # A new compiler is a new derivation, though Nix cannot see the compiler.
-                toolchain = inputs.toolchain.${args.builderKind or (if args ? buildCommand then "command" else "make")};
+                toolchain =
+                  inputs.toolchain.${args.builderKind or (if args ? buildCommand then "command" else "make")}
+                  + lib.optionalString isCross inputs.toolchain.cross;
                 depsPath = lib.concatMapStringsSep ":" (dep: "${lib.getBin dep}/bin") (
                   lib.filter (dep: dep.type or "" != "host-tool") deps
                 );
               }
+              // lib.optionalAttrs isCross { crossPrefix = "${cpu}-linux-gnu-"; }
               // own
               // (args.env or { })
               // {
@@ -96,9 +102,11 @@ let
 
       stdenv = {
         inherit mkDerivation hostPlatform;
-        buildPlatform = hostPlatform;
+        buildPlatform = hostPlatform // {
+          system = inputs.builder;
+        };
         cc = hostTool "gcc" // {
-          targetPrefix = "";
+          targetPrefix = lib.optionalString isCross "${cpu}-linux-gnu-"; # as Debian calls them
         };
       };
 
@@ -142,13 +150,21 @@ let
                 cargoBuildType = args.buildType or "release";
                 staticCrt = isStatic;
                 builderKind = "rust";
+                builderPhases = ./rust.sh;
               }
           );
 
         buildGoModule =
           args:
           assert args.vendorHash == null;
-          mkDerivation (args // { builderKind = "go"; });
+          mkDerivation (
+            args
+            // {
+              builderKind = "go";
+              builderPhases = ./go.sh;
+              goArch = if cpu == "aarch64" then "arm64" else "amd64";
+            }
+          );
 
         nukeReferences = runCommand "nuke-references" { } ''
           mkdir -p "$out/bin"

@@ -32,37 +32,9 @@ unpack() {
     cd source
 }
 
-# Rust: rustPlatform.buildRustPackage
-configure_rust() {
-    mkdir -p .cargo
-    # As in nixpkgs the crates are below the build folder: whoever remaps that one has remapped them.
-    ln -s "$cargoDeps" "$NIX_BUILD_TOP/cargo-vendor"
-    printf '%s\n' '[source.crates-io]' 'replace-with = "vendored"' '[source.vendored]' \
-        "directory = \"$NIX_BUILD_TOP/cargo-vendor\"" >.cargo/config.toml
-    export CARGO_HOME="$NIX_BUILD_TOP/cargo"
-}
-build_rust() {
-    # shellcheck disable=SC2086 # a list of flags
-    cargo build -j "$NIX_BUILD_CORES" --offline --target "$rustTarget" --profile "$cargoBuildType" ${cargoBuildFlags:-}
-}
-install_rust() {
-    mkdir -p "$out/bin"
-    find "target/$rustTarget/$cargoBuildType" -maxdepth 1 -type f -executable -exec install -m 0755 -t "$out/bin" {} +
-}
-
-# Go: buildGoModule with a source that brings its vendor folder
-configure_go() {
-    export GOCACHE="$NIX_BUILD_TOP/go-cache" GOPATH="$NIX_BUILD_TOP/go" GOFLAGS="-mod=vendor -trimpath" GOTOOLCHAIN=local GOPROXY=off
-}
-build_go() {
-    local packages=()
-    for sub in ${subPackages:-.}; do packages+=("./$sub"); done
-    go install -p "$NIX_BUILD_CORES" ${tags:+-tags=${tags// /,}} -ldflags="${ldflags:-} -buildid=" "${packages[@]}"
-}
-install_go() {
-    mkdir -p "$out"
-    cp -r "$GOPATH/bin" "$out/bin"
-}
+# The defaults of a kind of builder, in a file of its own: a change to one builds nothing again of another.
+# shellcheck source=/dev/null
+if [ -n "${builderPhases:-}" ]; then source "$builderPhases"; fi
 
 cd "$NIX_BUILD_TOP"
 if [ -n "${buildCommand:-}" ]; then

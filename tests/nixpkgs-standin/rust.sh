@@ -1,0 +1,23 @@
+# rustPlatform.buildRustPackage: sourced by setup.sh.
+# shellcheck shell=bash disable=SC2154
+configure_rust() {
+    mkdir -p .cargo
+    # As in nixpkgs the crates are below the build folder: whoever remaps that one has remapped them.
+    ln -s "$cargoDeps" "$NIX_BUILD_TOP/cargo-vendor"
+    printf '%s\n' '[source.crates-io]' 'replace-with = "vendored"' '[source.vendored]' \
+        "directory = \"$NIX_BUILD_TOP/cargo-vendor\"" >.cargo/config.toml
+    export CARGO_HOME="$NIX_BUILD_TOP/cargo"
+    if [ -n "${crossPrefix:-}" ]; then
+        # The toolchain below /rust knows its own machine only; Debian's has libraries for others.
+        export PATH="/usr/bin:$PATH" linker="CARGO_TARGET_${rustTarget//-/_}_LINKER"
+        export "${linker^^}=${crossPrefix}gcc"
+    fi
+}
+build_rust() {
+    # shellcheck disable=SC2086 # a list of flags
+    cargo build -j "$NIX_BUILD_CORES" --offline --target "$rustTarget" --profile "$cargoBuildType" ${cargoBuildFlags:-}
+}
+install_rust() {
+    mkdir -p "$out/bin"
+    find "target/$rustTarget/$cargoBuildType" -maxdepth 1 -type f -executable -exec install -m 0755 -t "$out/bin" {} +
+}
