@@ -49,6 +49,11 @@ in
     static = true;
   };
 }
+// lib.optionalAttrs pkgs.stdenv.hostPlatform.isx86_64 {
+  # What a boot loader reads and unpacks; compare a peer's 6.47 MB for what is mini here.
+  kernel-micro-size = atMost 3500000 "kernel-micro" "${self.kernel-qemu-micro}/bzImage";
+  kernel-mini-size = atMost 6500000 "kernel-mini" "${self.kernel-qemu-mini}/bzImage";
+}
 // lib.optionalAttrs (self ? image-qemu) {
   # Every part is as the manifest says, the disk as a DAX reader and a plain one want it, and nothing else is there.
   image-qemu =

@@ -10,6 +10,7 @@
   linux_6_12,
   openssl,
   perl,
+  xz,
   zstd,
   hypervisor,
   flavour,
@@ -54,6 +55,7 @@ stdenv.mkDerivation (
       flex
       openssl
       perl
+      xz
       zstd
     ];
     hardeningDisable = [ "all" ]; # the kernel sets its own flags

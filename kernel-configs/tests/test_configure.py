@@ -63,6 +63,11 @@ REQUIRED = {
     "IPV6": "pod network",
     "PACKET": "ping and capture tools",
     "USER_NS": "namespaces",
+    "EROFS_FS": "root image, layers that are images",
+    "DM_VERITY": "checked root images",
+    "NF_TABLES": "port mapping inside pods",
+    "RD_ZSTD": "initrd boot path",
+    "BRIDGE": "privileged containers",
 }
 
 # What mini is for.
@@ -74,15 +79,12 @@ REQUIRED_OF_MINI = {
     "SCSI_VIRTIO": "SCSI storages",
     "BLK_DEV_SD": "SCSI storages",
     "XFS_FS": "block volumes",
-    "EROFS_FS": "layers that are images",
     "NFS_V4_2": "file servers",
     "MODULES": "drivers that pods bring",
     "IP_NF_NAT": "iptables",
     "IP6_NF_NAT": "iptables",
-    "NF_TABLES": "nft",
     "IP_VS": "load balancers",
     "VLAN_8021Q": "VLANs",
-    "DM_VERITY": "checked root images",
     "MEMCG_V1": "task.cgroup=v1",
     "CGROUP_DEVICE": "task.cgroup=v1",
     "CGROUP_FREEZER": "task.cgroup=v1",

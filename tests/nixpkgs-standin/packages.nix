@@ -208,6 +208,7 @@ let
         "openssl"
         "perl"
         "pkg-config"
+        "xz"
         "zstd"
       ] hostTool;
 
