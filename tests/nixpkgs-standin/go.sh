@@ -3,7 +3,8 @@
 configure_go() {
     export GOCACHE="$NIX_BUILD_TOP/go-cache" GOPATH="$NIX_BUILD_TOP/go" GOFLAGS="-mod=vendor -trimpath" GOTOOLCHAIN=local GOPROXY=off
     if [ -n "${crossPrefix:-}" ]; then
-        export GOARCH="$goArch" CGO_ENABLED=1 CC="${crossPrefix}gcc" PKG_CONFIG="${crossPrefix}pkg-config"
+        export GOARCH="$goArch" CGO_ENABLED=1 CC="${crossPrefix}gcc"
+        export PKG_CONFIG_SYSROOT_DIR=/cross PKG_CONFIG_LIBDIR="/cross/usr/lib/${crossPrefix%-}/pkgconfig"
     fi
 }
 build_go() {

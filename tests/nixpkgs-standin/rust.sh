@@ -8,8 +8,10 @@ configure_rust() {
         "directory = \"$NIX_BUILD_TOP/cargo-vendor\"" >.cargo/config.toml
     export CARGO_HOME="$NIX_BUILD_TOP/cargo"
     if [ -n "${crossPrefix:-}" ]; then
-        # The toolchain below /rust knows its own machine only; Debian's has libraries for others.
-        export PATH="/usr/bin:$PATH" linker="CARGO_TARGET_${rustTarget//-/_}_LINKER"
+        # The toolchain below /rust knows its own machine only; Debian's, unpacked below /cross, has the library of others.
+        [ -x /cross/usr/bin/rustc ] || { echo "no compiler for $rustTarget: run tests/lab/setup --aarch64" >&2 && exit 1; }
+        export PATH="/cross/usr/bin:$PATH" LD_LIBRARY_PATH="/cross/usr/lib/x86_64-linux-gnu"
+        local linker="CARGO_TARGET_${rustTarget//-/_}_LINKER"
         export "${linker^^}=${crossPrefix}gcc"
     fi
 }
