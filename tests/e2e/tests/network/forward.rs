@@ -21,9 +21,10 @@ use super::netns::Netns;
 const QUICK: Duration = Duration::from_secs(5);
 const SOON: Duration = Duration::from_secs(20);
 
-/// A server that gives back what it gets; it answers the end of its input with the end of its output.
+/// A server that gives back what it gets; it answers the end of its input with the end of its output. As many connections
+/// as there are `l` may wait for it: when more do, the kernel drops their packets, and may reset one at last.
 async fn echo(pod: &Pod<'_>, port: u16) -> Result<String> {
-    let script = format!("exec nc -ll -p {port} -e cat");
+    let script = format!("exec nc -{} -p {port} -e cat", "l".repeat(32));
     pod.container("echo", BUSYBOX, &["/bin/sh", "-c", &script]).await
 }
 

@@ -26,15 +26,8 @@ use traffic::{
     limits_of_the_bandwidth_plugin_hold, pods_reach_each_other,
 };
 
-/// Cases that do not pass yet, and what they end with; `-- --ignored NAME` runs one.
-const OPEN: [(&str, &str); 3] = [
-    ("ports_are_forwarded_on_both_loopbacks", "of eight connections at once one is reset"),
-    ("a_dual_stack_pod", "of four megabytes sent out of the pod 3.6 arrive"),
-    ("limits_of_the_bandwidth_plugin_hold", "what is sent out of the pod does not all arrive"),
-];
-
 fn main() -> ExitCode {
-    let mut all = cases![
+    let all = cases![
         ports_are_forwarded_over_cri,
         ports_are_forwarded_on_both_loopbacks,
         forwarding_goes_on_without_the_daemon,
@@ -52,10 +45,6 @@ fn main() -> ExitCode {
         a_killed_virtiofsd_gives_the_network_back,
         a_killed_daemon_gives_the_network_back,
     ];
-    for case in &mut all {
-        let open = OPEN.iter().find(|(name, _)| *name == case.name);
-        case.skip = open.map(|(_, why)| format!("does not pass yet: {why}"));
-    }
     suite::with_lab(&[QEMU], all)
 }
 

@@ -82,8 +82,9 @@ pub(crate) async fn a_dual_stack_pod(lab: Arc<Lab>) -> Result<()> {
     let resolv = inside(&lab, &id, &["cat", "/etc/resolv.conf"]).await?;
     let expected = "search a.svc svc\nnameserver 10.88.78.1\nnameserver fd88:78::1\noptions ndots:5\n";
     ensure!(resolv == expected, "/etc/resolv.conf is {resolv}");
-    datagrams(&lab, &pod).await?;
-    frames_are_larger_than_the_mtu(&lab, &pod, &id).await?;
+    let bash = bash(&lab, &pod).await?;
+    datagrams(&lab, &bash).await?;
+    frames_are_larger_than_the_mtu(&lab, &pod, &bash).await?;
     pod.remove().await
 }
 
@@ -102,9 +103,8 @@ pub(crate) async fn a_pod_with_two_processors_has_two_queues(lab: Arc<Lab>) -> R
     pod.remove().await
 }
 
-/// A datagram of several fragments goes out, and another comes back.
-async fn datagrams(lab: &Lab, pod: &Pod<'_>) -> Result<()> {
-    let server = UdpSocket::bind("10.88.78.1:5000").await?;
+/// A container with bash, which can talk to the network itself.
+async fn bash(lab: &Lab, pod: &Pod<'_>) -> Result<String> {
     let mut bash = container("bash", BUSYBOX, IDLE);
     bash.mounts.push(Mount {
         container_path: "/bash".into(),
@@ -114,6 +114,12 @@ async fn datagrams(lab: &Lab, pod: &Pod<'_>) -> Result<()> {
     });
     let id = pod.create(bash).await?;
     lab.cri.start(&id).await?;
+    Ok(id)
+}
+
+/// A datagram of several fragments goes out, and another comes back.
+async fn datagrams(lab: &Lab, id: &str) -> Result<()> {
+    let server = UdpSocket::bind("10.88.78.1:5000").await?;
     let script =
         "exec 3<>/dev/udp/10.88.78.1/5000; printf '%4000s' question >&3; timeout 20 head -c 4000 <&3 | wc -c";
     let answering = async {
@@ -128,7 +134,7 @@ async fn datagrams(lab: &Lab, pod: &Pod<'_>) -> Result<()> {
         Ok(())
     };
     let asking = async {
-        let out = lab.cri.exec(&id, &["/bash", "-c", script]).await?;
+        let out = lab.cri.exec(id, &["/bash", "-c", script]).await?;
         ensure!(out.stdout.trim() == "4000", "what came back: {out:?}");
         Ok(())
     };
@@ -142,13 +148,7 @@ async fn frames_are_larger_than_the_mtu(lab: &Lab, pod: &Pod<'_>, id: &str) -> R
     let server = TcpListener::bind("10.88.78.1:5001").await?;
     let before = tap_counters(&netns).await?;
     let serving = exchange(server);
-    let script = format!("head -c {LARGE} /dev/zero | nc 10.88.78.1 5001 | tr -d '\\007' | wc -c; echo done");
-    let asking = async {
-        let out = inside(lab, id, &["/bin/sh", "-c", &script]).await?;
-        ensure!(out == "0\ndone\n", "bytes that were not sent arrived in the pod: {out}");
-        Ok(())
-    };
-    tokio::try_join!(serving, asking)?;
+    tokio::try_join!(serving, exchange_inside(lab, id, 5001))?;
     let after = tap_counters(&netns).await?;
     for (name, (bytes, packets)) in [
         ("into the pod", (after.0 - before.0, after.1 - before.1)),
@@ -172,6 +172,19 @@ async fn exchange(server: TcpListener) -> Result<()> {
     let mut got = Vec::new();
     tokio::try_join!(sending, from_pod.read_to_end(&mut got))?;
     ensure!(got == vec![0; LARGE], "{} bytes came out of the pod, or not those that were sent", got.len());
+    Ok(())
+}
+
+/// The pod's part in it. Not with busybox' `nc`: at the end of what it receives, it ends, whatever it still has to send.
+async fn exchange_inside(lab: &Lab, bash: &str, port: u16) -> Result<()> {
+    let script = format!(
+        "exec 3<>/dev/tcp/10.88.78.1/{port}; head -c {LARGE} /dev/zero >&3 & \
+         head -c {LARGE} <&3 | tr -d '\\000' | sha256sum; wait $! && echo sent"
+    );
+    let sum = format!("head -c {LARGE} /dev/zero | tr '\\000' '\\007' | sha256sum; echo sent");
+    let expected = inside(lab, bash, &["/bin/sh", "-c", &sum]).await?;
+    let out = inside(lab, bash, &["/bash", "-c", &script]).await?;
+    ensure!(out == expected, "what arrived in the pod is not what was sent: {out}");
     Ok(())
 }
 
@@ -216,16 +229,10 @@ pub(crate) async fn limits_of_the_bandwidth_plugin_hold(lab: Arc<Lab>) -> Result
         config.annotations.insert(format!("kubernetes.io/{direction}-bandwidth"), "80M".into());
     }
     let pod = lab.run(config, NET_DUAL).await?;
-    let id = pod.container("idle", BUSYBOX, IDLE).await?;
+    let id = bash(&lab, &pod).await?;
     let server = TcpListener::bind("10.88.78.1:5002").await?;
     let serving = exchange(server);
-    let script = format!("head -c {LARGE} /dev/zero | nc 10.88.78.1 5002 | wc -c");
-    let asking = async {
-        let out = inside(&lab, &id, &["/bin/sh", "-c", &script]).await?;
-        ensure!(out.trim() == LARGE.to_string(), "{out} bytes arrived in the pod");
-        Ok(())
-    };
-    tokio::try_join!(serving, asking)?;
+    tokio::try_join!(serving, exchange_inside(&lab, &id, 5002))?;
     let text = String::from_utf8(run(Command::new("tc").args(["-s", "qdisc", "show"])).await?)?;
     // One into the pod, on the host's end of its link, and one out of it, on the plugin's own device.
     let limiters: Vec<&str> =
