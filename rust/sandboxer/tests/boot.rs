@@ -68,6 +68,7 @@ impl Lab {
             image: Some(image.join("kuasar.img")),
             initrd: Some(image.join("kuasar.initrd")),
             root: Root::Pmem,
+            verity: None,
             kernel_params: String::new(),
             share_fs: ShareFs::Virtiofs,
             virtiofsd: "virtiofsd".into(),

@@ -10,7 +10,7 @@ use std::{
 use serde::Deserialize;
 
 use crate::pod::Annotation;
-use crate::vmm::{Accel, Machine, Root, ShareFs, VmConfig, VsockKind};
+use crate::vmm::{Accel, Machine, Root, ShareFs, Verity, VmConfig, VsockKind};
 
 /// Where the daemon looks for its configuration.
 pub const DEFAULT_PATH: &str = "/etc/kuasar/qemu.toml";
@@ -152,6 +152,8 @@ pub struct HypervisorConfig {
     pub kernel_params: String,
     /// Where the guest's root comes from.
     pub root: Root,
+    /// Lets dm-verity check the image block by block.
+    pub verity: Option<Verity>,
     /// How the pod's folder reaches the guest.
     pub share_fs: ShareFs,
     /// How host and guest talk.
@@ -180,6 +182,7 @@ impl Default for HypervisorConfig {
             initrd_path: "/usr/share/kuasar/kuasar.initrd".into(),
             kernel_params: String::new(),
             root: Root::default(),
+            verity: None,
             share_fs: ShareFs::default(),
             vsock: VsockKind::default(),
             debug: false,
@@ -289,6 +292,7 @@ impl Config {
             image: some(&hypervisor.image_path),
             initrd: some(&hypervisor.initrd_path).filter(|_| hypervisor.root == Root::Initrd),
             root: hypervisor.root,
+            verity: hypervisor.verity.clone(),
             kernel_params: hypervisor.kernel_params.clone(),
             share_fs: hypervisor.share_fs,
             virtiofsd: hypervisor.virtiofsd.path.clone(),
@@ -351,6 +355,15 @@ impl Config {
         match hypervisor.root {
             Root::Pmem | Root::Blk => needed.push(("hypervisor.image_path", &hypervisor.image_path)),
             Root::Initrd => needed.push(("hypervisor.initrd_path", &hypervisor.initrd_path)),
+        }
+        if let Some(verity) = &hypervisor.verity {
+            if hypervisor.root == Root::Initrd {
+                let why = "is set and the root is the initrd, which no hash tree covers; set root = \"pmem\" or \"blk\"";
+                return Err(("hypervisor.verity", why.into()));
+            }
+            if let Some(problem) = verity.problem() {
+                return Err(problem);
+            }
         }
         match needed.iter().find(|(_, path)| path.as_os_str().is_empty()) {
             Some((key, _)) => Err((key, "is empty".into())),

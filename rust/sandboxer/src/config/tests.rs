@@ -61,6 +61,18 @@ fn values_that_cannot_work_are_refused_by_name() {
         ("[hypervisor]\nmemory_in_mb = 16", "hypervisor.memory_in_mb is 16, a guest needs at least 64"),
         ("[hypervisor]\nkernel_path = \"\"", "hypervisor.kernel_path is empty"),
         ("[hypervisor]\nroot = \"initrd\"\ninitrd_path = \"\"", "hypervisor.initrd_path is empty"),
+        (
+            "[hypervisor.verity]\nroot_hash = \"12g\"\ndata_blocks = 1",
+            "hypervisor.verity.root_hash is \"12g\", a SHA-256 has 64 hexadecimal digits",
+        ),
+        (
+            &format!("[hypervisor.verity]\nroot_hash = \"{}\"\ndata_blocks = 0", "0".repeat(64)),
+            "hypervisor.verity.data_blocks is 0",
+        ),
+        (
+            "[hypervisor]\nroot = \"initrd\"\nverity = { root_hash = \"\", data_blocks = 1 }",
+            "hypervisor.verity is set and the root is the initrd, which no hash tree covers",
+        ),
         ("[sandbox]\nstart_timeout_s = 0", "sandbox.start_timeout_s is 0"),
         ("[sandbox]\ncollect_grace_s = 0", "sandbox.collect_grace_s is 0"),
         ("[sandbox]\ncollect_interval_s = 0", "sandbox.collect_interval_s is 0"),

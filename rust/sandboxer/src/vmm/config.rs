@@ -4,6 +4,8 @@ use std::path::PathBuf;
 
 use serde::Deserialize;
 
+use super::root::Verity;
+
 /// Configuration of a hypervisor, the same for all of them. Paths are the host's; a program without `/` is searched in
 /// `PATH`.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -24,6 +26,8 @@ pub struct VmConfig {
     pub initrd: Option<PathBuf>,
     /// Where the guest's root file system comes from.
     pub root: Root,
+    /// What vouches for the image, if anything does.
+    pub verity: Option<Verity>,
     /// Appended to the kernel command line.
     pub kernel_params: String,
     /// How the pod's shared folder gets into the guest.

@@ -10,6 +10,7 @@ mod logs;
 mod preflight;
 pub mod qemu;
 mod ready;
+mod root;
 mod supervisor;
 mod vsock;
 
@@ -32,6 +33,7 @@ pub use self::{
     device::{Bus, BusKind, DeviceAddress, DeviceInfo, Nic},
     error::{PreflightError, VmError},
     ready::{ReadyError, ReadyGuest, ReadyListener, VsockHub},
+    root::Verity,
 };
 use crate::{
     config::{Config, HypervisorKind},

@@ -143,6 +143,16 @@ fn root(config: &VmConfig) -> Result<(), PreflightError> {
             path.display()
         )));
     }
+    if let Some(verity) = &config.verity
+        && !verity.is_in(path).unwrap_or(false)
+    {
+        return Err(refused(format!(
+            "the guest image {} has no hash tree behind {} blocks; set hypervisor.verity to what kuasar-image build --verity \
+             printed for it",
+            path.display(),
+            verity.data_blocks
+        )));
+    }
     if config.root != Root::Pmem {
         return Ok(());
     }

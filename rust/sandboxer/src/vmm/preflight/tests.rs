@@ -30,6 +30,7 @@ impl Files {
             image: Some(self.put("kuasar.img", &image, 0o644)),
             initrd: None,
             root: Root::Pmem,
+            verity: None,
             kernel_params: String::new(),
             share_fs: ShareFs::Virtiofs,
             virtiofsd: "sh".into(),
@@ -169,4 +170,11 @@ fn the_kernels_vsock_must_be_there() {
              load the kernel module vhost_vsock, or set hypervisor.vsock = \"vhost-user\"",
         );
     }
+}
+
+#[test]
+fn a_hash_tree_that_is_not_there_is_missed() {
+    let files = Files::new();
+    let verity = Some(crate::vmm::Verity { root_hash: "0".repeat(64), data_blocks: 7 });
+    refused(&VmConfig { verity, ..files.config() }, "has no hash tree behind 7 blocks");
 }

@@ -8,7 +8,7 @@ use kuasar_common::constants::SHARE_TAG;
 
 pub(super) use self::params::CommandLine;
 use self::params::{Chardev, Device, Drive, Fsdev, MachineType, Mon, Name, Netdev, Object, Sandbox, Smp};
-use crate::vmm::{Accel, Bus, BusKind, Machine, Root, ShareFs, VmConfig, VmError, VmSpec};
+use crate::vmm::{Accel, Bus, BusKind, Machine, Root, ShareFs, VmConfig, VmError, VmSpec, root};
 
 /// QEMU's process id; removed by QEMU when it quits.
 const PIDFILE: &str = "vmm.pid";
@@ -265,11 +265,7 @@ fn machine_type(config: &VmConfig) -> MachineType {
 
 /// The kernel's command line. A guest that panics or reboots ends its VMM: there is nothing to boot into again.
 fn append(config: &VmConfig, spec: &VmSpec) -> String {
-    let root = match config.root {
-        Root::Pmem => "root=/dev/pmem0p1 rootflags=dax ro rootfstype=ext4",
-        Root::Blk => "root=/dev/vda1 ro rootfstype=ext4",
-        Root::Initrd => "",
-    };
+    let root = root::words(config);
     let share = match config.share_fs {
         ShareFs::Virtiofs => "task.sharefs_type=virtiofs",
         ShareFs::NineP => "task.sharefs_type=9p",
@@ -290,7 +286,7 @@ fn append(config: &VmConfig, spec: &VmSpec) -> String {
         _ => "",
     };
     let words = [
-        root,
+        &root,
         // noreplace-smp: else the kernel of a guest with one processor rewrites thousands of lock prefixes.
         "console=hvc0 reboot=t panic=-1 noreplace-smp",
         clock,

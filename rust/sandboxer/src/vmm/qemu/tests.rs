@@ -45,6 +45,7 @@ impl Lab {
             image: None,
             initrd: Some("/k/initrd".into()),
             root: Root::Initrd,
+            verity: None,
             kernel_params: String::new(),
             share_fs: ShareFs::Virtiofs,
             virtiofsd: self.0.path().join("virtiofsd"),

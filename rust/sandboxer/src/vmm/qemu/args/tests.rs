@@ -14,6 +14,7 @@ fn config() -> VmConfig {
         image: None,
         initrd: Some("/k/kuasar.initrd".into()),
         root: Root::Initrd,
+        verity: None,
         kernel_params: String::new(),
         share_fs: ShareFs::NineP,
         virtiofsd: "virtiofsd".into(),
@@ -162,4 +163,15 @@ fn a_full_bus_is_an_error() {
     let disks: Vec<_> = (0..27).map(disk).collect();
     let error = CommandLine::new(&config(), &spec(), &inherited, &disks).unwrap_err().to_string();
     assert_eq!(error, "plugging d26-device in: all 30 slots of the bus pcie.0 are taken");
+}
+
+#[test]
+fn a_root_that_is_checked_is_a_device_of_the_kernel_s_own() {
+    let verity = Some(crate::vmm::Verity { root_hash: "5a".repeat(32), data_blocks: 3 });
+    let line = append(&VmConfig { root: Root::Pmem, verity, ..config() }, &spec());
+    assert!(line.starts_with(
+        "dm-mod.create=\"root,,,ro,0 24 verity 1 /dev/pmem0p1 /dev/pmem0p1 4096 4096 3 4 sha256 5a5a"
+    ));
+    assert!(line.contains(" - 1 panic_on_corruption\" root=/dev/dm-0 ro rootfstype=ext4 console="), "{line}");
+    assert!(!line.contains("dax"), "{line}");
 }
