@@ -26,6 +26,9 @@ pub struct Ready {
     pub agent: String,
     /// Nanoseconds since the guest's kernel started (`CLOCK_BOOTTIME`).
     pub uptime_ns: u64,
+    /// File system and options of the guest's root, as `/proc/mounts` has them.
+    #[serde(default)]
+    pub root: String,
 }
 
 /// Why the agent gave up.
@@ -81,9 +84,9 @@ mod tests {
 
     #[test]
     fn ready_has_the_documented_shape() {
-        let ready = ToHost::Ready(Ready { agent: "0.1.0".into(), uptime_ns: 123 });
+        let ready = ToHost::Ready(Ready { agent: "0.1.0".into(), uptime_ns: 123, root: "ext4 ro".into() });
         let line = to_line(&ready).unwrap();
-        assert_eq!(line, b"{\"ready\":{\"agent\":\"0.1.0\",\"uptime_ns\":123}}\n");
+        assert_eq!(line, b"{\"ready\":{\"agent\":\"0.1.0\",\"uptime_ns\":123,\"root\":\"ext4 ro\"}}\n");
         assert_eq!(from_line::<ToHost>(&line).unwrap(), ready);
     }
 

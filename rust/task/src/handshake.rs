@@ -49,7 +49,8 @@ impl<S: AsyncRead + AsyncWrite> HostLink<S> {
     pub async fn ready(stream: S) -> Result<Self, HandshakeError> {
         let (reader, writer) = tokio::io::split(stream);
         let mut link = Self { reader: BufReader::with_capacity(MAX_LINE, reader), writer };
-        let ready = Ready { agent: env!("CARGO_PKG_VERSION").to_owned(), uptime_ns: uptime_ns() };
+        let ready =
+            Ready { agent: env!("CARGO_PKG_VERSION").to_owned(), uptime_ns: uptime_ns(), root: root() };
         link.say(&ToHost::Ready(ready)).await?;
         Ok(link)
     }
@@ -83,6 +84,20 @@ impl<S: AsyncRead + AsyncWrite> HostLink<S> {
     }
 }
 
+/// How the root is mounted; nothing where that cannot be read. The last line counts: it hides those before.
+fn root() -> String {
+    let mounts = std::fs::read_to_string("/proc/mounts").unwrap_or_default();
+    root_of(&mounts).unwrap_or_default()
+}
+
+fn root_of(mounts: &str) -> Option<String> {
+    mounts.lines().rev().find_map(|line| {
+        let mut words = line.split(' ').skip(1);
+        (words.next() == Some("/")).then_some(())?;
+        Some(format!("{} {}", words.next()?, words.next()?))
+    })
+}
+
 fn uptime_ns() -> u64 {
     let now = clock_gettime(ClockId::Boottime);
     let seconds = u64::try_from(now.tv_sec).unwrap_or(0);
@@ -94,6 +109,13 @@ mod tests {
     use tokio::io::duplex;
 
     use super::*;
+
+    #[test]
+    fn the_root_is_told_with_its_options() {
+        let mounts = "rootfs / rootfs rw 0 0\n/dev/root / erofs ro,dax=always 0 0\nproc /proc proc rw 0 0\n";
+        assert_eq!(root_of(mounts).as_deref(), Some("erofs ro,dax=always"));
+        assert_eq!(root_of("proc /proc proc rw 0 0\n/dev/vda /"), None);
+    }
 
     async fn answer(line: &[u8]) -> Result<String, HandshakeError> {
         let (ours, mut theirs) = duplex(2 * MAX_LINE);

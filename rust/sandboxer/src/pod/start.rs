@@ -99,7 +99,13 @@ impl Pod {
             async { tokio::join!(greet(&*vm, &token, deadline), self.place_vcpus(&*vm, &cgroups)).0 };
         let greeted = caller.unless_gone("waiting for the guest", greeted).await?;
         let agent = step("waiting for the guest's agent", greeted)?;
-        tracing::debug!(agent = agent.ready.agent, uptime_ns = agent.ready.uptime_ns, "the agent is ready");
+        let ready = &agent.ready;
+        tracing::debug!(
+            agent = ready.agent,
+            uptime_ns = ready.uptime_ns,
+            root = ready.root,
+            "the agent is ready"
+        );
         let guest = Guest::new(vm.address(), token);
         let request = setup::request(&self.id, &work.spec, &network);
         let told = guest.setup(&request, deadline.left());

@@ -230,7 +230,7 @@ mod tests {
     async fn a_ready_guest_gets_the_token_and_may_give_up_later() {
         let (host, mut guest) = call(b"{\"ready\":{\"agent\":\"0.1.0\",\"uptime_ns\":5}}\n").await;
         let mut host = host.unwrap();
-        assert_eq!(host.ready, Ready { agent: "0.1.0".into(), uptime_ns: 5 });
+        assert_eq!(host.ready, Ready { agent: "0.1.0".into(), uptime_ns: 5, root: String::new() });
         host.give_token("secret").await.unwrap();
         let mut line = vec![0; 19];
         guest.read_exact(&mut line).await.unwrap();
