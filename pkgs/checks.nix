@@ -24,6 +24,56 @@ let
       [ "$size" -le ${toString limit} ] || { echo "${path} has $size bytes, more than ${toString limit}" >&2; exit 1; }
       touch "$out"
     '';
+  # Bytes of an image at most: it is in every node's page cache.
+  largest = 32 * 1024 * 1024;
+  # Every part is as the manifest says, the disk as a DAX reader and a plain one want it, and nothing else is there.
+  imageIsGood =
+    image:
+    runCommand "check-${image.pname}"
+      {
+        nativeBuildInputs = [
+          pkgs.jq
+          pkgs.python3Packages.jsonschema
+          pkgs.cryptsetup
+          self.kuasar-image
+        ];
+      }
+      ''
+        cd ${image}
+        jq -r '.parts | to_entries[] | "\(.value.sha256)  \(.key)"' manifest.json | sha256sum -c
+        test "$(ls)" = "$(jq -r '.parts | keys[]' manifest.json | cat - <(echo manifest.json) | LC_ALL=C sort)"
+        jsonschema -i manifest.json ${./manifest.schema.json}
+        # A schema that takes everything would say the same.
+        for wrong in 'del(.parts.vmlinux.sha256)' '.root[0].mode = 493' '.parts.vmlinux.size = -1' '.more = 1'; do
+          jq "$wrong" manifest.json >"$NIX_BUILD_TOP/wrong.json"
+          ! jsonschema -i "$NIX_BUILD_TOP/wrong.json" ${./manifest.schema.json} 2>/dev/null || { echo "the schema takes $wrong" >&2; exit 1; }
+        done
+        # Every file of the root is in the list, and no other.
+        diff <(cd ${image.disk.rootfs} && find . -mindepth 1 -printf '/%P\n' | LC_ALL=C sort) <(jq -r '.root[].path' manifest.json)
+        # Every component is named once, and every dependency is a component.
+        jq -e '[.components[]."bom-ref"] as $refs | ($refs | length) > 100 and ($refs | unique | length) == ($refs | length)
+          and ([.dependencies[].dependsOn[]] - $refs == [])
+          and ([.components[].name] | contains(["linux", "runc", "vmm-task", "ttrpc"]))' sbom.cdx.json
+        kuasar-image verify kuasar.img
+        ${lib.optionalString image.disk.verity ''
+          hash=$(sed -n 's/^root_hash = "\(.*\)"$/\1/p' config.toml)
+          kuasar-image verify --root-hash "$hash" kuasar.img
+        ''}
+        # As large as its content, with 2 % and half a MiB for tables and an XFS log of 6.5 MiB, rounded to 2 MiB.
+        size=$(stat -Lc %s kuasar.img)
+        content=$(find ${image.disk.rootfs} -type f -printf '%s\n' | awk '{ blocks += int(($1 + 4095) / 4096) } END { print blocks * 4096 }')
+        fs=$((content + content / 50 + 524288 + ${if image.disk.fs == "xfs" then "6815744" else "0"}))
+        largest=$(((3145728 + fs + 2097151) / 2097152 * 2097152))
+        [ "$size" -le "$largest" ] && [ "$size" -le ${toString largest} ] || {
+          echo "kuasar.img has $size bytes: more than $largest, or than ${toString largest}" >&2
+          exit 1
+        }
+        kuasar-image verify kuasar.initrd
+        for part in vmlinux bzImage kuasar.img kuasar.initrd; do
+          ! grep -aqE "$NIX_BUILD_TOP/(source|kernel)" "$part" || { echo "$part contains $NIX_BUILD_TOP" >&2; exit 1; }
+        done
+        touch "$out"
+      '';
 in
 {
   vmm-sandboxer = program self.vmm-sandboxer {
@@ -54,38 +104,6 @@ in
   kernel-micro-size = atMost 3500000 "kernel-micro" "${self.kernel-qemu-micro}/bzImage";
   kernel-mini-size = atMost 6500000 "kernel-mini" "${self.kernel-qemu-mini}/bzImage";
 }
-// lib.optionalAttrs (self ? image-qemu) {
-  # Every part is as the manifest says, the disk as a DAX reader and a plain one want it, and nothing else is there.
-  image-qemu =
-    runCommand "check-image-qemu"
-      {
-        nativeBuildInputs = [
-          pkgs.jq
-          pkgs.python3Packages.jsonschema
-          self.kuasar-image
-        ];
-      }
-      ''
-        cd ${self.image-qemu}
-        jq -r '.parts | to_entries[] | "\(.value.sha256)  \(.key)"' manifest.json | sha256sum -c
-        test "$(ls)" = "$(jq -r '.parts | keys[]' manifest.json | cat - <(echo manifest.json) | LC_ALL=C sort)"
-        jsonschema -i manifest.json ${./manifest.schema.json}
-        # A schema that takes everything would say the same.
-        for wrong in 'del(.parts.vmlinux.sha256)' '.root[0].mode = 493' '.parts.vmlinux.size = -1' '.more = 1'; do
-          jq "$wrong" manifest.json >"$NIX_BUILD_TOP/wrong.json"
-          ! jsonschema -i "$NIX_BUILD_TOP/wrong.json" ${./manifest.schema.json} 2>/dev/null || { echo "the schema takes $wrong" >&2; exit 1; }
-        done
-        # Every file of the root is in the list, and no other.
-        diff <(cd ${self.rootfs} && find . -mindepth 1 -printf '/%P\n' | LC_ALL=C sort) <(jq -r '.root[].path' manifest.json)
-        # Every component is named once, and every dependency is a component.
-        jq -e '[.components[]."bom-ref"] as $refs | ($refs | length) > 100 and ($refs | unique | length) == ($refs | length)
-          and ([.dependencies[].dependsOn[]] - $refs == [])
-          and ([.components[].name] | contains(["linux", "runc", "vmm-task", "ttrpc"]))' sbom.cdx.json
-        kuasar-image verify kuasar.img
-        kuasar-image verify kuasar.initrd
-        for part in vmlinux bzImage kuasar.img kuasar.initrd; do
-          ! grep -aqE "$NIX_BUILD_TOP/(source|kernel)" "$part" || { echo "$part contains $NIX_BUILD_TOP" >&2; exit 1; }
-        done
-        touch "$out"
-      '';
-}
+// lib.mapAttrs (_: imageIsGood) (
+  lib.filterAttrs (name: _: lib.hasPrefix "image-" name) self
+)

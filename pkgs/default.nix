@@ -22,22 +22,69 @@ lib.makeScope pkgs.newScope (
     checks = import ./checks.nix { inherit pkgs self; };
   }
   // pkgs.callPackage ./kernels.nix { inherit (self) callPackage; }
-  // lib.optionalAttrs isx86_64 {
-    initrd-qemu = self.callPackage ../rootfs/initrd.nix { };
-    disk-qemu = self.callPackage ../rootfs/disk.nix { };
-    sbom-qemu = self.callPackage ./sbom.nix {
-      inherit workspace;
-      kernel = self.kernel-qemu-micro;
-      hypervisor = "qemu";
-    };
-    image-qemu = self.callPackage ./image-qemu.nix {
-      sbom = self.sbom-qemu;
-      kernel = self.kernel-qemu-micro;
-      initrd = self.initrd-qemu;
-      disk = self.disk-qemu;
-      # A package set that knows its machines have neither KVM nor vhost-vsock says so; nixpkgs knows nothing of it.
-      accel = pkgs.kuasarAccel or "kvm";
-      vsock = pkgs.kuasarVsock or "vhost";
-    };
-  }
+  // lib.optionalAttrs isx86_64 (
+    let
+      # "gzip" is what every image has.
+      initrd = compress: self.callPackage ../rootfs/initrd.nix { inherit compress; };
+      disk = fs: verity: self.callPackage ../rootfs/disk.nix { inherit fs verity; };
+      image =
+        args:
+        self.callPackage ./image-qemu.nix (
+          {
+            sbom = self.sbom-qemu;
+            kernel = self.kernel-qemu-micro;
+            initrd = self.initrd-qemu;
+            # A package set that knows its machines have neither KVM nor vhost-vsock says so; nixpkgs knows nothing of it.
+            accel = pkgs.kuasarAccel or "kvm";
+            vsock = pkgs.kuasarVsock or "vhost";
+          }
+          // args
+        );
+    in
+    {
+      initrd-qemu = initrd "gzip";
+      initrd-qemu-zstd = initrd "zstd";
+      disk-qemu = disk "ext4" false;
+      disk-qemu-erofs = disk "erofs" false;
+      disk-qemu-xfs = disk "xfs" false;
+      disk-qemu-verity = disk "erofs" true;
+      sbom-qemu = self.callPackage ./sbom.nix {
+        inherit workspace;
+        kernel = self.kernel-qemu-micro;
+        hypervisor = "qemu";
+      };
+      image-qemu = image { disk = self.disk-qemu; };
+      image-qemu-erofs = image {
+        disk = self.disk-qemu-erofs;
+        initrd = self.initrd-qemu-zstd;
+        suffix = "-erofs";
+      };
+      # The micro kernel knows no XFS.
+      image-qemu-xfs = image {
+        disk = self.disk-qemu-xfs;
+        kernel = self.kernel-qemu-mini;
+        suffix = "-xfs";
+      };
+      image-qemu-verity = image {
+        disk = self.disk-qemu-verity;
+        suffix = "-verity";
+      };
+      guests-qemu = self.callPackage ./guests-qemu.nix {
+        kernels = {
+          micro = self.kernel-qemu-micro;
+          mini = self.kernel-qemu-mini;
+        };
+        disks = {
+          ext4 = self.disk-qemu;
+          erofs = self.disk-qemu-erofs;
+          xfs = self.disk-qemu-xfs;
+          verity = self.disk-qemu-verity;
+        };
+        initrds = {
+          gzip = self.initrd-qemu;
+          zstd = self.initrd-qemu-zstd;
+        };
+      };
+    }
+  )
 )

@@ -1,4 +1,4 @@
-# What the daemon needs to start a pod with QEMU, in one folder.
+# What the daemon needs to start a pod with QEMU, in one folder. Its variants differ in kernel, disk and initrd.
 {
   lib,
   stdenv,
@@ -13,8 +13,9 @@
   kernel,
   initrd,
   disk,
-  rootfs,
   sbom,
+  # What a variant adds to the name, like "-erofs".
+  suffix ? "",
   # "kvm" or "tcg"; "vhost" (the host's kernel module) or "vhost-user" (a process of its own).
   accel,
   vsock,
@@ -36,7 +37,7 @@ let
     kernel_path = "vmlinux"
     image_path = "kuasar.img"
     initrd_path = "kuasar.initrd"
-    root = "pmem"
+    root = "${if disk.verity then "blk" else "pmem"}"
     share_fs = "virtiofs"
     vsock = "${vsock}"
 
@@ -72,10 +73,10 @@ let
     bzImage = kernelAbout;
     "kernel.config" = kernelAbout;
     "kuasar.img" = rootAbout // {
-      config.fs = "ext4";
+      config = { inherit (disk) fs verity; };
     };
     "kuasar.initrd" = rootAbout // {
-      config.format = "newc, gzip";
+      config.format = "newc, ${initrd.compress}";
     };
     "sbom.cdx.json" = {
       inherit (vmm-task) version;
@@ -89,18 +90,19 @@ let
     };
   };
 in
-runCommand "image-qemu"
+runCommand "image-qemu${suffix}"
   {
-    pname = "image-qemu";
+    pname = "image-qemu${suffix}";
     inherit (vmm-task) version;
     nativeBuildInputs = [ jq ];
     inherit about config;
+    passthru = { inherit disk; };
     passAsFile = [
       "config"
       "about"
     ];
     meta = {
-      description = "Everything the daemon needs for pods in QEMU: kernel, disk, initrd, config.toml, manifest.json";
+      description = "Everything the daemon needs for pods in QEMU: kernel, disk (${disk.fs}${lib.optionalString disk.verity ", dm-verity"}), initrd, config.toml, manifest.json";
       license = [
         lib.licenses.asl20
         lib.licenses.gpl2Only
@@ -115,6 +117,7 @@ runCommand "image-qemu"
     cp ${kernel}/config kernel.config
     cp ${sbom}/sbom.cdx.json .
     cp "$configPath" config.toml
+    ${lib.optionalString disk.verity "(echo && cat ${disk}/verity.toml) >>config.toml"}
     for part in vmlinux bzImage kernel.config kuasar.img kuasar.initrd sbom.cdx.json config.toml; do
       sum=$(sha256sum <"$part")
       jq -n --slurpfile about "$aboutPath" --arg part "$part" --arg sha256 "''${sum%% *}" --argjson size "$(stat -Lc %s "$part")" \
@@ -122,7 +125,7 @@ runCommand "image-qemu"
     done | jq -s '{parts: add}' >"$NIX_BUILD_TOP/parts"
     # The guest's root, file by file: "path<tab>kind<tab>mode<tab>size<tab>target".
     (
-      cd ${rootfs}
+      cd ${disk.rootfs}
       find . -mindepth 1 -printf '%P\t%y\t%m\t%s\t%l\n' | LC_ALL=C sort | while IFS= read -r line; do
         sum=
         if [ -f "''${line%%$'\t'*}" ] && [ ! -L "''${line%%$'\t'*}" ]; then sum=$(sha256sum <"''${line%%$'\t'*}"); fi

@@ -1,24 +1,34 @@
 # The same root as a read-only disk, fit for pmem with DAX and for virtio-blk.
 {
   lib,
+  cryptsetup,
   e2fsprogs,
   kuasar-image,
   rootfs,
   runCommand,
+  xfsprogs,
+  # "ext4", "erofs" or "xfs".
+  fs ? "ext4",
+  # With a hash tree behind the file system; verity.toml is what the daemon has to know of it.
+  verity ? false,
 }:
 runCommand "kuasar-disk"
   {
     nativeBuildInputs = [
       e2fsprogs
       kuasar-image
-    ];
+    ]
+    ++ lib.optional (fs == "xfs") xfsprogs
+    ++ lib.optional verity cryptsetup;
+    passthru = { inherit fs verity rootfs; };
     meta = {
-      description = "Root of the guest as a disk image with DAX header and ext4: kuasar.img";
+      description = "Root of the guest as a disk image with DAX header and ${fs}${lib.optionalString verity ", checked by dm-verity"}: kuasar.img";
       license = lib.licenses.asl20;
       platforms = lib.platforms.linux;
     };
   }
   ''
     mkdir "$out"
-    kuasar-image build --rootfs ${rootfs} --output "$out/kuasar.img" --fs ext4
+    kuasar-image build --rootfs ${rootfs} --output "$out/kuasar.img" --fs ${fs} ${lib.optionalString verity "--verity >verity"}
+    ${lib.optionalString verity "(echo '[hypervisor.verity]' && cat verity) >\"$out/verity.toml\""}
   ''

@@ -4,17 +4,20 @@
   kuasar-image,
   rootfs,
   runCommand,
+  # "gzip" or "zstd".
+  compress ? "gzip",
 }:
 runCommand "kuasar-initrd"
   {
     nativeBuildInputs = [ kuasar-image ];
+    passthru = { inherit compress; };
     meta = {
-      description = "Root of the guest as an initrd (newc): kuasar.initrd";
+      description = "Root of the guest as an initrd (newc, ${compress}): kuasar.initrd";
       license = lib.licenses.asl20;
       platforms = lib.platforms.linux;
     };
   }
   ''
     mkdir "$out"
-    kuasar-image initrd --rootfs ${rootfs} --output "$out/kuasar.initrd"
+    kuasar-image initrd --rootfs ${rootfs} --output "$out/kuasar.initrd" --compress ${compress}
   ''

@@ -22,7 +22,10 @@ let
       keep: set:
       builtins.removeAttrs set (filter (name: !keep name set.${name}) (builtins.attrNames set));
     optionalAttrs = cond: set: if cond then set else { };
+    optional = cond: item: if cond then [ item ] else [ ];
     optionalString = cond: text: if cond then text else "";
+    concatStrings = concatStringsSep "";
+    mapAttrsToList = f: set: map (name: f name set.${name}) (builtins.attrNames set);
     concatMapStringsSep =
       sep: f: list:
       concatStringsSep sep (map f list);

@@ -125,6 +125,7 @@ let
             }
             // env
           );
+        runCommandCC = name: env: runCommand name ({ CC = "gcc"; } // env); # what `stdenv` sets there
         writeText =
           name: text:
           runCommand name {
@@ -199,6 +200,7 @@ let
         "bc"
         "bison"
         "cpio"
+        "cryptsetup"
         "e2fsprogs"
         "elfutils"
         "file"
@@ -208,6 +210,7 @@ let
         "openssl"
         "perl"
         "pkg-config"
+        "xfsprogs"
         "xz"
         "zstd"
       ] hostTool;
