@@ -24,9 +24,8 @@ lib.makeScope pkgs.newScope (
   // pkgs.callPackage ./kernels.nix { inherit (self) callPackage; }
   // lib.optionalAttrs isx86_64 (
     let
-      # "gzip" is what every image has.
-      initrd = compress: self.callPackage ../rootfs/initrd.nix { inherit compress; };
-      disk = fs: verity: self.callPackage ../rootfs/disk.nix { inherit fs verity; };
+      initrd = self.callPackage ../rootfs/initrd.nix;
+      disk = self.callPackage ../rootfs/disk.nix;
       image =
         args:
         self.callPackage ./image-qemu.nix (
@@ -42,12 +41,15 @@ lib.makeScope pkgs.newScope (
         );
     in
     {
-      initrd-qemu = initrd "gzip";
-      initrd-qemu-zstd = initrd "zstd";
-      disk-qemu = disk "ext4" false;
-      disk-qemu-erofs = disk "erofs" false;
-      disk-qemu-xfs = disk "xfs" false;
-      disk-qemu-verity = disk "erofs" true;
+      initrd-qemu = initrd { };
+      initrd-qemu-zstd = initrd { compress = "zstd"; };
+      disk-qemu = disk { };
+      disk-qemu-erofs = disk { fs = "erofs"; };
+      disk-qemu-xfs = disk { fs = "xfs"; };
+      disk-qemu-verity = disk {
+        fs = "erofs";
+        verity = true;
+      };
       sbom-qemu = self.callPackage ./sbom.nix {
         inherit workspace;
         kernel = self.kernel-qemu-micro;
@@ -69,6 +71,25 @@ lib.makeScope pkgs.newScope (
         disk = self.disk-qemu-verity;
         suffix = "-verity";
       };
+      rootfs-debug = self.callPackage ../rootfs/debug.nix {
+        inherit (pkgs.pkgsStatic)
+          bash
+          busybox
+          iproute2
+          strace
+          ;
+      };
+      sbom-qemu-debug = self.sbom-qemu.override { packages = self.rootfs-debug.packages; };
+      # A root with a shell, and the console that serves it.
+      image-qemu-debug = image {
+        disk = disk { rootfs = self.rootfs-debug; };
+        initrd = initrd {
+          rootfs = self.rootfs-debug;
+          compress = "zstd";
+        };
+        sbom = self.sbom-qemu-debug;
+        suffix = "-debug";
+      };
       guests-qemu = self.callPackage ./guests-qemu.nix {
         kernels = {
           micro = self.kernel-qemu-micro;
@@ -78,6 +99,7 @@ lib.makeScope pkgs.newScope (
           ext4 = self.disk-qemu;
           erofs = self.disk-qemu-erofs;
           xfs = self.disk-qemu-xfs;
+          debug = self.image-qemu-debug.disk;
           verity = self.disk-qemu-verity;
         };
         initrds = {

@@ -37,7 +37,11 @@ let
     kernel_path = "vmlinux"
     image_path = "kuasar.img"
     initrd_path = "kuasar.initrd"
-    root = "${if disk.verity then "blk" else "pmem"}"
+    ${
+      lib.optionalString (
+        disk.rootfs ? shell
+      ) "kernel_params = \"task.debug_shell=${disk.rootfs.shell}\"\n"
+    }root = "${if disk.verity then "blk" else "pmem"}"
     share_fs = "virtiofs"
     vsock = "${vsock}"
 

@@ -9,6 +9,8 @@
   workspace,
   kernel,
   hypervisor,
+  # What else is in the root.
+  packages ? [ ],
 }:
 let
   crateRef =
@@ -32,6 +34,7 @@ let
     };
   linux = "pkg:generic/linux@${kernel.version}";
   runc = "pkg:golang/github.com/opencontainers/runc@v${runc-guest.version}";
+  packageRef = package: "pkg:generic/${package.pname}@${package.version}";
   image = "pkg:generic/image-${hypervisor}@${vmm-task.version}";
   bom = {
     bomFormat = "CycloneDX";
@@ -59,6 +62,13 @@ let
         inherit (runc-guest) version;
       }
     ]
+    ++ map (package: {
+      type = "application";
+      bom-ref = packageRef package;
+      purl = packageRef package;
+      name = package.pname;
+      inherit (package) version;
+    }) packages
     ++ map component crates;
     dependencies = [
       {
@@ -67,7 +77,8 @@ let
           linux
           runc
           (crateRef (lib.head crates))
-        ];
+        ]
+        ++ map packageRef packages;
       }
     ]
     ++ map (crate: {

@@ -185,6 +185,17 @@ let
           src = prepared inputs.runc;
         };
 
+        # What pkgsStatic has for a guest: Debian's static programs, and its dynamic ones with their loader and libraries.
+        busybox = staticProgram "busybox" inputs.static.busybox;
+        bash = staticProgram "bash" inputs.static.bash-static;
+        strace = withLibraries "strace" [ "/usr/bin/strace" ];
+        iproute2 = withLibraries "iproute2" [
+          "/usr/sbin/ip"
+          "/usr/bin/ss"
+          "/usr/sbin/tc"
+          "/usr/sbin/bridge"
+        ];
+
         python3Packages.jsonschema = hostTool "python3-jsonschema";
 
         # Not of nixpkgs: the daemon's configuration for a machine where guests die in KVM and vhost-vsock is missing.
@@ -214,6 +225,29 @@ let
         "xz"
         "zstd"
       ] hostTool;
+
+      staticProgram =
+        name: program:
+        mkDerivation {
+          pname = name;
+          inherit (program) version;
+          buildCommand = ''install -D -m 0755 ${prepared program} "$out/bin/${name}"'';
+        };
+      # Only where the machine is of that kind: another one's programs are not there to be copied.
+      withLibraries =
+        name: programs:
+        mkDerivation {
+          pname = name;
+          version = inputs.debian.${name};
+          toolchain = inputs.toolchain.guest;
+          buildCommand = ''
+            mkdir -p "$out/bin"
+            for program in ${toString programs}; do
+              install -m 0755 "$program" "$out/bin/"
+              for library in $(ldd "$program" | grep -o '/[^ ]*'); do install -D -m 0755 "$library" "$out$library"; done
+            done
+          '';
+        };
 
       launcher =
         pname: program: tool:
