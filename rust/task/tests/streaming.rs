@@ -174,6 +174,21 @@ fn write(mut process: Connection, bytes: Vec<u8>) -> tokio::task::JoinHandle<Con
     })
 }
 
+/// What comes to the process, up to the end of it.
+async fn input_of(process: &mut Connection) -> Vec<u8> {
+    let mut input = Vec::new();
+    loop {
+        let mut head = [0; 4];
+        timeout(SOON, process.read_exact(&mut head)).await.expect("input stops").unwrap();
+        let mut part = vec![0; payload_len(head).unwrap()];
+        process.read_exact(&mut part).await.unwrap();
+        if part.is_empty() {
+            return input;
+        }
+        input.extend(part);
+    }
+}
+
 fn pattern(length: usize) -> Vec<u8> {
     (0..length).map(|n| u8::try_from(n * 7 % 251).unwrap()).collect()
 }
@@ -261,22 +276,46 @@ async fn input_is_granted_taken_and_ended() {
     assert_eq!(client.hear().await, Heard::Window(65536));
     client.data(b"world").await;
     client.close_send().await;
-    let mut input = Vec::new();
-    loop {
-        let mut head = [0; 4];
-        timeout(SOON, process.read_exact(&mut head)).await.unwrap().unwrap();
-        let length = payload_len(head).unwrap();
-        if length == 0 {
-            break;
-        }
-        let mut part = vec![0; length];
-        process.read_exact(&mut part).await.unwrap();
-        input.extend(part);
-    }
-    assert_eq!(input, b"hello world");
+    assert_eq!(input_of(&mut process).await, b"hello world");
     assert_eq!(client.hear().await, Heard::Window(5));
     assert_eq!(client.hear().await, Heard::End);
     assert_eq!(client.hear().await, Heard::Gone);
+}
+
+#[tokio::test]
+async fn input_of_a_client_that_sends_it_and_leaves_is_whole() {
+    let lab = lab();
+    let mut slot = lab.process("e1-stdin", Stream::Stdin);
+    let mut client = lab.open("e1-stdin").await;
+    let mut process = joined(&mut slot).await;
+    assert_eq!(client.hear().await, Heard::Window(65536));
+    // As containerd's does from 2.3 on: what its window allows, the end, and away, whatever it is sent meanwhile.
+    let bytes = pattern(WINDOW);
+    for part in bytes.chunks(10_000) {
+        client.data(part).await;
+    }
+    client.close_send().await;
+    drop(client);
+    assert!(input_of(&mut process).await == bytes, "others came");
+}
+
+#[tokio::test]
+async fn input_of_a_client_is_whole_when_another_takes_its_place() {
+    let lab = lab();
+    let mut slot = lab.process("c1-stdin", Stream::Stdin);
+    let mut first = lab.open("c1-stdin").await;
+    let mut process = joined(&mut slot).await;
+    let bytes = pattern(WINDOW);
+    for part in bytes.chunks(700) {
+        first.data(part).await;
+    }
+    // It does not even leave; the process has taken nothing yet.
+    let mut second = lab.open("c1-stdin").await;
+    let reading = tokio::spawn(async move { input_of(&mut process).await });
+    assert_eq!(second.hear().await, Heard::Window(65536));
+    second.data(b"and more").await;
+    second.close_send().await;
+    assert!(timeout(SOON, reading).await.unwrap().unwrap() == [&bytes, &b"and more"[..]].concat());
 }
 
 #[tokio::test]

@@ -27,7 +27,8 @@ pub const END_DEADLINE: Duration = Duration::from_secs(10);
 /// How long after a client took the last byte out of its connection it counts as read. containerd hands bytes on at once;
 /// without this, every restart of it would repeat the last lines of every log.
 const SETTLE: Duration = Duration::from_secs(2);
-
+/// How long a client whose place another takes may be silent before what it sent counts as complete.
+const LEAVING: Duration = Duration::from_millis(500);
 /// How long a stream that nobody can open any more is still served to whoever has it open.
 const LINGER: Duration = Duration::from_secs(30);
 
@@ -234,18 +235,30 @@ impl<P: AsyncWrite + Unpin> Input<'_, P> {
     }
 
     async fn serve(&mut self, mut wire: Wire) -> Next {
-        if wire.window(WINDOW).await.is_err() {
-            return Next::Lost;
-        }
+        // That a client is gone shows in what it says, never in what it does not take: it may send all it has and its last
+        // word, as far as its window reaches, and leave.
+        let _ = wire.window(WINDOW).await;
+        let mut newer = None;
         loop {
-            let said = tokio::select! {
-                biased;
-                said = wire.said() => said,
-                newer = self.clients.recv() => return newer.map_or(Next::Done, Next::Client),
+            let said = if newer.is_some() {
+                timeout(LEAVING, wire.said()).await.ok().flatten()
+            } else {
+                tokio::select! {
+                    biased;
+                    said = wire.said() => said,
+                    client = self.clients.recv() => {
+                        // What the one before it sent may still be on its way here.
+                        newer = client;
+                        if newer.is_none() {
+                            return Next::Done;
+                        }
+                        continue;
+                    }
+                }
             };
-            let taken = match said {
-                None => return Next::Lost,
-                Some(Said::Window(_)) => continue,
+            match said {
+                None => return newer.map_or(Next::Lost, Next::Client),
+                Some(Said::Window(_)) => {}
                 Some(Said::Closed) => {
                     // The end, which is an empty frame; then the other side has nothing to wait for.
                     let _ = self.process.write_all(&header(0)).await;
@@ -256,11 +269,10 @@ impl<P: AsyncWrite + Unpin> Input<'_, P> {
                     if self.give(&bytes).await.is_err() {
                         return Next::Done;
                     }
-                    bytes.len()
+                    if newer.is_none() {
+                        let _ = wire.window(bytes.len()).await;
+                    }
                 }
-            };
-            if wire.window(taken).await.is_err() {
-                return Next::Lost;
             }
         }
     }
