@@ -17,6 +17,7 @@ use tonic::{
 
 use super::*;
 use crate::{
+    clock::{Occasion, Ticker},
     protos::{
         controller::controller_client::ControllerClient,
         cri::{
@@ -304,10 +305,17 @@ async fn a_guests_clock_is_put_right_at_the_start_after_a_pause_and_by_the_next_
     behind.store(HOUR, Ordering::Relaxed);
     start(&mut client).await.unwrap();
     eventually("it is right at the start", is_right).await;
-    // Nobody looks again at once.
-    behind.store(-HOUR, Ordering::Relaxed);
-    tokio::time::sleep(Duration::from_millis(100)).await;
-    assert!(!is_right());
+    // Nobody looks again at once, unless the clock of this machine is set meanwhile, as a test beside this one does.
+    loop {
+        let jumps = Ticker::new(Duration::from_secs(3600)).unwrap();
+        behind.store(-HOUR, Ordering::Relaxed);
+        tokio::time::sleep(Duration::from_millis(100)).await;
+        if !is_right() {
+            break;
+        }
+        let jump = timeout(Duration::from_secs(5), jumps.tick()).await.expect("nobody had a reason to look");
+        assert_eq!(jump.unwrap(), Occasion::HostClockSet);
+    }
     lab.hypervisor.resumptions.send_modify(|count| *count += 1);
     eventually("it is right after a pause", is_right).await;
     pods.leave();
