@@ -70,7 +70,11 @@ impl Input {
             tokio::select! {
                 biased;
                 newer = self.slot.next() => match newer {
-                    Some(newer) => connection = Some(newer),
+                    Some(newer) => {
+                        connection = Some(newer);
+                        // Whatever was on its way came with the one before.
+                        activity.set(Some(Instant::now()));
+                    }
                     None => return,
                 },
                 ended = transfer => {
