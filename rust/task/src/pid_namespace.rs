@@ -166,6 +166,7 @@ mod tests {
             reaper: Reaper::new(),
             calls: AtomicU64::new(0),
             deadline: Duration::ZERO,
+            turns: Default::default(),
         }
     }
 

@@ -66,16 +66,15 @@ impl Reaper {
         Arc::default()
     }
 
-    /// Starts reaping on the current runtime, for as long as it runs.
+    /// Reaps from now on, for as long as what is returned is driven: it never ends.
     ///
     /// # Errors
     /// When SIGCHLD cannot be received.
-    pub fn start(self: &Arc<Self>) -> io::Result<()> {
+    pub fn start(self: &Arc<Self>) -> io::Result<impl Future<Output = ()> + Send + use<>> {
         let children = signal(SignalKind::child())?;
         // Something may have ended before the signal was received.
         self.reap();
-        tokio::spawn(run(Arc::clone(self), children));
-        Ok(())
+        Ok(run(Arc::clone(self), children))
     }
 
     /// Keeps the exits of pids unknown yet, until the guard is dropped. Take it before starting what makes the process.

@@ -16,13 +16,21 @@ use std::{
 
 use rustix::process::{Pid, Signal, kill_process_group};
 use serde::Deserialize;
-use tokio::{sync::watch, time::timeout};
+use tokio::{
+    sync::{Semaphore, watch},
+    time::{Instant, timeout, timeout_at},
+};
 
 use crate::reaper::{Exit, Reaper};
 
 /// Longest that one call of the runtime may take. Generous, because emulated guests are slow; a hung one is killed. Two of
 /// them fit into the time that the host gives a call.
 pub const DEADLINE: Duration = Duration::from_secs(50);
+/// Calls that run side by side. Each is two processes with memory and processor time of their own; as many as probes may fall
+/// due in the same second would leave a small VM with neither.
+const AT_ONCE: usize = 8;
+/// After so long a call makes room for the next, ended or not: one that hangs holds up nobody else.
+const TURN: Duration = Duration::from_secs(5);
 /// Most of a log file that is looked at.
 const MAX_LOG: u64 = 64 * 1024;
 
@@ -88,8 +96,19 @@ pub struct Runc {
     pub reaper: Arc<Reaper>,
     /// Numbers the log files.
     pub calls: AtomicU64,
-    /// Longest that one call may take: [`DEADLINE`].
+    /// Longest that one call may take, once it runs: [`DEADLINE`].
     pub deadline: Duration,
+    /// Room for calls.
+    pub turns: Turns,
+}
+
+/// Room for so many calls as may run side by side.
+pub struct Turns(Semaphore);
+
+impl Default for Turns {
+    fn default() -> Self {
+        Self(Semaphore::new(AT_ONCE))
+    }
 }
 
 impl Runc {
@@ -199,12 +218,24 @@ impl Runc {
         stdio: ChildStdio,
         log: &Path,
     ) -> Result<(), RuncError> {
-        let exited = self.spawn(command, args, stdio, log)?;
-        let exit = self.finish(command, exited).await?;
+        // Never closed.
+        let mut turn = self.turns.0.acquire().await.ok();
+        let (pid, mut exited) = self.spawn(command, args, stdio, log)?;
+        let deadline = Instant::now() + self.deadline;
+        if timeout(TURN, exited.wait_for(Option::is_some)).await.is_err() {
+            turn = None;
+        }
+        let exit = self.finish(command, pid, exited, deadline).await?;
+        drop(turn);
         if exit.code == 0 {
             return Ok(());
         }
-        let message = last_error(log).unwrap_or_else(|| format!("exit status {}", exit.code));
+        // What it may have started, hooks for instance, has nobody who waits for it.
+        let _ = kill_process_group(pid, Signal::KILL);
+        let message = last_error(log).unwrap_or_else(|| match exit.code.checked_sub(128) {
+            Some(signal @ 1..) => format!("it was killed by signal {signal}"),
+            _ => format!("exit status {}", exit.code),
+        });
         Err(RuncError::Failed { command, message })
     }
 
@@ -240,9 +271,11 @@ impl Runc {
     async fn finish(
         &self,
         command: &'static str,
-        (pid, mut exited): (Pid, watch::Receiver<Option<Exit>>),
+        pid: Pid,
+        mut exited: watch::Receiver<Option<Exit>>,
+        deadline: Instant,
     ) -> Result<Exit, RuncError> {
-        let ended = timeout(self.deadline, exited.wait_for(Option::is_some)).await;
+        let ended = timeout_at(deadline, exited.wait_for(Option::is_some)).await;
         if let Ok(Ok(exit)) = ended
             && let Some(exit) = *exit
         {
@@ -295,6 +328,7 @@ mod tests {
             reaper: Reaper::new(),
             calls: AtomicU64::new(0),
             deadline: DEADLINE,
+            turns: Turns::default(),
         };
         assert_eq!(runc.create_args("c", path, path, None), ["--bundle", "/x", "--pid-file", "/x", "c"]);
         runc.no_pivot = true;

@@ -16,6 +16,7 @@ use kuasar_common::{
 use tokio::{
     signal::unix::{SignalKind, signal},
     sync::mpsc,
+    task::JoinSet,
     time::{Instant, sleep},
 };
 use tokio_vsock::{VMADDR_CID_ANY, VsockAddr, VsockListener, VsockStream};
@@ -28,7 +29,7 @@ use crate::{
     console::Consoles,
     forward::Forwards,
     handshake::{HandshakeError, HostLink},
-    limits::unless_it_panics,
+    limits::{panic_message, unless_it_panics},
     reaper::Reaper,
     runc::{self, Runc},
     sandbox_service::Sandbox,
@@ -108,7 +109,9 @@ async fn serve(
     host: &mut HostLink<VsockStream>,
 ) -> Result<(), AgentError> {
     let reaper = Reaper::new();
-    reaper.start().map_err(|error| AgentError::Port("receiving SIGCHLD".to_owned(), error))?;
+    let mut vital = JoinSet::new();
+    let reaping = reaper.start().map_err(|error| AgentError::Port("receiving SIGCHLD".to_owned(), error))?;
+    vital.spawn(reaping);
     boot::late(config.share, config.cgroup)?;
     let token = Token::new();
     token.set(host.token().await?);
@@ -122,6 +125,7 @@ async fn serve(
             reaper: Arc::clone(&reaper),
             calls: AtomicU64::new(0),
             deadline: runc::DEADLINE,
+            turns: Default::default(),
         },
         reaper,
         events: Arc::default(),
@@ -136,7 +140,7 @@ async fn serve(
     if let Some(shell) = &config.debug_shell {
         let port = listen(PORT_DEBUG)?;
         let consoles = Consoles::new(shell, Arc::clone(&token), Arc::clone(&tasks.context.reaper));
-        tokio::spawn(async move {
+        vital.spawn(async move {
             loop {
                 consoles.accept(Box::new(accepted(&port, PORT_DEBUG).await)).await;
             }
@@ -148,18 +152,27 @@ async fn serve(
     let (calls, incoming) = mpsc::channel(MAX_WAITING);
     let mut server = Server::new().add_listener(Listener::new(Incoming(incoming))).register_service(services);
     server.start().await?;
-    tokio::spawn(route(ttrpc, calls, Streaming::new(Arc::clone(&streams), Arc::clone(&token))));
+    vital.spawn(route(ttrpc, calls, Streaming::new(Arc::clone(&streams), Arc::clone(&token))));
     let forwards = Forwards::new(Arc::clone(&token));
-    tokio::spawn(async move {
+    vital.spawn(async move {
         loop {
             forwards.accept(Box::new(accepted(&forward, PORT_FORWARD).await)).await;
         }
     });
     let stdio_listener = StdioListener::new(streams, token);
-    // Also what keeps the agent going: it never ends.
-    loop {
-        stdio_listener.accept(Box::new(accepted(&stdio, PORT_STDIO).await)).await;
-    }
+    vital.spawn(async move {
+        loop {
+            stdio_listener.accept(Box::new(accepted(&stdio, PORT_STDIO).await)).await;
+        }
+    });
+    Err(first_end(vital).await)
+}
+
+/// Waits for the end of a task that never ends: without it the agent would only seem to work.
+async fn first_end(mut vital: JoinSet<()>) -> AgentError {
+    let panic = vital.join_next().await.and_then(Result::err).and_then(|error| error.try_into_panic().ok());
+    let why = panic.map_or_else(|| "a task has ended that never should".to_owned(), |p| panic_message(&*p));
+    AgentError::Panic(why)
 }
 
 /// Ends the VM in order when it is told to from inside: by a person in a debug console, or a kernel whose power is going.
@@ -241,5 +254,14 @@ mod tests {
         let reason = broken.await.unwrap_err().to_string();
         assert_eq!(reason, "a defect of the agent: it panicked: no way");
         told(async { Ok(()) }).await.unwrap();
+    }
+
+    #[tokio::test]
+    async fn the_panic_of_a_task_that_others_need_is_that_of_the_agent() {
+        let mut vital = JoinSet::new();
+        vital.spawn(std::future::pending());
+        vital.spawn(async { panic!("no {}", "exits") });
+        let reason = first_end(vital).await.to_string();
+        assert_eq!(reason, "a defect of the agent: it panicked: no exits");
     }
 }

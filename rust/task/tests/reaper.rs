@@ -43,7 +43,7 @@ async fn exit(mut exited: watch::Receiver<Option<Exit>>) -> u32 {
 async fn no_exit_is_lost() {
     set_child_subreaper(Some(rustix::process::getpid())).unwrap();
     let reaper = Reaper::new();
-    reaper.start().unwrap();
+    tokio::spawn(reaper.start().unwrap());
 
     // Registered before the exit.
     for (script, code) in [("exit 0", 0), ("exit 42", 42), ("kill -9 $$", 137), ("kill -15 $$", 143)] {

@@ -17,7 +17,7 @@ async fn sh(reaper: &Arc<Reaper>, script: &str, deadline: Duration) -> Result<Ou
 #[tokio::test]
 async fn a_process_of_the_vm_runs() {
     let reaper = Reaper::new();
-    reaper.start().unwrap();
+    tokio::spawn(reaper.start().unwrap());
 
     let output = sh(&reaper, "cat; echo err >&2; exit 7", DEADLINE).await.unwrap();
     assert_eq!((output.bytes.as_slice(), output.exit.code), (&b"in\nerr\n"[..], 7));

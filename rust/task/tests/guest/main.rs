@@ -8,6 +8,7 @@
 mod changes;
 mod console;
 mod given;
+mod hard;
 mod life;
 mod limits;
 mod load;

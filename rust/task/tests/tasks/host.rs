@@ -101,7 +101,7 @@ impl Host {
         fs::write(&program, RUNTIME).unwrap();
         fs::set_permissions(&program, fs::Permissions::from_mode(0o755)).unwrap();
         let reaper = Reaper::new();
-        reaper.start().unwrap();
+        tokio::spawn(reaper.start().unwrap());
         let streams = Arc::new(Registry::default());
         let context = Context {
             runc: Runc {
@@ -112,6 +112,7 @@ impl Host {
                 reaper: Arc::clone(&reaper),
                 calls: AtomicU64::new(0),
                 deadline: HUNG_FOR,
+                turns: Default::default(),
             },
             reaper,
             events: Arc::default(),

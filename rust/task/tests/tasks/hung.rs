@@ -59,6 +59,24 @@ pub(crate) async fn hung_create(host: &Host) {
     other(host, "hung").await;
 }
 
+/// A runtime that is killed while it makes a container is an error at once, and leaves nothing.
+pub(crate) async fn killed_create(host: &Host) {
+    let bundle = host.bundle("killed", "exit 0");
+    fs::write(Path::new(&bundle).join("hang"), "").unwrap();
+    let tasks = Arc::clone(&host.tasks);
+    let new = NewContainer { id: "killed".into(), bundle: bundle.clone(), ..Default::default() };
+    let creating = tokio::spawn(async move { tasks.create(new).await });
+    let pids = hung_processes(&Path::new(&bundle).join("hung")).await;
+    let runtime = rustix::process::Pid::from_raw(pids[0]).unwrap();
+    rustix::process::kill_process(runtime, rustix::process::Signal::KILL).unwrap();
+    let error = creating.await.unwrap().unwrap_err();
+    assert_eq!(error.to_string(), "OCI runtime create failed: it was killed by signal 9");
+    // What it had started goes with it.
+    gone(&pids).await;
+    fs::remove_file(Path::new(&bundle).join("hang")).unwrap();
+    other(host, "killed").await;
+}
+
 /// So does one that hangs while it starts a process; the container's others, and its end, do not wait for it.
 pub(crate) async fn hung_exec(host: &Host) {
     host.create("h", "exec sleep 1000").await.unwrap();

@@ -16,7 +16,7 @@ use containerd_shim_protos::events::task::{
     TaskCreate, TaskDelete, TaskExecAdded, TaskExecStarted, TaskExit, TaskStart,
 };
 use host::{Host, process, read_all, stdio};
-use hung::{hung_create, hung_exec};
+use hung::{hung_create, hung_exec, killed_create};
 use kuasar_common::{constants::STDIO_WANTED, stdio::Stream};
 use protobuf::Message;
 use tokio::io::AsyncWriteExt;
@@ -30,7 +30,7 @@ async fn containers_live() {
     execs(&host).await;
     failures(&host).await;
     slow_reader(&host).await;
-    tokio::join!(hung_create(&host), hung_exec(&host));
+    tokio::join!(hung_create(&host), hung_exec(&host), killed_create(&host));
     assert_eq!(host.leftovers(), Vec::<String>::new());
     assert!(host.tasks.all().is_empty());
 }
