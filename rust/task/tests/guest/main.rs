@@ -32,6 +32,7 @@ use kuasar_common::{
         CheckRequest, ExecVMProcessRequest, IPAddress, Interface, Route, SetupSandboxRequest,
         ShutdownRequest, SyncClockPacket,
     },
+    constants::PORT_DEBUG,
     stdio::Stream,
 };
 use life::{control, execs, failures, life, no_leaks};
@@ -131,6 +132,7 @@ async fn vm_process(pod: &Pod, on: bool) {
         let off = code(client.exec_vm_process(pod.vm.context(), &run("/bin/runc --version")).await);
         assert_eq!(off.0, Code::FAILED_PRECONDITION);
         assert!(off.1.contains("start the pod with task.debug"), "{}", off.1);
+        assert_eq!(pod.vm.try_connect(PORT_DEBUG).1, "", "nor is there a debug console");
         return;
     }
     let output = client.exec_vm_process(pod.vm.context(), &run("/bin/runc --version")).await.unwrap();
@@ -220,6 +222,7 @@ fn a_guest_without_its_share_says_why_and_ends() {
     assert!(vm.ended(Duration::from_secs(10)), "QEMU goes on");
     let console = vm.console();
     assert!(console.contains("the agent gives up: mounting virtiofs"), "{console}");
+    assert!(console.contains("task.colour: unknown parameter; known are task.cgroup, "), "{console}");
 }
 
 #[test]
