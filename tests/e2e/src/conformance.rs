@@ -146,6 +146,15 @@ impl Table {
         Verdict::AsExpected
     }
 
+    /// Whether a failure is one that the table does not have: it may be the machine's.
+    #[must_use]
+    pub fn doubts(&self, column: &str, outcome: &Outcome) -> bool {
+        let index = self.columns.iter().position(|name| name == column);
+        let row = self.rows.iter().find(|row| row.spec == outcome.spec);
+        let cell = index.and_then(|index| row?.cells.get(index));
+        outcome.state == State::Fails && cell.is_none_or(|cell| cell != State::Fails.word())
+    }
+
     /// Specs that the table has results for and the suite has not.
     #[must_use]
     pub fn missing(&self, column: &str, outcomes: &[Outcome]) -> Vec<String> {
@@ -249,6 +258,16 @@ mod tests {
         assert!(judge(State::Passes) && !judge(State::Fails) && !judge(State::Skipped));
         let table = Table::parse(TEXT).unwrap();
         assert_eq!(table.missing(COLUMN, &[outcome("a", State::Passes)]), ["b Uid|Username"]);
+    }
+
+    #[test]
+    fn only_a_failure_that_the_table_does_not_have_is_in_doubt() {
+        let table = Table::parse(TEXT).unwrap();
+        let doubts = |column, spec, state| table.doubts(column, &outcome(spec, state));
+        assert!(doubts(COLUMN, "a", State::Fails) && doubts(COLUMN, "c", State::Fails));
+        assert!(doubts("runc, containerd 9.9", "b Uid|Username", State::Fails));
+        assert!(!doubts(COLUMN, "b Uid|Username", State::Fails));
+        assert!(!doubts(COLUMN, "b Uid|Username", State::Passes) && !doubts(COLUMN, "a", State::Skipped));
     }
 
     #[test]

@@ -28,6 +28,8 @@ const REGISTRY: &str = "127.0.0.1:5000";
 const NRI: &str = "/run/nri";
 /// A hang of the suite is longer.
 const DEADLINE: Duration = Duration::from_secs(45 * 60);
+/// Specs at once. An emulated VM keeps one core busy while it boots; more than cores make every spec slow.
+const PROCESSES: usize = 2;
 
 /// The programs made of `tests/critest`, and the containerd to judge with.
 #[derive(Debug)]
@@ -46,7 +48,8 @@ impl Programs {
         let (folder, nginx) = (tools.join("critest"), tools.join("nginx"));
         let busybox = tools.join("busybox-shared");
         for file in [
-            folder.join("critest"),
+            folder.join("critest.test"),
+            folder.join("ginkgo"),
             folder.join("registry"),
             folder.join("nnp"),
             nginx.join("usr/sbin/nginx"),
@@ -134,31 +137,62 @@ pub(crate) fn focus() -> Option<String> {
     std::env::var("KUASAR_FOCUS").ok()
 }
 
-/// Runs the suite. `filter` is a part of a spec's name.
+/// Specs at once, but for those that the suite itself marks as serial.
+fn processes() -> Result<usize> {
+    let Some(given) = std::env::var_os("KUASAR_PROCESSES") else { return Ok(PROCESSES) };
+    let number = given.to_str().and_then(|text| text.parse().ok()).filter(|&number| number > 0);
+    number.with_context(|| format!("KUASAR_PROCESSES is {}: give a number from 1 on", given.display()))
+}
+
+/// Runs the suite, or of it what is in focus. `filter` is a part of a spec's name.
 pub(crate) async fn run(
     lab: &Lab,
     programs: &Programs,
     registry: &Registry,
     filter: Option<&str>,
 ) -> Result<Vec<Outcome>> {
+    let focus = focus().or(filter.map(escape));
+    run_in(lab, programs, registry, focus.as_deref(), processes()?, "critest").await
+}
+
+/// Runs one spec, alone. Nothing, if the suite does not find it any more.
+pub(crate) async fn run_alone(
+    lab: &Lab,
+    programs: &Programs,
+    registry: &Registry,
+    spec: &str,
+) -> Result<Option<Outcome>> {
+    let focus = format!(" {}$", escape(spec));
+    let outcomes = run_in(lab, programs, registry, Some(&focus), 1, "critest-alone").await?;
+    Ok(outcomes.into_iter().find(|outcome| outcome.spec == spec))
+}
+
+async fn run_in(
+    lab: &Lab,
+    programs: &Programs,
+    registry: &Registry,
+    focus: Option<&str>,
+    processes: usize,
+    name: &str,
+) -> Result<Vec<Outcome>> {
     let results = lab.machine.root.join("results");
-    let log = lab.logs().join("critest.log");
-    let out = File::create(&log).with_context(|| format!("creating {}", log.display()))?;
-    let mut critest = Command::new(programs.folder.join("critest"));
+    let log = lab.logs().join(format!("{name}.log"));
+    let out = File::options().create(true).append(true).open(&log);
+    let out = out.with_context(|| format!("opening {}", log.display()))?;
+    let _ = fs::remove_file(&results);
+    let mut critest = Command::new(programs.folder.join("ginkgo"));
     critest
+        .arg(format!("--procs={processes}"))
+        // Nothing of the suite's writes past ginkgo.
+        .args(["--no-color", "-v", "--seed=1", "--timeout=44m", "--output-interceptor-mode=none"])
+        .args(focus.map(|focus| format!("--focus={focus}")))
+        .arg(programs.folder.join("critest.test"))
+        .arg("--")
         .arg(format!("--runtime-endpoint=unix://{SOCKET}"))
         .arg(format!("--runtime-handler={}", handler()))
         .arg(format!("--results={}", results.display()))
         .arg(format!("--digest-image={}", registry.digest))
         .arg(format!("--nri-socket={NRI}/nri.sock"))
-        .args([
-            "--ginkgo.no-color",
-            "--ginkgo.v",
-            "--ginkgo.seed=1",
-            "--ginkgo.timeout=44m",
-            "--test.timeout=0",
-        ])
-        .args(focus().or(filter.map(escape)).map(|focus| format!("--ginkgo.focus={focus}")))
         .env("TMPDIR", lab.machine.root.join("tmp"))
         .stdin(Stdio::null())
         .stdout(out.try_clone()?)
@@ -166,9 +200,8 @@ pub(crate) async fn run(
         .kill_on_drop(true);
     let mut child = critest.spawn().context("starting the suite")?;
     let status = timeout(DEADLINE, child.wait()).await.context("the suite does not end")??;
-    let text = fs::read_to_string(&results).with_context(|| {
-        format!("the suite ended with {status} and left no results; {}", lab.log("critest"))
-    })?;
+    let text = fs::read_to_string(&results)
+        .with_context(|| format!("the suite ended with {status} and left no results; {}", lab.log(name)))?;
     text.lines().map(outcome).collect()
 }
 
