@@ -87,12 +87,7 @@ impl Pod {
 
         let (vm, mut network) = self.boot(work, size, &cgroups, network).await?;
         caller.check("starting the VM")?;
-        let forward = network.forward.take();
-        let relay = relay::spawn(&self.environment, &self.dir, endpoint, &*vm, forward, &cgroups.procs());
-        let relay = step("starting the relay", relay)?;
-        let relay = Arc::new(relay);
-        work.relay = Some(relay.clone());
-        // From here on a restarted daemon finds the processes.
+        // From here on a restarted daemon finds the VM's processes.
         step("recording the sandbox", self.persist(work))?;
 
         let greeted =
@@ -106,6 +101,15 @@ impl Pod {
             root = ready.root,
             "the agent is ready"
         );
+        // Not before: it calls the guest, and vhost-device-vsock ends its work, unseen, when somebody calls while the guest's
+        // driver is just about to set up its queues.
+        let forward = network.forward.take();
+        let relay = relay::spawn(&self.environment, &self.dir, endpoint, &*vm, forward, &cgroups.procs());
+        let relay = step("starting the relay", relay)?;
+        let relay = Arc::new(relay);
+        work.relay = Some(relay.clone());
+        // And from here on the relay.
+        step("recording the sandbox", self.persist(work))?;
         let guest = Guest::new(vm.address(), token);
         let request = setup::request(&self.id, &work.spec, &network);
         let told = guest.setup(&request, deadline.left());

@@ -29,6 +29,17 @@ async fn read(lab: &Lab, container: &str, script: &str) -> Result<String> {
     Ok(out.stdout)
 }
 
+/// One that is called while its driver sets up the vsock may never be heard of (see the daemon's `pod::start`).
+pub(crate) async fn nobody_calls_a_guest_that_is_not_up(lab: Arc<Lab>) -> Result<()> {
+    let pod = lab.pod("uncalled", handler()).await?;
+    pod.container("idle", BUSYBOX, IDLE).await?;
+    let path = folder_of(handler()).join(&pod.id).join("log/relay.log");
+    let log = std::fs::read_to_string(&path).with_context(|| format!("reading {}", path.display()))?;
+    ensure!(log.contains(": serving, process "), "the relay's log is {log:?}");
+    ensure!(!log.contains("connecting to the guest's port"), "the relay has called too early: {log}");
+    pod.remove().await
+}
+
 pub(crate) async fn a_pod_has_its_name_sysctls_and_shared_memory(lab: Arc<Lab>) -> Result<()> {
     let mut config = lab.pod_config("told")?;
     config.hostname = "web-0".into();

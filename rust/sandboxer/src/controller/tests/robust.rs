@@ -110,7 +110,10 @@ async fn a_start_that_dies_with_the_daemon_is_cleared_away() {
         let starting = tokio::spawn(async move { pod.start(caller).await });
         match fault {
             Fault::SlowVmm => lab.hypervisor.slow.notified().await,
-            Fault::Silent => eventually("the relay starts", || !lab.relays().is_empty()).await,
+            Fault::Silent => {
+                eventually("the VM starts", || !lab.survivors().is_empty()).await;
+                assert!(lab.relays().is_empty(), "nobody calls a guest that has not called");
+            }
             _ => {
                 eventually("the guest is set up", || !lab.hypervisor.setups.lock().unwrap().is_empty()).await
             }
