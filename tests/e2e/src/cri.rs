@@ -66,7 +66,7 @@ impl Cri {
         Ok(self.client().version(request).await?.into_inner())
     }
 
-    /// Conditions that do not hold, such as a network that is not ready.
+    /// Conditions that do not hold, such as a network that is not ready. That containerd finds the host's cgroups old is none.
     ///
     /// # Errors
     /// As containerd says.
@@ -74,7 +74,7 @@ impl Cri {
         let answer = self.client().status(StatusRequest { verbose: false }).await?.into_inner();
         let conditions = answer.status.unwrap_or_default().conditions.into_iter();
         Ok(conditions
-            .filter(|c| !c.status)
+            .filter(|c| !c.status && c.r#type != "ContainerdHasNoDeprecationWarnings")
             .map(|c| format!("{}: {} {}", c.r#type, c.reason, c.message))
             .collect())
     }
