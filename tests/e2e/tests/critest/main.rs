@@ -15,12 +15,11 @@ use kuasar_e2e::{
     lab::{self, Containerd, Lab},
     machine::{self, Machine},
     paths::Paths,
-    suite::handler,
 };
 use libtest_mimic::{Arguments, Failed, Trial};
 use tokio::runtime::Runtime;
 
-use suite::{Programs, Registry};
+use suite::{Programs, Registry, handler};
 
 fn main() -> ExitCode {
     match judge() {
@@ -53,7 +52,7 @@ fn judge() -> Result<ExitCode> {
     let runtime = Runtime::new().context("starting the async runtime")?;
     let paths = Paths::find()?;
     let programs = Programs::find(&paths)?;
-    let column = programs.column(handler())?;
+    let column = programs.column(handler());
     let judged = (Table::read(&document())?, column.as_str());
     let (outcomes, wrong) =
         runtime.block_on(run(machine, paths, &programs, args.filter.as_deref(), judged))?;
