@@ -1,0 +1,215 @@
+//! Guests to boot, and what a booted one takes of the host.
+
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::Duration,
+};
+
+use vmm_sandboxer::vmm::{
+    Accel, Hypervisor, Machine, ReadyGuest, Root, ShareFs, Verity, Vm, VmConfig, VmSpec, VsockKind,
+    qemu::Qemu,
+};
+
+/// Emulation on a busy machine is slow.
+pub(crate) const DEADLINE: Duration = Duration::from_secs(120);
+
+const TOKEN: &str = "0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef";
+
+/// What is below `KUASAR_GUESTS`: `kernels/<name>/` and `roots/<kind>/`.
+pub(crate) struct Guests(PathBuf);
+
+/// A kind of root: how it comes in, and the folder that has it.
+#[derive(Clone, Copy)]
+pub(crate) struct RootKind {
+    pub name: &'static str,
+    pub root: Root,
+    pub folder: &'static str,
+    /// What of the kernel's configuration it needs besides what every kernel here has.
+    pub needs: &'static str,
+}
+
+const fn kind(name: &'static str, root: Root, folder: &'static str, needs: &'static str) -> RootKind {
+    RootKind { name, root, folder, needs }
+}
+
+pub(crate) const ROOTS: [RootKind; 10] = [
+    kind("ext4 on pmem", Root::Pmem, "ext4", "CONFIG_EXT4_FS=y"),
+    kind("EROFS on pmem", Root::Pmem, "erofs", "CONFIG_EROFS_FS=y"),
+    kind("XFS on pmem", Root::Pmem, "xfs", "CONFIG_XFS_FS=y"),
+    kind("EROFS on pmem, dm-verity", Root::Pmem, "verity", "CONFIG_DM_VERITY=y"),
+    kind("ext4 on virtio-blk", Root::Blk, "ext4", "CONFIG_EXT4_FS=y"),
+    kind("EROFS on virtio-blk", Root::Blk, "erofs", "CONFIG_EROFS_FS=y"),
+    kind("XFS on virtio-blk", Root::Blk, "xfs", "CONFIG_XFS_FS=y"),
+    kind("EROFS on virtio-blk, dm-verity", Root::Blk, "verity", "CONFIG_DM_VERITY=y"),
+    kind("initrd, gzip", Root::Initrd, "gzip", "CONFIG_RD_GZIP=y"),
+    kind("initrd, zstd", Root::Initrd, "zstd", "CONFIG_RD_ZSTD=y"),
+];
+
+/// An image whose init says that it is there and does nothing else.
+pub(crate) const FLOOR: RootKind = kind("empty init, ext4 on pmem", Root::Pmem, "floor", "CONFIG_EXT4_FS=y");
+
+/// One kernel in one of its forms.
+pub(crate) struct Kernel {
+    /// Like `micro, vmlinux`.
+    pub name: String,
+    pub path: PathBuf,
+    config: String,
+}
+
+impl Kernel {
+    pub(crate) fn has(&self, symbol: &str) -> bool {
+        self.config.lines().any(|line| line == symbol)
+    }
+}
+
+impl Guests {
+    pub(crate) fn new() -> Option<Self> {
+        let given = std::env::var_os("KUASAR_GUESTS").map(PathBuf::from);
+        if given.is_none() {
+            println!("skipped: KUASAR_GUESTS is not given: no guests to boot (nix build .#guests-qemu)");
+        }
+        given.map(Self)
+    }
+
+    /// Every form of every kernel, in the order of their names.
+    pub(crate) fn kernels(&self) -> Vec<Kernel> {
+        let entries = fs::read_dir(self.0.join("kernels")).unwrap();
+        let mut folders: Vec<_> = entries.map(|entry| entry.unwrap().path()).collect();
+        folders.sort();
+        let form = |folder: &PathBuf, form: &str| {
+            let path = folder.join(form);
+            let name = folder.file_name().unwrap().to_string_lossy().into_owned();
+            let config = fs::read_to_string(folder.join("config")).unwrap();
+            path.exists().then(|| Kernel { name: format!("{name}, {form}"), path, config })
+        };
+        let kernels: Vec<_> = folders
+            .iter()
+            .flat_map(|folder| ["vmlinux", "bzImage", "Image"].map(|name| form(folder, name)))
+            .flatten()
+            .collect();
+        assert!(!kernels.is_empty(), "{} has no kernels", self.0.display());
+        kernels
+    }
+
+    /// The file that is the root.
+    pub(crate) fn root(&self, kind: RootKind) -> PathBuf {
+        let name = if kind.root == Root::Initrd { "kuasar.initrd" } else { "kuasar.img" };
+        fs::canonicalize(self.0.join("roots").join(kind.folder).join(name)).unwrap()
+    }
+
+    /// What the daemon's configuration would be.
+    pub(crate) fn config(&self, kernel: &Kernel, kind: RootKind) -> VmConfig {
+        let asked = |key, value| std::env::var(key).is_ok_and(|given| given == value);
+        let file = self.root(kind);
+        VmConfig {
+            path: "qemu-system-x86_64".into(),
+            accel: if asked("KUASAR_ACCEL", "kvm") { Accel::Kvm } else { Accel::Tcg },
+            machine: Machine::Q35,
+            cpu: None,
+            kernel: kernel.path.clone(),
+            image: Some(file.clone()),
+            initrd: Some(file.clone()),
+            root: kind.root,
+            verity: verity(&file.with_file_name("verity.toml")),
+            kernel_params: String::new(),
+            share_fs: ShareFs::Virtiofs,
+            virtiofsd: "virtiofsd".into(),
+            vsock: if asked("KUASAR_VSOCK", "vhost") { VsockKind::Vhost } else { VsockKind::VhostUser },
+            vhost_device_vsock: "vhost-device-vsock".into(),
+            task_log_level: "warn".into(),
+            debug: false,
+        }
+    }
+}
+
+/// The table `hypervisor.verity` that is written beside an image that has a hash tree.
+fn verity(path: &Path) -> Option<Verity> {
+    let text = fs::read_to_string(path).ok()?;
+    let mut table: toml::Table = text.parse().unwrap();
+    let mut hypervisor = table.remove("hypervisor").unwrap();
+    let verity = hypervisor.as_table_mut().unwrap().remove("verity").unwrap();
+    Some(verity.try_into().unwrap())
+}
+
+/// A VM, and the pod's folder that it has.
+pub(crate) struct Booted {
+    pub vm: Arc<dyn Vm>,
+    pub dir: tempfile::TempDir,
+}
+
+/// Starts a VM.
+pub(crate) async fn start(config: VmConfig) -> Booted {
+    let dir = tempfile::tempdir().unwrap();
+    for folder in ["shared", "log"] {
+        fs::create_dir(dir.path().join(folder)).unwrap();
+    }
+    let spec = VmSpec {
+        pod: "guest".into(),
+        dir: dir.path().into(),
+        netns: None,
+        cgroup_procs: Vec::new(),
+        vcpus: 1,
+        memory_mib: 256,
+        devices: Vec::new(),
+        kernel_params: String::new(),
+    };
+    let qemu = Qemu::new(config);
+    qemu.preflight().await.unwrap();
+    Booted { vm: qemu.start(spec).await.unwrap(), dir }
+}
+
+impl Booted {
+    /// What the guest's agent says when it calls. The call must be kept: a guest that loses its host ends.
+    pub(crate) async fn ready(&self) -> ReadyGuest {
+        match self.vm.ready(DEADLINE).await {
+            Ok(mut guest) => {
+                guest.give_token(TOKEN).await.unwrap();
+                guest
+            }
+            Err(error) => panic!("{error}"),
+        }
+    }
+
+    /// Waits until the guest's console has said something.
+    pub(crate) async fn said(&self, text: &str) {
+        let console = self.dir.path().join("log/console.log");
+        let end = tokio::time::Instant::now() + DEADLINE;
+        while !fs::read_to_string(&console).unwrap_or_default().contains(text) {
+            assert!(tokio::time::Instant::now() < end, "{text} is not on the guest's console");
+            tokio::time::sleep(Duration::from_millis(2)).await;
+        }
+    }
+
+    /// Processor time that the VMM has used: unlike the clock's, no other process of the machine adds to it.
+    pub(crate) fn busy(&self) -> Duration {
+        let threads = fs::read_dir(format!("/proc/{}/task", self.vm.pid())).unwrap();
+        let nanoseconds = threads.filter_map(|thread| {
+            let text = fs::read_to_string(thread.ok()?.path().join("schedstat")).ok()?;
+            text.split(' ').next()?.parse::<u64>().ok()
+        });
+        Duration::from_nanos(nanoseconds.sum())
+    }
+
+    /// KiB of a mapping of the VMM whose name contains `name`: its resident pages, or (`Pss`) its part of them.
+    pub(crate) fn mapped(&self, name: &str, field: &str) -> u64 {
+        let smaps = fs::read_to_string(format!("/proc/{}/smaps", self.vm.pid())).unwrap();
+        let (mut sum, mut wanted) = (0, false);
+        for line in smaps.lines() {
+            let mut words = line.split_whitespace();
+            match (words.next(), words.next()) {
+                (Some(first), _) if first.contains('-') => wanted = line.contains(name),
+                (Some(first), Some(value)) if wanted && first.strip_suffix(':') == Some(field) => {
+                    sum += value.parse::<u64>().unwrap();
+                }
+                _ => {}
+            }
+        }
+        sum
+    }
+
+    pub(crate) async fn stop(self) {
+        self.vm.stop(true, Duration::from_secs(10)).await.unwrap();
+    }
+}

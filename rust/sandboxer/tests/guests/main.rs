@@ -1,0 +1,171 @@
+//! Boots every kernel with every kind of root. Needs `KUASAR_GUESTS`, what `nix build .#guests-qemu` makes; says "skipped"
+//! without. `KUASAR_BLESS=1` writes docs/guest-matrix.md instead of comparing with it.
+
+#![allow(clippy::unwrap_used, clippy::panic, reason = "a test ends where it fails")]
+
+mod lab;
+mod table;
+
+use std::{
+    fs::{self, File},
+    os::unix::fs::FileExt,
+};
+
+use lab::{Booted, DEADLINE, FLOOR, Guests, Kernel, ROOTS, RootKind, start};
+use table::Row;
+use vmm_sandboxer::vmm::Root;
+
+/// Name of the memory that is the guest's, in `/proc/PID/smaps`.
+const GUEST_MEMORY: &str = "memfd:";
+/// How often each guest is booted for a figure that is written down.
+const BLESSED_BOOTS: usize = 3;
+
+fn named(roots: &[RootKind], name: &str) -> RootKind {
+    *roots.iter().find(|kind| kind.name == name).unwrap()
+}
+
+fn find<'a>(kernels: &'a [Kernel], name: &str) -> &'a Kernel {
+    kernels.iter().find(|kernel| kernel.name == name).unwrap()
+}
+
+/// Median of the VMM's processor time up to the empty init, seconds.
+async fn floor(guests: &Guests, kernel: &Kernel, boots: usize) -> f64 {
+    let mut busy = Vec::new();
+    for _ in 0..boots {
+        let booted = start(guests.config(kernel, FLOOR)).await;
+        booted.said("INIT UP").await;
+        busy.push(booted.busy().as_secs_f64());
+        booted.stop().await;
+    }
+    median(busy)
+}
+
+fn median(mut values: Vec<f64>) -> f64 {
+    values.sort_by(f64::total_cmp);
+    *values.get(values.len() / 2).unwrap()
+}
+
+async fn row(guests: &Guests, kernel: &Kernel, kind: RootKind, floor: f64, boots: usize) -> Row {
+    println!("booting {}, {}", kernel.name, kind.name);
+    let (mut busy, mut memory, mut mounted) = (Vec::new(), 0, String::new());
+    for _ in 0..boots {
+        let booted = start(guests.config(kernel, kind)).await;
+        let guest = booted.ready().await;
+        busy.push(booted.busy().as_secs_f64());
+        mounted = guest.ready.root.clone();
+        memory = booted.mapped(GUEST_MEMORY, "Rss");
+        booted.stop().await;
+    }
+    Row {
+        kernel: kernel.name.clone(),
+        kernel_bytes: fs::metadata(&kernel.path).unwrap().len(),
+        root: kind.name.into(),
+        root_bytes: fs::metadata(guests.root(kind)).unwrap().len(),
+        mounted,
+        boot: median(busy) / floor,
+        memory_kib: memory,
+    }
+}
+
+/// Whether the table has this combination. What a kernel is packed in says nothing of roots: one will do.
+fn wanted(kernel: &Kernel, kind: RootKind) -> bool {
+    kernel.has(kind.needs) && (!kernel.name.ends_with("bzImage") || kind.name == ROOTS[0].name)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+#[ignore = "boots some twenty guests; docs/guest-matrix.md is still to be written by it"]
+async fn every_kernel_boots_every_root_that_it_knows() {
+    let Some(guests) = Guests::new() else { return };
+    let blessed = std::env::var("KUASAR_BLESS").is_ok_and(|given| given == "1");
+    let boots = if blessed { BLESSED_BOOTS } else { 1 };
+    let mut rows = Vec::new();
+    for kernel in guests.kernels() {
+        let floor = floor(&guests, &kernel, boots).await;
+        for kind in ROOTS.into_iter().filter(|kind| wanted(&kernel, *kind)) {
+            let row = row(&guests, &kernel, kind, floor, boots).await;
+            let dax = kind.root == Root::Pmem && kind.folder != "verity";
+            assert_eq!(row.mounted.contains("dax=always"), dax, "{row:?}");
+            assert!(kind.root == Root::Initrd || row.mounted.contains(" ro"), "{row:?}");
+            rows.push(row);
+        }
+    }
+    let file = concat!(env!("CARGO_MANIFEST_DIR"), "/../../docs/guest-matrix.md");
+    if blessed {
+        fs::write(file, table::render(&rows)).unwrap();
+        return;
+    }
+    let Ok(text) = fs::read_to_string(file) else {
+        println!("docs/guest-matrix.md is not there to compare with:\n{}", table::render(&rows));
+        return;
+    };
+    let (known, found) = (table::shape(&text), table::shape(&table::render(&rows)));
+    assert_eq!(known, found, "docs/guest-matrix.md has other rows; KUASAR_BLESS=1 writes it anew");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_changed_byte_of_a_checked_root_stops_the_boot() {
+    let Some(guests) = Guests::new() else { return };
+    let kernels = guests.kernels();
+    for root in ["EROFS on virtio-blk, dm-verity", "EROFS on pmem, dm-verity"] {
+        let mut config = guests.config(find(&kernels, "micro, vmlinux"), named(&ROOTS, root));
+        let copy = tempfile::NamedTempFile::new().unwrap();
+        fs::copy(config.image.as_ref().unwrap(), copy.path()).unwrap();
+        config.image = Some(copy.path().into());
+        let booted = start(config.clone()).await;
+        booted.ready().await;
+        booted.stop().await;
+
+        flip(copy.path());
+        let booted = start(config).await;
+        let error = booted.vm.ready(DEADLINE).await.unwrap_err().to_string();
+        println!("{error}");
+        assert!(error.contains("the VM has ended"), "{error}");
+        assert!(error.contains("data block") && error.contains("is corrupted"), "{error}");
+        assert!(error.contains("Kernel panic - not syncing: dm-verity device corrupted"), "{error}");
+    }
+}
+
+/// Changes one bit of the agent: of its first block, in the padding of the ELF header, which nothing but the tree knows. The
+/// root has two programs, and its files lie in the order of their names: `bin/runc`, `sbin/init`.
+fn flip(image: &std::path::Path) {
+    const FS: u64 = 3 << 20;
+    let file = File::options().read(true).write(true).open(image).unwrap();
+    let mut start = [0; 16];
+    let mut agent = None;
+    for at in (FS..file.metadata().unwrap().len()).step_by(4096) {
+        file.read_exact_at(&mut start, at).unwrap();
+        if start.starts_with(b"\x7fELF") {
+            agent = Some((at + 15, start[15]));
+        }
+    }
+    let (at, byte) = agent.unwrap();
+    file.write_all_at(&[byte ^ 1], at).unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_second_guest_shares_the_image_with_the_first() {
+    let Some(guests) = Guests::new() else { return };
+    let kernels = guests.kernels();
+    for root in ["ext4 on pmem", "EROFS on pmem", "XFS on pmem"] {
+        let kernel = find(&kernels, "mini, vmlinux");
+        let config = guests.config(kernel, named(&ROOTS, root));
+        let image = config.image.clone().unwrap();
+        let name = image.to_str().unwrap();
+        let first = start(config.clone()).await;
+        let _first = first.ready().await;
+        let alone = first.mapped(name, "Pss");
+        let second = start(config).await;
+        let _second = second.ready().await;
+        let pss = |booted: &Booted| booted.mapped(name, "Pss");
+        let (both, resident) = (pss(&first) + pss(&second), second.mapped(name, "Rss"));
+        let size = fs::metadata(&image).unwrap().len() / 1024;
+        let added = both.saturating_sub(alone);
+        println!(
+            "{root}: the image has {size} KiB; one guest maps {alone} KiB of it, a second {resident} KiB and adds {added}"
+        );
+        assert!(alone > 0 && resident > 0, "the image is not mapped: {alone} {resident}");
+        assert!(added * 4 < size, "a second guest adds {added} KiB of an image of {size} KiB");
+        first.stop().await;
+        second.stop().await;
+    }
+}
