@@ -51,7 +51,7 @@ impl HostServer {
                 tracing::debug!(%error, "ending the host service");
             }
         };
-        Ok(Self { stop, task: tokio::spawn(serving.in_current_span()) })
+        Ok(Self { stop, task: tokio::spawn(serving.instrument(pod.span())) })
     }
 
     /// Stops serving.
@@ -81,7 +81,7 @@ struct HostService {
 impl Host for HostService {
     async fn prepare(&self, _: &TtrpcContext, request: PrepareRequest) -> ttrpc::Result<PrepareResponse> {
         let pod = self.pod()?;
-        let span = span(&pod);
+        let span = pod.span();
         let work = async move {
             let rootfs = request.rootfs.into_iter().map(|mount| RootfsMount {
                 kind: mount.type_,
@@ -99,7 +99,7 @@ impl Host for HostService {
 
     async fn release(&self, _: &TtrpcContext, request: ReleaseRequest) -> ttrpc::Result<Empty> {
         let pod = self.pod()?;
-        apart(span(&pod), async move { pod.release(request.container_id).await }).await?;
+        apart(pod.span(), async move { pod.release(request.container_id).await }).await?;
         Ok(Empty::new())
     }
 }
@@ -108,11 +108,6 @@ impl HostService {
     fn pod(&self) -> ttrpc::Result<Arc<Pod>> {
         self.pod.upgrade().ok_or_else(|| status(Code::NOT_FOUND, "the pod is gone"))
     }
-}
-
-/// ttrpc's server knows nothing of whose socket it serves.
-fn span(pod: &Pod) -> Span {
-    tracing::info_span!("pod", id = pod.id())
 }
 
 /// Runs work in a task of its own: a relay that hangs up must not leave it half done.

@@ -34,7 +34,7 @@ use tokio::{
     sync::{Mutex, watch},
     task::AbortHandle,
 };
-use tracing::Instrument;
+use tracing::{Instrument, Span};
 
 pub use self::cgroup::ROOT as CGROUP_ROOT;
 pub use self::{
@@ -178,8 +178,14 @@ impl Pod {
 
     /// Runs something beside the pod until it ends or the pod is left to another daemon.
     fn beside(&self, task: impl Future<Output = ()> + Send + 'static) {
-        let task = tokio::spawn(task.in_current_span()).abort_handle();
+        let task = tokio::spawn(task.instrument(self.span())).abort_handle();
         self.watchers.lock().unwrap_or_else(PoisonError::into_inner).push(task);
+    }
+
+    /// What is done for this pod beside the calls that it is done by. A call's own span would end with the last of it, and be as
+    /// long as the pod in the trace.
+    pub(super) fn span(&self) -> Span {
+        tracing::info_span!(parent: None, "pod", id = self.id)
     }
 
     /// From here on this daemon notices nothing of the pod's processes and writes nothing of them: the next one does.
@@ -368,7 +374,7 @@ impl Pod {
 async fn blocking<T: Send + 'static>(
     work: impl FnOnce() -> Result<T, StorageError> + Send + 'static,
 ) -> Result<T, StorageError> {
-    let span = tracing::Span::current();
+    let span = Span::current();
     let done = tokio::task::spawn_blocking(move || span.in_scope(work)).await;
     done.unwrap_or_else(|error| Err(StorageError::Broken(error.to_string())))
 }

@@ -10,7 +10,7 @@ use std::{
 
 use kuasar_common::constants::pod_files;
 use tokio::{task::JoinHandle, time::timeout};
-use tracing::Instrument;
+use tracing::{Instrument, Span};
 
 use super::{
     Caller, Exit, Phase, Pod, PodError, StepError, View, Work, cgroup::Cgroups, host::HostServer, log, relay,
@@ -20,7 +20,7 @@ use crate::{
     guest::Guest,
     network::{self, PodNetwork},
     process::Process,
-    vmm::{DeviceInfo, ReadyGuest, Vm, VmError, VmSpec},
+    vmm::{DeviceInfo, ReadyGuest, Vm, VmError, VmSpec, with_status},
 };
 
 /// How long the last words of a guest whose VM has ended may take to be read.
@@ -190,7 +190,7 @@ impl Pod {
     pub(super) fn watch(self: &Arc<Self>, vm: Arc<dyn Vm>, relay: Arc<Process>, agent: Option<ReadyGuest>) {
         self.keep_clock(vm.clone());
         let (pod, watched) = (self.clone(), vm.clone());
-        let last_words = last_words(agent);
+        let last_words = last_words(agent, self.span());
         let ended = async move {
             let exit = watched.wait().await;
             let by_us = pod.stopping.load(Ordering::Relaxed);
@@ -234,7 +234,7 @@ impl Pod {
 }
 
 /// What the agent says before it ends its VM, if it does. Listened to from now on.
-fn last_words(agent: Option<ReadyGuest>) -> JoinHandle<Option<String>> {
+fn last_words(agent: Option<ReadyGuest>, span: Span) -> JoinHandle<Option<String>> {
     let listening = async move {
         let reason = agent?.fatal().await;
         if let Some(reason) = &reason {
@@ -242,7 +242,7 @@ fn last_words(agent: Option<ReadyGuest>) -> JoinHandle<Option<String>> {
         }
         reason
     };
-    tokio::spawn(listening.in_current_span())
+    tokio::spawn(listening.instrument(span))
 }
 
 /// Why a VM ended that nobody ended: what its agent said, or else what the logs show.
@@ -262,14 +262,6 @@ async fn reason(
 /// What is known of a VM's end without its help.
 fn died(dir: &std::path::Path, code: Option<u32>) -> String {
     format!("the VM ended{}{}", with_status(code), log::tails(dir, &["vmm.log", "console.log"]))
-}
-
-fn with_status(code: Option<u32>) -> String {
-    match code {
-        Some(code @ 129..=192) => format!(" with status {code} (signal {})", code.saturating_sub(128)),
-        Some(code) => format!(" with status {code}"),
-        None => String::new(),
-    }
 }
 
 fn step<T, E: Into<StepError>>(step: &'static str, done: Result<T, E>) -> Result<T, PodError> {

@@ -81,3 +81,12 @@ impl VmError {
         move |source| Self::Io { doing, source }
     }
 }
+
+/// How a process ended, for the end of a sentence; empty if nobody knows.
+pub(crate) fn with_status(code: Option<u32>) -> String {
+    match code {
+        Some(code @ 129..=192) => format!(" with status {code} (signal {})", code.saturating_sub(128)),
+        Some(code) => format!(" with status {code}"),
+        None => String::new(),
+    }
+}

@@ -28,6 +28,7 @@ use kuasar_common::address::GuestAddress;
 use serde::{Deserialize, Serialize};
 use tokio::sync::watch;
 
+pub(crate) use self::error::with_status;
 pub use self::{
     config::{Accel, Machine, Root, ShareFs, VmConfig, VsockKind},
     device::{Bus, BusKind, DeviceAddress, DeviceInfo, Nic},

@@ -29,7 +29,9 @@ use tokio::{
 
 use super::{
     Accel, Bus, DeviceAddress, DeviceInfo, Hypervisor, PreflightError, ReadyGuest, ReadyListener, Vm,
-    VmConfig, VmError, VmExit, VmRecord, VmSpec, VsockHub, logs, preflight,
+    VmConfig, VmError, VmExit, VmRecord, VmSpec, VsockHub,
+    error::with_status,
+    logs, preflight,
     supervisor::{Outcome, Supervisor},
 };
 use crate::process::Process;
@@ -180,10 +182,9 @@ impl QemuVm {
     }
 
     fn ended(&self, outcome: &Outcome) -> VmError {
-        let why = match (&outcome.because, outcome.exit.code) {
-            (Some(companion), _) => format!(" because {companion}"),
-            (None, Some(code)) => format!(" with status {code}"),
-            (None, None) => String::new(),
+        let why = match &outcome.because {
+            Some(companion) => format!(" because {companion}"),
+            None => with_status(outcome.exit.code),
         };
         VmError::Ended(format!("{why}{}", self.logs()))
     }
