@@ -67,6 +67,8 @@ pub(crate) enum Fault {
     SlowVmm,
     /// The guest never answers SetupSandbox.
     HangsSetup,
+    /// The guest calls late, and its SetupSandbox ends after the start's own deadline, which is 5 s then.
+    ComesLate,
     /// The VM cannot be found again after a restart: the attempt hangs.
     HangsAdopt,
 }
@@ -245,6 +247,9 @@ impl FakeGuest {
             .add_listener(Listener::new(connections))
             .register_service(create_sandbox_service(Arc::new(self.clone())));
         server.start().await.unwrap();
+        if self.fault == Fault::ComesLate {
+            tokio::time::sleep(Duration::from_secs(3)).await;
+        }
         let mut name = socket.into_os_string();
         name.push("_1024");
         let mut ready = BufReader::new(UnixStream::connect(name).await.unwrap());
@@ -294,6 +299,9 @@ impl SandboxService for FakeGuest {
         self.setups.lock().unwrap().push(request);
         if self.fault == Fault::HangsSetup {
             std::future::pending::<()>().await;
+        }
+        if self.fault == Fault::ComesLate {
+            tokio::time::sleep(Duration::from_secs(4)).await;
         }
         Ok(Empty::new())
     }
@@ -366,7 +374,11 @@ impl Lab {
             },
             relay: self.path("relay"),
             containerd: "/run/containerd/containerd.sock".into(),
-            start_timeout: Duration::from_secs(20),
+            start_timeout: Duration::from_secs(if self.hypervisor.fault == Fault::ComesLate {
+                5
+            } else {
+                20
+            }),
             stop_timeout: Duration::from_secs(1),
             recover_timeout: Duration::from_secs(3),
             cgroup_root: self.path("cgroup"),

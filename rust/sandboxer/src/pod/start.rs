@@ -25,6 +25,8 @@ use crate::{
 
 /// How long the last words of a guest whose VM has ended may take to be read.
 const LAST_WORDS: Duration = Duration::from_secs(1);
+/// A guest that has called in time is alive, and has at least this to be set up in, however late it called.
+const LEAST_TO_SET_UP: Duration = Duration::from_secs(20);
 /// Logs that may explain why a guest does not come up.
 const GUEST_LOGS: [&str; 3] = ["console.log", "agent.log", "vmm.log"];
 
@@ -112,7 +114,7 @@ impl Pod {
         step("recording the sandbox", self.persist(work))?;
         let guest = Guest::new(vm.address(), token);
         let request = setup::request(&self.id, &work.spec, &network);
-        let told = guest.setup(&request, deadline.left());
+        let told = guest.setup(&request, deadline.left().max(LEAST_TO_SET_UP));
         let told = caller.unless_gone("setting the guest up", told).await?;
         told.map_err(|source| PodError::Start {
             step: "setting the guest up",

@@ -63,6 +63,16 @@ async fn a_caller_that_goes_away_at_any_time_leaves_nothing_or_a_pod() {
     lab.assert_clean();
 }
 
+#[tokio::test]
+async fn a_guest_that_calls_late_has_the_time_to_be_set_up() {
+    let lab = Lab::new(Fault::ComesLate);
+    let (mut client, _pods) = serve(&lab).await;
+    client.create(create(&lab, &pod_config())).await.unwrap();
+    start(&mut client).await.unwrap();
+    shutdown(&mut client).await.unwrap();
+    lab.assert_clean();
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn create_stop_and_shutdown_finish_without_their_caller() {
     let lab = Lab::new(Fault::None);
