@@ -1,9 +1,14 @@
 //! The guest's clock follows the host's for as long as the pod runs.
 
-use std::{fs, future::pending, sync::Arc, time::Duration};
+use std::{
+    fs,
+    future::pending,
+    sync::{Arc, atomic::Ordering},
+    time::Duration,
+};
 
 use kuasar_common::constants::pod_files;
-use tokio::sync::watch;
+use tokio::{sync::watch, time::timeout};
 
 use super::Pod;
 use crate::{
@@ -17,11 +22,13 @@ use crate::{
 const INTERVAL: Duration = Duration::from_secs(60);
 /// One look may take so long.
 const DEADLINE: Duration = Duration::from_secs(10);
+/// The end of a VM is known at most so long after its guest hung up.
+const END: Duration = Duration::from_secs(1);
 
 impl Pod {
     /// Keeps the guest's clock in step until the VM ends.
     pub(super) fn keep_clock(self: &Arc<Self>, vm: Arc<dyn Vm>) {
-        let dir = self.dir.clone();
+        let (dir, pod) = (self.dir.clone(), self.clone());
         self.beside(async move {
             let (token, ticker) =
                 match (fs::read_to_string(dir.join(pod_files::TOKEN)), Ticker::new(INTERVAL)) {
@@ -33,13 +40,13 @@ impl Pod {
             let guest = Guest::new(vm.address(), token);
             tokio::select! {
                 _ = vm.wait() => {}
-                () = follow(&guest, &*vm, &ticker) => {}
+                () = follow(&pod, &guest, &*vm, &ticker) => {}
             }
         });
     }
 }
 
-async fn follow(guest: &Guest, vm: &dyn Vm, ticker: &Ticker) {
+async fn follow(pod: &Pod, guest: &Guest, vm: &dyn Vm, ticker: &Ticker) {
     let mut resumptions = vm.resumptions();
     // At once: what the guest was told at its setup took a while to get there, and a daemon that was restarted does not
     // know what happened meanwhile.
@@ -52,6 +59,8 @@ async fn follow(guest: &Guest, vm: &dyn Vm, ticker: &Ticker) {
             match synced {
                 Ok(0) => {}
                 Ok(delta_ns) => tracing::info!(delta_ns, why, "corrected the guest's clock"),
+                // A guest may hang up on a question when it ends. Its end is told by others.
+                Err(_) if is_ending(pod, vm).await => return,
                 Err(error) => tracing::warn!(%error, why, "correcting the guest's clock"),
             }
         }
@@ -64,6 +73,10 @@ async fn follow(guest: &Guest, vm: &dyn Vm, ticker: &Ticker) {
             },
         };
     }
+}
+
+async fn is_ending(pod: &Pod, vm: &dyn Vm) -> bool {
+    pod.stopping.load(Ordering::Relaxed) || timeout(END, vm.wait()).await.is_ok()
 }
 
 /// Ends with the next change; never when there is nobody who would tell.
