@@ -1,8 +1,8 @@
-//! Generates the CRI client from the trimmed proto, without protoc.
+//! Generates the clients of CRI and containerd from the trimmed protos, without protoc.
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
-    println!("cargo::rerun-if-changed=proto/cri.proto");
-    let files = protox::compile(["proto/cri.proto"], ["proto"])?;
+    println!("cargo::rerun-if-changed=proto");
+    let files = protox::compile(["proto/cri.proto", "proto/store.proto"], ["proto"])?;
     tonic_prost_build::configure().build_server(false).compile_fds(files)?;
     Ok(())
 }

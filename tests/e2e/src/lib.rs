@@ -7,7 +7,9 @@
 //! - [`lab`]: containerd and the daemons in that machine
 //! - [`conformance`]: the table of `docs/cri-conformance.md`, and what came out against it
 //! - [`cri`]: the client, one method per call
+//! - [`store`]: containerd's own list of sandboxes
 //! - [`suite`]: test list to exit status
+//! - [`usage`]: what programs hold
 //! - [`websocket`]: the client side of CRI's streams
 
 pub mod conformance;
@@ -17,5 +19,7 @@ pub mod lab;
 pub mod leaks;
 pub mod machine;
 pub mod paths;
+pub mod store;
 pub mod suite;
+pub mod usage;
 pub mod websocket;

@@ -46,6 +46,12 @@ fn for_runc() -> bool {
     std::env::var("KUASAR_HANDLER").is_ok_and(|name| name == lab::RUNC)
 }
 
+/// Whether there is time for what takes long.
+#[must_use]
+pub fn is_full() -> bool {
+    std::env::var("KUASAR_ENDURANCE").is_ok_and(|value| value == "full")
+}
+
 /// Runs cases that share a lab. Returns what `main` returns.
 #[must_use]
 pub fn with_lab(handlers: &'static [&'static str], cases: Vec<Case<Lab>>) -> ExitCode {

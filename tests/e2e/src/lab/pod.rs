@@ -36,7 +36,7 @@ impl Pod<'_> {
     /// # Errors
     /// As containerd says.
     pub async fn create(&self, mut config: ContainerConfig) -> Result<String> {
-        let pods = self.config.linux.as_ref().and_then(|linux| linux.security_context);
+        let pods = self.config.linux.as_ref().and_then(|linux| linux.security_context.clone());
         // As kubelet: a pod that shares its processes says so of each of its containers.
         if let (Some(linux), Some(pods)) = (&mut config.linux, pods) {
             linux.security_context.get_or_insert_default().namespace_options = pods.namespace_options;
