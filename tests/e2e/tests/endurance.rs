@@ -1,0 +1,178 @@
+//! Use without end: many execs, many pods one after another and many at once, and nothing of it may stay: no descriptors,
+//! memory, processes, mounts, links, cgroups.
+//!
+//! `KUASAR_ENDURANCE=full` takes the numbers that are meant; without it, they are for every day.
+
+use std::{collections::BTreeMap, process::ExitCode, sync::Arc, time::Duration};
+
+use anyhow::{Context, Result, ensure};
+use kuasar_e2e::{
+    cases,
+    image::BUSYBOX,
+    lab::{Lab, QEMU, QEMU_STREAM},
+    leaks::Snapshot,
+    paths::RELAY,
+    suite,
+    usage::{self, Usage},
+};
+use tokio::{
+    task::JoinSet,
+    time::{Instant, sleep},
+};
+
+const IDLE: &[&str] = &["/bin/sh", "-c", "trap 'exit 0' TERM; while :; do sleep 1000 & wait; done"];
+const SOON: Duration = Duration::from_secs(60);
+/// Memory that a program may take more of without being a leak: caches, and what an allocator keeps. containerd is written
+/// in Go, and not ours: its memory is printed only.
+const RELAY_ROOM_KIB: u64 = 128;
+const DAEMON_ROOM_KIB: u64 = 3 * 1024;
+/// Descriptors likewise: a connection that is just being closed.
+const DESCRIPTOR_ROOM: usize = 4;
+
+fn main() -> ExitCode {
+    let deadline = Duration::from_secs(if suite::is_full() { 2 * 3600 } else { 900 });
+    suite::with_lab_for(
+        deadline,
+        &[QEMU],
+        cases![
+            many_execs_in_one_container,
+            many_execs_over_streams,
+            many_pods_one_after_another,
+            many_pods_at_once,
+        ],
+    )
+}
+
+fn number(every_day: usize, full: usize) -> usize {
+    if suite::is_full() { full } else { every_day }
+}
+
+async fn many_execs_in_one_container(lab: Arc<Lab>) -> Result<()> {
+    execs(&lab, QEMU, number(50, 1000)).await
+}
+
+async fn many_execs_over_streams(lab: Arc<Lab>) -> Result<()> {
+    execs(&lab, QEMU_STREAM, number(30, 1000)).await
+}
+
+async fn execs(lab: &Lab, handler: &str, count: usize) -> Result<()> {
+    let pod = lab.pod("execs", handler).await?;
+    let id = pod.container("idle", BUSYBOX, IDLE).await?;
+    let relays = usage::processes(RELAY, &["serve", &pod.id])?;
+    let relay = *relays.first().context("there is no relay")?;
+    let round = async |from: usize, to: usize| -> Result<()> {
+        for number in from..to {
+            let word = number.to_string();
+            let out = lab.cri.exec(&id, &["echo", &word]).await?;
+            ensure!(out.code == 0 && out.stdout.trim() == word, "exec {number} gave {out:?}");
+        }
+        Ok(())
+    };
+    round(0, 20).await?;
+    let before = Held::now(lab, Some(relay)).await?;
+    let begun = Instant::now();
+    round(20, 20 + count).await?;
+    let took = begun.elapsed();
+    println!("{count} execs with {handler} took {took:.1?}");
+    before.compare(lab, Some(relay)).await?;
+    pod.remove().await
+}
+
+/// One pod's whole life.
+async fn live(lab: &Lab, name: &str) -> Result<()> {
+    let pod = lab.pod(name, QEMU).await?;
+    let id = pod.container("says", BUSYBOX, &["/bin/sh", "-c", "echo hello; exit 3"]).await?;
+    let code = lab.cri.ended(&id, SOON).await?.exit_code;
+    ensure!(code == 3, "the container ended with {code}");
+    let stdout = pod.output("says")?.0;
+    ensure!(stdout == b"hello\n", "it logged {:?}", String::from_utf8_lossy(&stdout));
+    lab.forget(pod).await
+}
+
+async fn many_pods_one_after_another(lab: Arc<Lab>) -> Result<()> {
+    let count = number(5, 100);
+    for _ in 0..2 {
+        live(&lab, "warm").await?;
+    }
+    let before = Held::now(&lab, None).await?;
+    let said = complaints(&lab)?.len();
+    let begun = Instant::now();
+    for number in 0..count {
+        live(&lab, "one").await.with_context(|| format!("pod {number}"))?;
+    }
+    println!("{count} pods one after another took {:.1?}", begun.elapsed());
+    let complaints = complaints(&lab)?.split_off(said);
+    ensure!(complaints.is_empty(), "the daemon complains of orderly pods:\n{}", complaints.join("\n"));
+    before.compare(&lab, None).await
+}
+
+/// Warnings and errors of the daemon.
+fn complaints(lab: &Lab) -> Result<Vec<String>> {
+    let path = lab.logs().join(format!("{QEMU}.log"));
+    let text = std::fs::read_to_string(&path).with_context(|| format!("reading {}", path.display()))?;
+    let is_complaint = |line: &&str| line.contains("WARN") || line.contains("ERROR");
+    Ok(text.lines().filter(is_complaint).map(str::to_owned).collect())
+}
+
+async fn many_pods_at_once(lab: Arc<Lab>) -> Result<()> {
+    let count = number(4, 20);
+    live(&lab, "warm").await?;
+    let before = Held::now(&lab, None).await?;
+    let begun = Instant::now();
+    let mut all = JoinSet::new();
+    for number in 0..count {
+        let lab = Arc::clone(&lab);
+        all.spawn(async move { live(&lab, "many").await.with_context(|| format!("pod {number}")) });
+    }
+    while let Some(done) = all.join_next().await {
+        done??;
+    }
+    println!("{count} pods at once took {:.1?}", begun.elapsed());
+    before.compare(&lab, None).await
+}
+
+/// What programs and machine hold.
+struct Held {
+    machine: Snapshot,
+    programs: BTreeMap<String, Usage>,
+}
+
+impl Held {
+    async fn now(lab: &Lab, relay: Option<u32>) -> Result<Self> {
+        // What was just closed is gone a moment later.
+        sleep(Duration::from_secs(2)).await;
+        let mut programs = usage::of_programs(lab).await?;
+        if let Some(relay) = relay {
+            programs.insert("relay".to_owned(), Usage::of(relay)?);
+        }
+        Ok(Self { machine: Snapshot::take(&lab.machine.root)?, programs })
+    }
+
+    /// Fails if there is more of anything.
+    async fn compare(self, lab: &Lab, relay: Option<u32>) -> Result<()> {
+        // The end of a process takes its time to be seen everywhere.
+        let end = Instant::now() + Duration::from_secs(15);
+        let after = loop {
+            let after = Self::now(lab, relay).await?;
+            if after.machine.since(&self.machine).is_empty() || Instant::now() > end {
+                break after;
+            }
+        };
+        for (name, after) in &after.programs {
+            let before = self.programs.get(name).copied().unwrap_or_default();
+            println!("  {name}: {before} before, {after} after");
+            let more = after.descriptors.saturating_sub(before.descriptors);
+            ensure!(more <= DESCRIPTOR_ROOM, "{name} holds {more} descriptors more");
+            let more = after.pss_kib.saturating_sub(before.pss_kib);
+            let room = match name.as_str() {
+                "relay" => RELAY_ROOM_KIB,
+                "containerd" => u64::MAX,
+                _ => DAEMON_ROOM_KIB,
+            };
+            ensure!(more <= room, "{name} takes {more} KiB more");
+        }
+        let left = after.machine.since(&self.machine);
+        ensure!(left.is_empty(), "left behind:\n{}", left.join("\n"));
+        Ok(())
+    }
+}
