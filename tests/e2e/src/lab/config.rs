@@ -97,7 +97,12 @@ pub fn daemon_config(paths: &Paths, keys: &[(&str, &str)]) -> Result<toml::Table
     table(hypervisor, "virtiofsd")?.insert("path".into(), tool("virtiofsd").into());
     table(hypervisor, "vsock_device")?.insert("path".into(), tool("vhost-device-vsock").into());
     let relay = paths.relay().to_string_lossy().into_owned();
-    table(&mut config, "sandbox")?.insert("relay_path".into(), relay.into());
+    let sandbox = table(&mut config, "sandbox")?;
+    sandbox.insert("relay_path".into(), relay.into());
+    // Tests cannot wait as long as operators.
+    for (key, seconds) in [("collect_interval_s", 3), ("collect_grace_s", 3)] {
+        sandbox.insert(key.into(), seconds.into());
+    }
     Ok(config)
 }
 

@@ -5,7 +5,10 @@ mod guest;
 mod io;
 mod life;
 mod network;
+mod phases;
 mod restart;
+mod sandbox;
+mod security;
 mod task;
 mod volumes;
 
@@ -36,11 +39,21 @@ use network::{
     guest_kernel_is_not_the_hosts, guest_runs_from_the_initrd, guest_runs_without_virtiofsd,
     pod_answers_at_its_ip,
 };
+use phases::{
+    containerd_dies_in_every_phase, containerd_dies_in_every_phase_over_streams,
+    the_daemon_dies_in_every_phase,
+};
 use restart::{
     a_hung_guest_holds_nobody_up_and_can_be_removed, a_killed_daemon_finds_its_pods_again,
     a_killed_relay_ends_its_pod_and_no_other, a_log_is_complete_across_a_restart_of_containerd,
     a_log_is_complete_across_a_restart_over_streams,
 };
+use sandbox::{
+    a_daemon_killed_while_a_container_is_made, a_daemon_killed_while_a_pod_starts,
+    a_killed_vm_is_a_pod_that_is_not_ready_and_says_why, a_pod_that_containerd_forgot_is_collected,
+    a_pods_cpus_are_counted_apart,
+};
+use security::a_container_sees_the_processes_of_its_target;
 use task::{pause_resume_figures_pids_and_limits, the_daemon_traces_where_time_goes};
 
 use disks::{
@@ -86,6 +99,13 @@ fn main() -> ExitCode {
             guest_runs_from_the_initrd,
             a_host_network_pod_is_refused,
             a_killed_daemon_finds_its_pods_again,
+            a_daemon_killed_while_a_pod_starts,
+            a_daemon_killed_while_a_container_is_made,
+            the_daemon_dies_in_every_phase,
+            a_killed_vm_is_a_pod_that_is_not_ready_and_says_why,
+            a_pod_that_containerd_forgot_is_collected,
+            a_pods_cpus_are_counted_apart,
+            a_container_sees_the_processes_of_its_target,
             a_log_is_complete_across_a_restart_of_containerd,
             a_log_is_complete_across_a_restart_over_streams,
             a_killed_relay_ends_its_pod_and_no_other,
@@ -101,6 +121,7 @@ fn main() -> ExitCode {
         ]
         .into_iter()
         .chain(disk_cases())
+        .chain(long_cases())
         .collect(),
     )
 }
@@ -114,6 +135,16 @@ fn disk_cases() -> Vec<Case<Lab>> {
     ];
     for case in &mut cases {
         case.skip = disks::missing();
+    }
+    cases
+}
+
+/// Those that `make check` has no time for.
+fn long_cases() -> Vec<Case<Lab>> {
+    let mut cases = cases![containerd_dies_in_every_phase, containerd_dies_in_every_phase_over_streams];
+    for case in &mut cases {
+        case.skip = (!suite::is_full())
+            .then(|| "it takes long, and runs in `make check-all` (KUASAR_ENDURANCE=full)".to_owned());
     }
     cases
 }

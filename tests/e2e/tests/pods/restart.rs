@@ -18,8 +18,8 @@ use tokio::time::{Instant, sleep};
 use super::IDLE;
 
 /// containerd tries again to reach a daemon after at most 3 s; the rest is for emulated guests on a busy machine.
-const SOON: Duration = Duration::from_secs(60);
-const UNTIL_TOLD: &str = "echo begin; while [ ! -e /go ]; do sleep 1; done; echo end; exit 9";
+pub(crate) const SOON: Duration = Duration::from_secs(60);
+pub(crate) const UNTIL_TOLD: &str = "echo begin; while [ ! -e /go ]; do sleep 1; done; echo end; exit 9";
 
 pub(crate) async fn a_killed_daemon_finds_its_pods_again(lab: Arc<Lab>) -> Result<()> {
     let pod = lab.pod("orphan", handler()).await?;

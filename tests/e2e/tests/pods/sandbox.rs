@@ -1,0 +1,154 @@
+//! What a pod is on its host: killed at any time, forgotten, counted.
+
+use std::{fs, sync::Arc, time::Duration};
+
+use anyhow::{Context, Result, ensure};
+use kuasar_e2e::{
+    cri::PodSandboxState,
+    image::BUSYBOX,
+    lab::{Lab, folder_of},
+    leaks, store,
+    suite::handler,
+};
+use nix::{
+    sys::signal::{Signal, kill},
+    unistd::Pid,
+};
+use tokio::time::{Instant, sleep};
+
+/// containerd tries again to reach a daemon after at most 3 s, and forgotten pods go after twice that.
+const SOON: Duration = Duration::from_secs(30);
+
+/// Pods of which the daemon has a folder.
+fn folders() -> Vec<String> {
+    let entries = fs::read_dir(folder_of(handler())).into_iter().flatten().flatten();
+    let folders = entries.filter(|entry| entry.path().is_dir());
+    folders.map(|entry| entry.file_name().to_string_lossy().into_owned()).collect()
+}
+
+async fn until(what: &str, is: impl Fn() -> bool) -> Result<()> {
+    let end = Instant::now() + SOON;
+    while !is() {
+        ensure!(Instant::now() < end, "{what}: not within {SOON:?}");
+        sleep(Duration::from_millis(100)).await;
+    }
+    Ok(())
+}
+
+async fn is_ready(lab: &Lab, id: &str) -> bool {
+    let status = lab.cri.pod_status(id).await;
+    status.is_ok_and(|(status, _)| status.state() == PodSandboxState::SandboxReady)
+}
+
+async fn until_ready(lab: &Lab, id: &str, ready: bool) -> Result<()> {
+    let end = Instant::now() + SOON;
+    while is_ready(lab, id).await != ready {
+        ensure!(
+            Instant::now() < end,
+            "the pod is not {} within {SOON:?}",
+            if ready { "ready" } else { "ended" }
+        );
+        sleep(Duration::from_millis(100)).await;
+    }
+    Ok(())
+}
+
+/// A start takes about 1.5 s here; the daemon dies in every part of it.
+pub(crate) async fn a_daemon_killed_while_a_pod_starts(lab: Arc<Lab>) -> Result<()> {
+    let others = folders();
+    for millis in [20, 60, 120, 250, 500, 900, 1400] {
+        let config = lab.pod_config("torn")?;
+        let end = async {
+            sleep(Duration::from_millis(millis)).await;
+            lab.kill_daemon(handler()).await
+        };
+        let (started, killed) = tokio::join!(lab.cri.run_pod(&config, handler()), end);
+        killed?;
+        lab.restart_daemon(handler()).await?;
+        if let Ok(id) = started {
+            until_ready(&lab, &id, true).await?;
+            lab.cri.stop_pod(&id).await?;
+            lab.cri.remove_pod(&id).await?;
+        }
+        let gone = format!("everything of the pod that was starting for {millis} ms is gone");
+        until(&gone, || folders() == others).await?;
+    }
+    Ok(())
+}
+
+pub(crate) async fn a_daemon_killed_while_a_container_is_made(lab: Arc<Lab>) -> Result<()> {
+    let pod = lab.pod("work", handler()).await?;
+    // By its end the guest's clock has been looked at: `vhost-device-vsock` 0.3.0 does not outlive a caller that dies while
+    // it is being connected.
+    let first = pod.container("first", BUSYBOX, &["/bin/true"]).await?;
+    lab.cri.ended(&first, SOON).await?;
+    for (number, millis) in [10, 40, 100, 200].into_iter().enumerate() {
+        let (name, after) = (format!("torn-{number}"), format!("after-{number}"));
+        let end = async {
+            sleep(Duration::from_millis(millis)).await;
+            lab.kill_daemon(handler()).await?;
+            sleep(Duration::from_millis(200)).await;
+            lab.restart_daemon(handler()).await
+        };
+        let command = ["/bin/sh", "-c", "exit 4"];
+        let (made, restarted) = tokio::join!(pod.container(&name, BUSYBOX, &command), end);
+        restarted?;
+        until_ready(&lab, &pod.id, true).await?;
+        // It may have failed, and then it says so; if it runs, it runs to its end.
+        if let Ok(id) = made {
+            let code = lab.cri.ended(&id, SOON).await?.exit_code;
+            ensure!(code == 4, "the container made during the restart ended with {code}");
+        }
+        let id = pod.container(&after, BUSYBOX, &["/bin/sh", "-c", "exit 3"]).await?;
+        let code = lab.cri.ended(&id, SOON).await?.exit_code;
+        ensure!(code == 3, "a container made after the restart ended with {code}");
+    }
+    pod.remove().await
+}
+
+pub(crate) async fn a_killed_vm_is_a_pod_that_is_not_ready_and_says_why(lab: Arc<Lab>) -> Result<()> {
+    let pod = lab.pod("killed", handler()).await?;
+    let (_, info) = lab.cri.pod_status(&pod.id).await?;
+    let said: serde_json::Value = serde_json::from_str(info.get("info").context("no info")?)?;
+    let pid = said.get("pid").and_then(serde_json::Value::as_i64).context("no pid")?;
+    kill(Pid::from_raw(i32::try_from(pid)?), Signal::SIGKILL)?;
+    until_ready(&lab, &pod.id, false).await?;
+    let (_, info) = lab.cri.pod_status(&pod.id).await?;
+    let ours = info.get("kuasar").context("nothing of ours in the status")?;
+    ensure!(ours.contains("the VM has ended with status 137 (signal 9)"), "it says {ours}");
+    pod.remove().await
+}
+
+pub(crate) async fn a_pod_that_containerd_forgot_is_collected(lab: Arc<Lab>) -> Result<()> {
+    let (pod, known) = (lab.pod("forgotten", handler()).await?, lab.pod("known", handler()).await?);
+    ensure!(folders().contains(&pod.id) && folders().contains(&known.id), "{:?}", folders());
+    store::forget(&pod.id).await?;
+    until("the forgotten pod's folder is gone", || !folders().contains(&pod.id)).await?;
+    // The machine is looked over at the end: VM, relay, tap, mounts and cgroups are gone as well, or the run fails.
+    ensure!(is_ready(&lab, &known.id).await, "a pod that is known was collected, too");
+    known.remove().await?;
+    pod.remove().await
+}
+
+pub(crate) async fn a_pods_cpus_are_counted_apart(lab: Arc<Lab>) -> Result<()> {
+    let pod = lab.pod("apart", handler()).await?;
+    let parent = pod.config.linux.as_ref().context("no linux")?.cgroup_parent.clone();
+    let mut parts = 0;
+    for hierarchy in leaks::hierarchies() {
+        let own = hierarchy.join(parent.trim_start_matches('/')).join(format!("kuasar-{}", pod.id));
+        ensure!(own.is_dir(), "{} is not there", own.display());
+        let members = |folder: &str| {
+            let folder = own.join(folder);
+            let read = |name| fs::read_to_string(folder.join(name));
+            read("tasks").or_else(|_| read("cgroup.threads")).map_or(0, |text| text.lines().count())
+        };
+        if own.join("vcpu").is_dir() {
+            parts += 1;
+            let (vcpus, others) = (members("vcpu"), members("overhead"));
+            ensure!(vcpus == 1, "{vcpus} threads are CPUs in {}", own.display());
+            ensure!(others > 3, "{others} other threads in {}", own.display());
+        }
+    }
+    ensure!(parts > 0, "no hierarchy tells the CPUs from the rest");
+    pod.remove().await
+}
