@@ -40,8 +40,9 @@ use crate::{
     transport::SmallWrites,
 };
 
-/// The host listens before it starts the VM, so this is only for a device that is late.
-const CONNECT_DEADLINE: Duration = Duration::from_secs(5);
+/// The host listens before it starts the VM, so this is only for a device that is late: on a host with too much to do, by more
+/// than 5 s. The daemon ends a VM that has not called in its own time, 60 s unless configured.
+const CONNECT_DEADLINE: Duration = Duration::from_secs(30);
 const CONNECT_PAUSE: Duration = Duration::from_millis(20);
 /// Connections that wait for ttrpc's server to take them.
 const MAX_WAITING: usize = 16;
