@@ -10,6 +10,7 @@ pub mod container;
 pub mod containerd;
 pub mod controller;
 pub mod daemon;
+mod file_system;
 pub mod guest;
 pub mod network;
 mod notify;

@@ -2,9 +2,8 @@
 //! the guest mounts itself.
 
 use std::{
-    fs::{self, File},
-    io,
-    os::unix::fs::{FileExt, FileTypeExt, MetadataExt},
+    fs, io,
+    os::unix::fs::{FileTypeExt, MetadataExt},
     path::{Path, PathBuf},
 };
 
@@ -21,6 +20,7 @@ use super::{
     spec::{self, Bind, BlockDevice, Needs, Object, SpecError, Target, refused},
     storage::{StorageError, is_safe_id},
 };
+use crate::file_system;
 
 /// How a container is to be made.
 #[derive(Debug)]
@@ -35,15 +35,6 @@ pub struct Plan {
     pub(super) storages: Vec<Storage>,
     disks: Vec<Wanted>,
 }
-
-/// File systems by what is written on a disk: where, what, name. The guest's kernel need not have all of them; it says so.
-const MAGIC: [(u64, &[u8], &str); 5] = [
-    (1080, b"\x53\xef", "ext4"),
-    (0, b"XFSB", "xfs"),
-    (1024, b"\xe2\xe1\xf5\xe0", "erofs"),
-    (0, b"hsqs", "squashfs"),
-    (0x1_0040, b"_BHRfS_M", "btrfs"),
-];
 
 impl Plan {
     /// Reads the bundle that containerd made, and decides. `disks`: the VM can be given some.
@@ -184,7 +175,7 @@ impl Plan {
             self.binds.push(bind);
             return Ok(());
         }
-        let found = file_system(&bind.source).map_err(StorageError::file("reading", &bind.source))?;
+        let found = file_system::of(&bind.source, 0).map_err(StorageError::file("reading", &bind.source))?;
         let fstype = found.ok_or_else(|| {
             refused(
                 "mounts",
@@ -224,20 +215,6 @@ fn node(major: u64, minor: u64) -> io::Result<PathBuf> {
         return Err(io::Error::other(format!("{} is another device", path.display())));
     }
     Ok(path)
-}
-
-/// What is written on a disk.
-fn file_system(disk: &Path) -> io::Result<Option<&'static str>> {
-    let disk = File::open(disk)?;
-    for (at, magic, name) in MAGIC {
-        let mut there = vec![0; magic.len()];
-        match disk.read_exact_at(&mut there, at) {
-            Ok(()) if there == magic => return Ok(Some(name)),
-            Err(error) if error.kind() != io::ErrorKind::UnexpectedEof => return Err(error),
-            _ => {}
-        }
-    }
-    Ok(None)
 }
 
 #[cfg(test)]

@@ -70,15 +70,9 @@ pub(super) fn words(config: &VmConfig) -> String {
     }
 }
 
-/// What an image's file system is, by its magic number; a guest says itself what it cannot mount.
+/// What an image's file system is; a guest says itself what it cannot mount.
 fn file_system(image: &Path) -> &'static str {
-    let mut start = [0; 2048];
-    let read = File::open(image).and_then(|file| file.read_exact_at(&mut start, FS_OFFSET));
-    match (read, start.get(1024..1028)) {
-        (Ok(()), Some([0xe2, 0xe1, 0xf5, 0xe0])) => "erofs",
-        (Ok(()), _) if start.starts_with(b"XFSB") => "xfs",
-        _ => "ext4",
-    }
+    crate::file_system::of(image, FS_OFFSET).ok().flatten().unwrap_or("ext4")
 }
 
 #[cfg(test)]
