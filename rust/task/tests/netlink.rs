@@ -120,6 +120,24 @@ fn a_pod_s_network_is_made() {
     assert!(!ip("-6 route show").contains("default"));
 }
 
+/// A link that nobody asked for gives its name away, and nothing else.
+#[test]
+fn a_link_in_the_way_stays_up() {
+    if !namespace() {
+        return;
+    }
+    ip("link set dev b name eth0");
+    ip("link set dev eth0 up");
+    ip("addr add fd01::1/64 dev eth0 nodad");
+    let mut network = Network::new().unwrap();
+    network.configure_links(&[link("eth0", "02:00:00:00:00:01", &[])]).unwrap();
+    assert!(ip("link show dev eth0").contains("02:00:00:00:00:01"));
+    let all = ip("-oneline addr show");
+    assert!(all.lines().any(|line| line.contains("kuasar") && line.contains("fd01::1/64")), "{all}");
+    let all = ip("-oneline link show");
+    assert!(all.lines().any(|line| line.contains("kuasar") && line.contains(",UP")), "{all}");
+}
+
 #[test]
 fn what_cannot_be_done_is_said() {
     if !namespace() {

@@ -193,17 +193,18 @@ impl Network {
         }
         if let Some(other) = links.iter().find(|other| other.name == name) {
             let aside = format!("kuasar{}", other.index);
-            self.rename_one(other.index, &aside)
+            // Up or down as it is: nobody brings it up again.
+            self.rename_one(other.index, &aside, LinkFlags::empty())
                 .map_err(TaskError::io(format!("renaming {name} to {aside}")))?;
         }
-        self.rename_one(link.index, name).map_err(TaskError::io(format!("renaming {} to {name}", link.name)))
+        // Not while it is up; it is brought up with its addresses.
+        self.rename_one(link.index, name, LinkFlags::Up).map_err(TaskError::io(format!("renaming {} to {name}", link.name)))
     }
 
-    fn rename_one(&mut self, index: u32, name: &str) -> io::Result<()> {
+    fn rename_one(&mut self, index: u32, name: &str, cleared: LinkFlags) -> io::Result<()> {
         let mut rename = LinkMessage::default();
         rename.header.index = index;
-        // Not while it is up.
-        rename.header.change_mask = LinkFlags::Up;
+        rename.header.change_mask = cleared;
         rename.attributes.push(LinkAttribute::IfName(name.to_owned()));
         self.set(RouteNetlinkMessage::SetLink(rename), 0)
     }
