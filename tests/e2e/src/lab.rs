@@ -82,10 +82,7 @@ impl Lab {
         handlers: &[&str],
         settings: &Containerd,
     ) -> Result<Self> {
-        for folder in ["log", "trace", "containerd", "cni", "pods", "images", "tmp"] {
-            fs::create_dir_all(machine.root.join(folder))?;
-        }
-        fs::create_dir_all("/run/kuasar")?;
+        make_folders(&machine)?;
         let mut daemons = Vec::new();
         for (handler, keys) in VARIANTS.iter().filter(|(handler, _)| handlers.contains(handler)) {
             daemons.push(start_daemon(&machine, &paths, handler, keys)?);
@@ -204,15 +201,7 @@ impl Lab {
     /// # Errors
     /// When containerd refuses one.
     pub async fn import_images(&self) -> Result<()> {
-        for (number, image) in image::all(&self.paths)?.iter().enumerate() {
-            let file = self.machine.root.join("images").join(format!("{number}.tar"));
-            image.write(&file)?;
-            let mut ctr = self.ctr();
-            ctr.args(["images", "import", "--local", "--all-platforms", "--no-unpack"]).arg(&file);
-            run(&mut ctr).await.with_context(|| format!("importing {}", image.name()))?;
-            fs::remove_file(&file)?;
-        }
-        Ok(())
+        import_images(&self.machine, &self.paths).await
     }
 
     /// Pulls an image through the host's own network; `ctr` does the talking, so that containerd needs none.
@@ -229,9 +218,7 @@ impl Lab {
     /// `ctr` in CRI's namespace.
     #[must_use]
     pub fn ctr(&self) -> Command {
-        let mut ctr = Command::new(self.paths.tool("ctr"));
-        ctr.args(["-n", NAMESPACE]).kill_on_drop(true);
-        ctr
+        ctr(&self.paths)
     }
 
     /// The end of a program's log, for an error text.
@@ -374,6 +361,28 @@ impl Lab {
     }
 }
 
+fn ctr(paths: &Paths) -> Command {
+    let mut ctr = Command::new(paths.tool("ctr"));
+    ctr.args(["-n", NAMESPACE]).kill_on_drop(true);
+    ctr
+}
+
+/// Makes the test images and imports them into the containerd that is there.
+///
+/// # Errors
+/// When containerd refuses one.
+pub async fn import_images(machine: &Machine, paths: &Paths) -> Result<()> {
+    for (number, image) in image::all(paths)?.iter().enumerate() {
+        let file = machine.root.join("images").join(format!("{number}.tar"));
+        image.write(&file)?;
+        let mut ctr = ctr(paths);
+        ctr.args(["images", "import", "--local", "--all-platforms", "--no-unpack"]).arg(&file);
+        run(&mut ctr).await.with_context(|| format!("importing {}", image.name()))?;
+        fs::remove_file(&file)?;
+    }
+    Ok(())
+}
+
 fn said(doing: &str, what: &str, status: &tonic::Status) -> String {
     format!("{doing} {what}: {}", status.message())
 }
@@ -412,17 +421,42 @@ fn trace_of(machine: &Machine, handler: &str) -> PathBuf {
     machine.root.join("trace").join(format!("{handler}.json"))
 }
 
-fn start_containerd(machine: &Machine, paths: &Paths, settings: &Containerd) -> Result<Child> {
+/// The folders of a lab in its machine.
+///
+/// # Errors
+/// When one cannot be made.
+pub fn make_folders(machine: &Machine) -> Result<()> {
+    for folder in ["log", "trace", "containerd", "cni", "pods", "images", "tmp"] {
+        fs::create_dir_all(machine.root.join(folder))?;
+    }
+    fs::create_dir_all("/run/kuasar").context("creating /run/kuasar")
+}
+
+/// Writes what containerd reads; returns its configuration.
+///
+/// # Errors
+/// When a file cannot be written.
+pub fn write_containerd_config(machine: &Machine, paths: &Paths, settings: &Containerd) -> Result<PathBuf> {
     fs::write(machine.root.join("cni/10-lab.conflist"), cni_config(machine))?;
     networks::write(machine)?;
     let config = machine.root.join("containerd.toml");
     fs::write(&config, containerd_config(machine, paths, settings) + &networks::runtimes(machine))?;
     make_scratch_file(&scratch_file(machine))?;
-    let program = settings.program.clone().unwrap_or_else(|| paths.tool("containerd"));
+    Ok(config)
+}
+
+/// Where containerd finds shims and runc: the relay first.
+#[must_use]
+pub fn search_path(paths: &Paths) -> String {
     let path = std::env::var("PATH").unwrap_or_default();
-    let path = format!("{}:{}:{path}", paths.relay_dir.display(), paths.tools.display());
+    format!("{}:{}:{path}", paths.relay_dir.display(), paths.tools.display())
+}
+
+fn start_containerd(machine: &Machine, paths: &Paths, settings: &Containerd) -> Result<Child> {
+    let config = write_containerd_config(machine, paths, settings)?;
+    let program = settings.program.clone().unwrap_or_else(|| paths.tool("containerd"));
     // The shims that were built with another containerd come before those of the unpacked one.
-    let path = format!("{}:{path}", program.parent().unwrap_or(Path::new("/")).display());
+    let path = format!("{}:{}", program.parent().unwrap_or(Path::new("/")).display(), search_path(paths));
     let mut command = Command::new(program);
     command.arg("--config").arg(&config).env("PATH", path);
     spawn(machine, "containerd", &mut command)
@@ -464,9 +498,8 @@ fn make_cgroup(name: &str) -> Result<()> {
 /// The environment of a shell in the lab, for looking around.
 #[must_use]
 pub fn shell_environment(lab: &Lab) -> BTreeMap<&'static str, String> {
-    let path = std::env::var("PATH").unwrap_or_default();
     BTreeMap::from([
-        ("PATH", format!("{}:{}:{path}", lab.paths.relay_dir.display(), lab.paths.tools.display())),
+        ("PATH", search_path(&lab.paths)),
         ("CONTAINERD_ADDRESS", SOCKET.into()),
         ("CONTAINERD_NAMESPACE", NAMESPACE.into()),
         ("CONTAINER_RUNTIME_ENDPOINT", format!("unix://{SOCKET}")),

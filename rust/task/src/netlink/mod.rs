@@ -198,7 +198,8 @@ impl Network {
                 .map_err(TaskError::io(format!("renaming {name} to {aside}")))?;
         }
         // Not while it is up; it is brought up with its addresses.
-        self.rename_one(link.index, name, LinkFlags::Up).map_err(TaskError::io(format!("renaming {} to {name}", link.name)))
+        self.rename_one(link.index, name, LinkFlags::Up)
+            .map_err(TaskError::io(format!("renaming {} to {name}", link.name)))
     }
 
     fn rename_one(&mut self, index: u32, name: &str, cleared: LinkFlags) -> io::Result<()> {
