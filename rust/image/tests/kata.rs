@@ -1,0 +1,139 @@
+//! Images of Kata's builder (`tools/osbuilder/image-builder/image_builder.sh`), made here with the tools and the options that it
+//! uses: `mkfs.ext4 -q -F -b 4096`, `tune2fs -m 3`, `fsck.ext4 -D -y` for the file system; where it calls `parted mklabel msdos`
+//! and its `nsdax`, the bytes that these write.
+
+#![allow(clippy::unwrap_used, clippy::indexing_slicing)]
+
+mod common;
+
+use std::fs::{self, File};
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use common::{bad, good, tool};
+use tempfile::TempDir;
+
+const MIB: u64 = 1 << 20;
+/// Its images are multiples of it.
+const SIZE: u64 = 128 * MIB;
+/// What its own headers take: MBR and superblock, then MBR and a MiB of nothing.
+const FS: u64 = 3 * MIB;
+
+fn host(program: &str, arguments: &[&str], file: &Path) -> Command {
+    let mut command = Command::new(program);
+    command.env("PATH", tool().get_envs().find(|(key, _)| *key == "PATH").unwrap().1.unwrap());
+    command.args(arguments).arg(file);
+    command
+}
+
+/// `parted -s -a optimal IMAGE -- mklabel msdos mkpart primary ext4 START END [set 1 boot on]`, sectors.
+fn label(partitions: &[(u32, u32)], boot: bool) -> [u8; 512] {
+    let mut sector = [0; 512];
+    sector[440..444].copy_from_slice(&0x000b_5cf1_u32.to_le_bytes());
+    for (index, (start, end)) in partitions.iter().enumerate() {
+        let entry = &mut sector[446 + 16 * index..][..16];
+        entry[0] = if boot && index == 0 { 0x80 } else { 0 };
+        entry[1..4].copy_from_slice(&[4, 4, 1]);
+        entry[4] = 0x83;
+        entry[5..8].copy_from_slice(&[0x0f, 0xa3, 0x21]);
+        entry[8..12].copy_from_slice(&start.to_le_bytes());
+        entry[12..16].copy_from_slice(&(end - start).to_le_bytes());
+    }
+    sector[510..].copy_from_slice(&[0x55, 0xaa]);
+    sector
+}
+
+/// `nsdax IMAGE 2097152 2097152`.
+fn header() -> [u8; 4096] {
+    let mut block = [0; 4096];
+    block[..15].copy_from_slice(b"NVDIMM_PFN_INFO");
+    block[54] = 2;
+    block[56..64].copy_from_slice(&(2 * MIB).to_le_bytes());
+    block[72] = 1;
+    block[84..88].copy_from_slice(&(2_u32 << 20).to_le_bytes());
+    block[4088..].copy_from_slice(&0x685b_032b_e394_3830_u64.to_le_bytes());
+    block
+}
+
+/// An image with DAX header; `hashes` of its MiB at the end are a partition of their own (`MEASURED_ROOTFS=yes`).
+fn kata(dir: &Path, hashes: u64) -> PathBuf {
+    let (root, part, image) = (dir.join("root"), dir.join("part"), dir.join("kata-containers.img"));
+    common::root(&root, false);
+    File::create(&part).unwrap().set_len(SIZE - FS - hashes * MIB).unwrap();
+    good(host("mkfs.ext4", &["-q", "-F", "-b", "4096", "-d"], &root).arg(&part));
+    good(&mut host("tune2fs", &["-m", "3"], &part));
+    // 1: it has optimised the folders.
+    let checked = host("fsck.ext4", &["-D", "-y", "-f"], &part).output().unwrap();
+    assert!(matches!(checked.status.code(), Some(0 | 1)), "{checked:?}");
+
+    let file = File::create(&image).unwrap();
+    file.set_len(SIZE).unwrap();
+    let sectors = |bytes: u64| u32::try_from(bytes / 512).unwrap();
+    for (base, start) in [(0, FS), (2 * MIB, MIB)] {
+        let end = sectors(SIZE - base);
+        let split = end - sectors(hashes * MIB);
+        let all = [(sectors(start), split), (split, end)];
+        file.write_all_at(&label(&all[..if hashes > 0 { 2 } else { 1 }], hashes > 0), base).unwrap();
+    }
+    file.write_all_at(&header(), 4096).unwrap();
+    file.write_all_at(&fs::read(&part).unwrap(), FS).unwrap();
+    image
+}
+
+/// The lines of `inspect`, blanks made one.
+fn inspect(file: &Path) -> Vec<String> {
+    let text = good(tool().arg("inspect").arg(file));
+    text.lines().map(|line| line.split_whitespace().collect::<Vec<_>>().join(" ")).collect()
+}
+
+#[track_caller]
+fn has(lines: &[String], wanted: &str) {
+    assert!(lines.iter().any(|line| line.starts_with(wanted)), "{wanted:?} is not in\n{}", lines.join("\n"));
+}
+
+#[test]
+fn an_image_with_a_dax_header_is_as_good_as_ours() {
+    let dir = TempDir::new().unwrap();
+    let image = kata(dir.path(), 0);
+    let lines = inspect(&image);
+    for wanted in [
+        "size 134217728 bytes",
+        "table 1, at 0",
+        "disk id 0x000b5cf1",
+        "start sector 6144",
+        "table 2, at 2 MiB",
+        "start sector 2048",
+        "checksum 0x685b032be3943830",
+        "file system, at 3 MiB",
+        "type ext4",
+        "file 1200000 bytes /bin/big",
+    ] {
+        has(&lines, wanted);
+    }
+    assert!(!lines.iter().any(|line| line.contains("WRONG")), "{}", lines.join("\n"));
+    good(tool().arg("verify").arg(&image));
+
+    // One byte of its superblock, and it is not.
+    File::options().write(true).open(&image).unwrap().write_all_at(&[4], 4096 + 72).unwrap();
+    let error = bad(tool().arg("verify").arg(&image));
+    assert!(error.contains("PFN superblock, at 4096: mode is 4: must be 1"), "{error}");
+    assert!(error.contains("checksum is 0x685b032be3943830: must be "), "{error}");
+}
+
+#[test]
+fn a_measured_image_has_a_second_partition() {
+    let dir = TempDir::new().unwrap();
+    let image = kata(dir.path(), 2);
+    let lines = inspect(&image);
+    has(&lines, "type ext4");
+    has(&lines, "file 1200000 bytes /bin/big");
+    let error = bad(tool().arg("verify").arg(&image));
+    for wanted in [
+        "table 1, at 0: sectors is 251904 of 512 bytes: must be 256000, to the end of the file",
+        "table 1, at 0: other entries is 1: there must be one partition only",
+        "table 2, at 2 MiB: other entries is 1: there must be one partition only",
+    ] {
+        assert!(error.contains(wanted), "{wanted:?} is not in {error}");
+    }
+}
