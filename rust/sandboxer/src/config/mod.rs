@@ -166,6 +166,9 @@ pub struct HypervisorConfig {
     pub vsock_device: VsockDeviceConfig,
 }
 
+/// The form of a kernel that is entered without being unpacked.
+const KERNEL: &str = if cfg!(target_arch = "aarch64") { "Image" } else { "vmlinux" };
+
 impl Default for HypervisorConfig {
     fn default() -> Self {
         Self {
@@ -177,7 +180,7 @@ impl Default for HypervisorConfig {
             memory_in_mb: 512,
             memory_overhead_in_mb: 64,
             allowed_annotations: Vec::new(),
-            kernel_path: "/usr/share/kuasar/vmlinux".into(),
+            kernel_path: Path::new("/usr/share/kuasar").join(KERNEL),
             image_path: "/usr/share/kuasar/kuasar.img".into(),
             initrd_path: "/usr/share/kuasar/kuasar.initrd".into(),
             kernel_params: String::new(),

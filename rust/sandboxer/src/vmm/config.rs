@@ -60,12 +60,37 @@ pub enum Accel {
 #[serde(rename_all = "kebab-case")]
 pub enum Machine {
     /// PCI Express.
-    #[default]
+    #[cfg_attr(not(target_arch = "aarch64"), default)]
     Q35,
     /// PCI.
     Pc,
     /// virtio-mmio only: the shortest boot, no hot-plug.
     Microvm,
+    /// The one of aarch64: PCI Express, as its device tree describes it.
+    #[cfg_attr(target_arch = "aarch64", default)]
+    Virt,
+}
+
+impl Machine {
+    /// Architecture of its processors, in Rust's words.
+    #[must_use]
+    pub const fn architecture(self) -> &'static str {
+        match self {
+            Self::Q35 | Self::Pc | Self::Microvm => "x86_64",
+            Self::Virt => "aarch64",
+        }
+    }
+
+    /// As the configuration names it.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Q35 => "q35",
+            Self::Pc => "pc",
+            Self::Microvm => "microvm",
+            Self::Virt => "virt",
+        }
+    }
 }
 
 /// Where the guest's root file system comes from.
@@ -73,9 +98,10 @@ pub enum Machine {
 #[serde(rename_all = "kebab-case")]
 pub enum Root {
     /// The image as persistent memory, read with DAX: its pages are shared by all VMs of the host.
-    #[default]
+    #[cfg_attr(not(target_arch = "aarch64"), default)]
     Pmem,
     /// The image as a virtio disk.
+    #[cfg_attr(target_arch = "aarch64", default)]
     Blk,
     /// The initial RAM disk is the root.
     Initrd,

@@ -28,7 +28,7 @@ pub(super) fn check(config: &VmConfig) -> Result<(), PreflightError> {
     if config.share_fs == ShareFs::Virtiofs {
         program("virtiofsd", "hypervisor.virtiofsd.path", &config.virtiofsd)?;
     }
-    kernel(&config.kernel)?;
+    kernel(config)?;
     root(config)?;
     if config.accel == Accel::Kvm {
         kvm(Path::new("/dev/kvm"))?;
@@ -89,14 +89,28 @@ fn read(what: &'static str, key: &'static str, path: &Path) -> Result<(Vec<u8>, 
     open().map_err(|source| PreflightError::File { what, key, path: path.to_owned(), source })
 }
 
-fn kernel(path: &Path) -> Result<(), PreflightError> {
+/// KVM runs guests of the host's own kind, emulation those of its machine's.
+fn kernel(config: &VmConfig) -> Result<(), PreflightError> {
+    let (host, machine) = (std::env::consts::ARCH, config.machine.architecture());
+    let name = config.machine.name();
+    if config.accel == Accel::Kvm && machine != host {
+        return Err(refused(format!(
+            "the machine type {name} is for {machine} and this host's KVM runs {host} only; set hypervisor.machine_type = {:?}",
+            Machine::default().name()
+        )));
+    }
+    let path = config.kernel.as_path();
     let (header, _) = read("the guest kernel", "hypervisor.kernel_path", path)?;
-    let host = std::env::consts::ARCH;
     match kernel_architecture(&header) {
-        Some(architecture) if architecture == host => Ok(()),
+        Some("aarch64") if machine == "aarch64" && header.starts_with(b"\x7fELF") => Err(refused(format!(
+            "the guest kernel {} is a vmlinux (ELF) and the machine type {name} starts an Image only; set \
+             hypervisor.kernel_path to the Image of that kernel",
+            path.display()
+        ))),
+        Some(architecture) if architecture == machine => Ok(()),
         Some(architecture) => Err(refused(format!(
-            "the guest kernel {} is for {architecture} and this host is {host}; set hypervisor.kernel_path to a kernel \
-             for {host}",
+            "the guest kernel {} is for {architecture} and the machine type {name} is for {machine}; set \
+             hypervisor.kernel_path to a kernel for {machine}",
             path.display()
         ))),
         None => Err(refused(format!(
@@ -163,14 +177,16 @@ fn root(config: &VmConfig) -> Result<(), PreflightError> {
             path.display()
         )));
     }
-    if config.machine == Machine::Microvm {
-        return Err(refused(
-            "the machine type microvm has no persistent memory; set hypervisor.root = \"blk\", or hypervisor.machine_type \
-             = \"q35\""
-                .into(),
-        ));
-    }
-    Ok(())
+    let or = match config.machine {
+        Machine::Q35 | Machine::Pc => return Ok(()),
+        Machine::Microvm => ", or hypervisor.machine_type = \"q35\"",
+        // QEMU 10 has no virtio-pmem for it, and its NVDIMMs want ACPI and so a firmware.
+        Machine::Virt => "",
+    };
+    Err(refused(format!(
+        "the machine type {} has no persistent memory; set hypervisor.root = \"blk\"{or}",
+        config.machine.name()
+    )))
 }
 
 fn given<'a>(path: Option<&'a PathBuf>, key: &str, why: &str) -> Result<&'a Path, PreflightError> {

@@ -24,12 +24,12 @@ impl Files {
         VmConfig {
             path: self.put("qemu", b"#!/bin/sh\n", 0o755),
             accel: Accel::Tcg,
-            machine: Machine::Q35,
+            machine: Machine::default(),
             cpu: None,
-            kernel: self.put("vmlinux", &elf(host()), 0o644),
+            kernel: self.put("kernel", &kernel_of_host(), 0o644),
             image: Some(self.put("kuasar.img", &image, 0o644)),
             initrd: None,
-            root: Root::Pmem,
+            root: Root::default(),
             verity: None,
             kernel_params: String::new(),
             share_fs: ShareFs::Virtiofs,
@@ -42,8 +42,13 @@ impl Files {
     }
 }
 
-fn host() -> u8 {
-    if cfg!(target_arch = "x86_64") { 62 } else { 183 }
+fn kernel_of_host() -> Vec<u8> {
+    if cfg!(target_arch = "x86_64") { elf(62) } else { image() }
+}
+
+/// Begin of an aarch64 kernel.
+fn image() -> Vec<u8> {
+    [&[0; 56][..], b"ARM\x64", &[0; 4]].concat()
 }
 
 fn elf(machine: u8) -> Vec<u8> {
@@ -65,7 +70,7 @@ fn a_good_configuration_passes() {
     let files = Files::new();
     check(&files.config()).unwrap();
     let bz = files.put("bzImage", &[&[0; 0x202][..], b"HdrS"].concat(), 0o644);
-    if host() == 62 {
+    if cfg!(target_arch = "x86_64") {
         check(&VmConfig { kernel: bz, ..files.config() }).unwrap();
     }
 }
@@ -107,7 +112,47 @@ fn kernels() {
     refused(&VmConfig { kernel: files.put("text", b"hello", 0o644), ..config.clone() }, "is not a kernel");
     refused(&VmConfig { kernel: files.put("short", b"\x7fELF", 0o644), ..config.clone() }, "is not a kernel");
     let other = files.put("other", &elf(243), 0o644);
-    refused(&VmConfig { kernel: other, ..config }, "is for riscv64 and this host is");
+    refused(&VmConfig { kernel: other, ..config }, "is for riscv64 and the machine type");
+}
+
+#[test]
+fn machines_of_another_architecture() {
+    let files = Files::new();
+    let kernel = |name, bytes: &[u8]| files.put(name, bytes, 0o644);
+    let virt = VmConfig {
+        machine: Machine::Virt,
+        root: Root::Blk,
+        kernel: kernel("Image", &image()),
+        ..files.config()
+    };
+    check(&virt).unwrap();
+    refused(
+        &VmConfig { kernel: kernel("vmlinux", &elf(183)), ..virt.clone() },
+        "/vmlinux is a vmlinux (ELF) and the machine type virt starts an Image only; set hypervisor.kernel_path to the \
+         Image of that kernel",
+    );
+    refused(
+        &VmConfig { kernel: kernel("x86", &elf(62)), ..virt.clone() },
+        "/x86 is for x86_64 and the machine type virt is for aarch64; set hypervisor.kernel_path to a kernel for aarch64",
+    );
+    refused(
+        &VmConfig { machine: Machine::Pc, ..virt.clone() },
+        "/Image is for aarch64 and the machine type pc is for x86_64; set",
+    );
+    refused(
+        &VmConfig { root: Root::Pmem, ..virt.clone() },
+        "the machine type virt has no persistent memory; set hypervisor.root = \"blk\"",
+    );
+    let (foreign, own) = if cfg!(target_arch = "aarch64") { ("q35", "virt") } else { ("virt", "q35") };
+    let machine = if cfg!(target_arch = "aarch64") { Machine::Q35 } else { Machine::Virt };
+    refused(
+        &VmConfig { machine, accel: Accel::Kvm, ..virt },
+        &format!(
+            "the machine type {foreign} is for {} and this host's KVM runs {} only; set hypervisor.machine_type = {own:?}",
+            machine.architecture(),
+            std::env::consts::ARCH
+        ),
+    );
 }
 
 #[test]
@@ -129,10 +174,15 @@ fn images() {
         "has no partition table",
     );
     refused(
-        &VmConfig { image: Some(files.put("odd", &table(4096), 0o644)), ..config.clone() },
+        &VmConfig { root: Root::Pmem, image: Some(files.put("odd", &table(4096), 0o644)), ..config.clone() },
         "has 4096 bytes and persistent memory needs whole 2 MiB",
     );
-    refused(&VmConfig { machine: Machine::Microvm, ..config.clone() }, "microvm has no persistent memory");
+    if cfg!(target_arch = "x86_64") {
+        refused(
+            &VmConfig { machine: Machine::Microvm, ..config.clone() },
+            "the machine type microvm has no persistent memory; set hypervisor.root = \"blk\", or hypervisor.machine_type = \"q35\"",
+        );
+    }
     let blk =
         VmConfig { image: Some(files.put("blk", &table(4096), 0o644)), root: Root::Blk, ..config.clone() };
     check(&blk).unwrap();

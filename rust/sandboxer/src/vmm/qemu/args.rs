@@ -201,13 +201,14 @@ impl CommandLine {
 
     /// The bridge behind which disks come and go; see [`super::plug`].
     fn bridge(&mut self, machine: Machine, plug: &mut Plug) -> Result<Option<Bus>, VmError> {
-        let chipset = match machine {
-            Machine::Q35 => "ICH9-LPC",
-            Machine::Pc => "PIIX4_PM",
-            Machine::Microvm => return Ok(None),
-        };
         // Else the chipset leaves it to ACPI, of which there is none.
-        self.global = Some(format!("{chipset}.acpi-pci-hotplug-with-bridge-support=off"));
+        self.global = match machine {
+            Machine::Q35 => Some("ICH9-LPC.acpi-pci-hotplug-with-bridge-support=off"),
+            Machine::Pc => Some("PIIX4_PM.acpi-pci-hotplug-with-bridge-support=off"),
+            Machine::Microvm => return Ok(None),
+            // Nothing but its device tree speaks of devices.
+            Machine::Virt => None,
+        };
         let bridge = plug.place("pci-bridge", super::plug::BUS)?;
         self.devices.push(Device { chassis_nr: Some(1), shpc: Some(true), ..bridge });
         Ok(Some(Bus::new(BusKind::Pci, super::plug::BUS, super::plug::SLOTS)))
@@ -248,19 +249,19 @@ impl CommandLine {
 }
 
 fn machine_type(config: &VmConfig) -> MachineType {
-    let (kind, without) = match config.machine {
-        Machine::Q35 => {
-            ("q35", "acpi=off,hpet=off,usb=off,graphics=off,vmport=off,sata=off,smbus=off,i8042=off")
-        }
-        Machine::Pc => ("pc", "acpi=off,hpet=off,usb=off,graphics=off,vmport=off,smbus=off,i8042=off"),
+    let without = match config.machine {
+        Machine::Q35 => "acpi=off,hpet=off,usb=off,graphics=off,vmport=off,sata=off,smbus=off,i8042=off",
+        Machine::Pc => "acpi=off,hpet=off,usb=off,graphics=off,vmport=off,smbus=off,i8042=off",
         // Emulated CPUs have no kvmclock to calibrate by, so the timer stays.
-        Machine::Microvm => ("microvm", "acpi=off,isa-serial=off,rtc=on,pit=on,pic=on"),
+        Machine::Microvm => "acpi=off,isa-serial=off,rtc=on,pit=on,pic=on",
+        // The default is an interrupt controller of 2008, which not every host's KVM has.
+        Machine::Virt => "acpi=off,gic-version=max",
     };
     let accel = match config.accel {
         Accel::Kvm => "kvm",
         Accel::Tcg => "tcg",
     };
-    MachineType { kind, accel, memory_backend: "ram", without }
+    MachineType { kind: config.machine.name(), accel, memory_backend: "ram", without }
 }
 
 /// The kernel's command line. A guest that panics or reboots ends its VMM: there is nothing to boot into again.
@@ -272,7 +273,11 @@ fn append(config: &VmConfig, spec: &VmSpec) -> String {
     };
     let level = format!("task.log_level={}", config.task_log_level);
     let (verbose, debug) = if config.debug { ("", "task.debug") } else { ("quiet", "") };
+    let x86 = config.machine.architecture() == "x86_64";
+    // noreplace-smp: else the kernel of a guest with one processor rewrites thousands of lock prefixes.
+    let processor = if x86 { "noreplace-smp" } else { "" };
     let clock = match (config.accel, spec.vcpus) {
+        _ if !x86 => "",
         (Accel::Kvm, _) => "",
         // An emulated clock is what it claims to be; finding that out takes the guest 40 ms. One processor can do without
         // the timer of its APIC, whose speed takes a quarter of a second to find out; several need it for short sleeps.
@@ -287,8 +292,8 @@ fn append(config: &VmConfig, spec: &VmSpec) -> String {
     };
     let words = [
         &root,
-        // noreplace-smp: else the kernel of a guest with one processor rewrites thousands of lock prefixes.
-        "console=hvc0 reboot=t panic=-1 noreplace-smp",
+        "console=hvc0 reboot=t panic=-1",
+        processor,
         clock,
         clear,
         verbose,
@@ -327,6 +332,8 @@ impl Plug {
             }
             // As many transports as the machine has.
             Machine::Microvm => Bus::new(BusKind::Mmio, "virtio-mmio", 24),
+            // Slot 0 is the host bridge.
+            Machine::Virt => Bus::new(BusKind::Pci, "pcie.0", 31),
         };
         Self { bus }
     }

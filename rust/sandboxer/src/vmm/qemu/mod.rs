@@ -73,9 +73,9 @@ impl Qemu {
 
     /// Kernel parameters about the host's clock; a guest under KVM asks its hypervisor. Measured once.
     async fn clock(&self) -> &str {
-        match self.config.accel {
-            Accel::Kvm => "",
-            Accel::Tcg => self.clock.get_or_init(clock::parameter).await,
+        match (self.config.accel, self.config.machine.architecture()) {
+            (Accel::Tcg, "x86_64") => self.clock.get_or_init(clock::parameter).await,
+            _ => "",
         }
     }
 }

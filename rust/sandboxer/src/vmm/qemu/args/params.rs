@@ -20,7 +20,7 @@ pub(in super::super) struct CommandLine {
     pub(super) display: &'static str,
     pub(super) sandbox: Sandbox,
     pub(super) machine: MachineType,
-    pub(super) global: Option<String>,
+    pub(super) global: Option<&'static str>,
     pub(super) cpu: String,
     pub(super) smp: Smp,
     #[param(key = "m")]

@@ -156,6 +156,30 @@ fn other_machines_and_a_disk() {
 }
 
 #[test]
+fn the_machine_of_aarch64() {
+    let config = VmConfig {
+        machine: Machine::Virt,
+        kernel: "/k/Image".into(),
+        image: Some("/k/kuasar.img".into()),
+        root: Root::Blk,
+        ..config()
+    };
+    let inherited =
+        Inherited { qmp: 3, events: 9, console: 4, virtiofs: None, vsock: VsockFd::Vhost { fd: 5, cid: 77 } };
+    let (virt, bus) = argv(&config, &spec(), &inherited, &[]);
+    for part in [
+        "-machine virt,accel=tcg,memory-backend=ram,acpi=off,gic-version=max -cpu max -smp cpus=2",
+        "-append root=/dev/vda1 ro rootfstype=ext4 console=hvc0 reboot=t panic=-1 quiet task.sharefs_type=9p",
+        "-device virtio-blk-pci,id=root-device,bus=pcie.0,addr=0x1,drive=root",
+        "-device pci-bridge,id=plug,bus=pcie.0,addr=0x6,chassis_nr=1,shpc=on",
+    ] {
+        assert!(virt.contains(part), "{part} in {virt}");
+    }
+    assert!(!virt.contains("-global"), "{virt}");
+    assert_eq!(bus.slots, 31);
+}
+
+#[test]
 fn a_full_bus_is_an_error() {
     let inherited =
         Inherited { qmp: 3, events: 9, console: 4, virtiofs: None, vsock: VsockFd::Vhost { fd: 5, cid: 77 } };
