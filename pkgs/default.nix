@@ -1,14 +1,20 @@
 # Every package of this project. What runs inside the guest, and the relay, is static: nixpkgs' pkgsStatic builds it.
 { pkgs }:
 let
-  inherit (pkgs) lib;
-  inherit (pkgs.stdenv.hostPlatform) isx86_64;
+  inherit (pkgs) lib stdenv;
+  inherit (stdenv.hostPlatform) isx86_64;
 in
 lib.makeScope pkgs.newScope (
   self:
   let
     workspace = import ./workspace.nix { inherit lib; };
     static = file: args: pkgs.pkgsStatic.callPackage file args;
+    # What makes images runs on the machine that builds, which may be of another architecture than the guest.
+    tools =
+      if stdenv.buildPlatform.system == stdenv.hostPlatform.system then
+        self
+      else
+        import ./. { pkgs = pkgs.buildPackages; };
   in
   {
     vmm-sandboxer = self.callPackage ./vmm-sandboxer.nix { inherit workspace; };
@@ -22,10 +28,10 @@ lib.makeScope pkgs.newScope (
     checks = import ./checks.nix { inherit pkgs self; };
   }
   // pkgs.callPackage ./kernels.nix { inherit (self) callPackage; }
-  // lib.optionalAttrs isx86_64 (
+  // (
     let
-      initrd = self.callPackage ../rootfs/initrd.nix;
-      disk = self.callPackage ../rootfs/disk.nix;
+      disk = args: self.callPackage ../rootfs/disk.nix ({ inherit (tools) kuasar-image; } // args);
+      initrd = args: self.callPackage ../rootfs/initrd.nix ({ inherit (tools) kuasar-image; } // args);
       image =
         args:
         self.callPackage ./image-qemu.nix (
@@ -45,11 +51,34 @@ lib.makeScope pkgs.newScope (
       initrd-qemu-zstd = initrd { compress = "zstd"; };
       disk-qemu = disk { };
       disk-qemu-erofs = disk { fs = "erofs"; };
-      disk-qemu-xfs = disk { fs = "xfs"; };
       disk-qemu-verity = disk {
         fs = "erofs";
         verity = true;
       };
+      guests-qemu = self.callPackage ./guests-qemu.nix {
+        inherit (tools) kuasar-image;
+        kernels = {
+          micro = self.kernel-qemu-micro;
+        }
+        // lib.optionalAttrs isx86_64 { mini = self.kernel-qemu-mini; };
+        disks = {
+          ext4 = self.disk-qemu;
+          erofs = self.disk-qemu-erofs;
+          verity = self.disk-qemu-verity;
+        }
+        // lib.optionalAttrs isx86_64 {
+          xfs = self.disk-qemu-xfs;
+          debug = self.image-qemu-debug.disk;
+        };
+        initrds = {
+          gzip = self.initrd-qemu;
+          zstd = self.initrd-qemu-zstd;
+        };
+      };
+    }
+    // lib.optionalAttrs isx86_64 {
+      # The micro kernel knows no XFS.
+      disk-qemu-xfs = disk { fs = "xfs"; };
       sbom-qemu = self.callPackage ./sbom.nix {
         inherit workspace;
         kernel = self.kernel-qemu-micro;
@@ -61,7 +90,6 @@ lib.makeScope pkgs.newScope (
         initrd = self.initrd-qemu-zstd;
         suffix = "-erofs";
       };
-      # The micro kernel knows no XFS.
       image-qemu-xfs = image {
         disk = self.disk-qemu-xfs;
         kernel = self.kernel-qemu-mini;
@@ -89,23 +117,6 @@ lib.makeScope pkgs.newScope (
         };
         sbom = self.sbom-qemu-debug;
         suffix = "-debug";
-      };
-      guests-qemu = self.callPackage ./guests-qemu.nix {
-        kernels = {
-          micro = self.kernel-qemu-micro;
-          mini = self.kernel-qemu-mini;
-        };
-        disks = {
-          ext4 = self.disk-qemu;
-          erofs = self.disk-qemu-erofs;
-          xfs = self.disk-qemu-xfs;
-          debug = self.image-qemu-debug.disk;
-          verity = self.disk-qemu-verity;
-        };
-        initrds = {
-          gzip = self.initrd-qemu;
-          zstd = self.initrd-qemu-zstd;
-        };
       };
     }
   )

@@ -6,12 +6,19 @@
   kuasar-image,
   rootfs,
   runCommand,
+  stdenv,
   xfsprogs,
   # "ext4", "erofs" or "xfs".
   fs ? "ext4",
   # With a hash tree behind the file system; verity.toml is what the daemon has to know of it.
   verity ? false,
 }:
+let
+  # It takes a root for the machine that it runs on, unless told.
+  arch = lib.optionalString (
+    stdenv.buildPlatform.system != stdenv.hostPlatform.system
+  ) " --arch ${stdenv.hostPlatform.parsed.cpu.name}";
+in
 runCommand "kuasar-disk"
   {
     nativeBuildInputs = [
@@ -29,6 +36,6 @@ runCommand "kuasar-disk"
   }
   ''
     mkdir "$out"
-    kuasar-image build --rootfs ${rootfs} --output "$out/kuasar.img" --fs ${fs} ${lib.optionalString verity "--verity >verity"}
+    kuasar-image build --rootfs ${rootfs} --output "$out/kuasar.img" --fs ${fs}${arch} ${lib.optionalString verity "--verity >verity"}
     ${lib.optionalString verity "(echo '[hypervisor.verity]' && cat verity) >\"$out/verity.toml\""}
   ''

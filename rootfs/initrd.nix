@@ -4,9 +4,16 @@
   kuasar-image,
   rootfs,
   runCommand,
+  stdenv,
   # "gzip" or "zstd".
   compress ? "gzip",
 }:
+let
+  # It takes a root for the machine that it runs on, unless told.
+  arch = lib.optionalString (
+    stdenv.buildPlatform.system != stdenv.hostPlatform.system
+  ) " --arch ${stdenv.hostPlatform.parsed.cpu.name}";
+in
 runCommand "kuasar-initrd"
   {
     nativeBuildInputs = [ kuasar-image ];
@@ -19,5 +26,5 @@ runCommand "kuasar-initrd"
   }
   ''
     mkdir "$out"
-    kuasar-image initrd --rootfs ${rootfs} --output "$out/kuasar.initrd" --compress ${compress}
+    kuasar-image initrd --rootfs ${rootfs} --output "$out/kuasar.initrd" --compress ${compress}${arch}
   ''

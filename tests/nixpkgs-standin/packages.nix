@@ -112,7 +112,7 @@ let
 
       self = rec {
         inherit lib stdenv;
-        buildPackages = self;
+        buildPackages = if isCross then import ./packages.nix { inherit lib inputs; system = inputs.builder; } else self;
         newScope = extra: lib.callPackageWith (self // extra);
         callPackage = newScope { };
         pkgsStatic = mkSet true;
@@ -125,7 +125,7 @@ let
             }
             // env
           );
-        runCommandCC = name: env: runCommand name ({ CC = "gcc"; } // env); # what `stdenv` sets there
+        runCommandCC = name: env: runCommand name ({ CC = "${stdenv.cc.targetPrefix}gcc"; } // env); # what `stdenv` sets there
         writeText =
           name: text:
           runCommand name {
