@@ -15,10 +15,13 @@ use vmm_sandboxer::vmm::{
 /// Emulation on a busy machine is slow.
 pub(crate) const DEADLINE: Duration = Duration::from_secs(120);
 
-const TOKEN: &str = "0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef";
+pub(crate) const TOKEN: &str = "0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef";
 
-/// What is below `KUASAR_GUESTS`: `kernels/<name>/` and `roots/<kind>/`.
-pub(crate) struct Guests(PathBuf);
+/// What is below `KUASAR_GUESTS`, or another variable for another architecture: `kernels/<name>/` and `roots/<kind>/`.
+pub(crate) struct Guests {
+    folder: PathBuf,
+    machine: Machine,
+}
 
 /// A kind of root: how it comes in, and the folder that has it.
 #[derive(Clone, Copy)]
@@ -48,7 +51,7 @@ pub(crate) const ROOTS: [RootKind; 10] = [
 ];
 
 /// An image whose init says that it is there and does nothing else.
-pub(crate) const FLOOR: RootKind = kind("empty init, ext4 on pmem", Root::Pmem, "floor", "CONFIG_EXT4_FS=y");
+const FLOOR: RootKind = kind("empty init", Root::Pmem, "floor", "CONFIG_EXT4_FS=y");
 
 /// One kernel in one of its forms.
 pub(crate) struct Kernel {
@@ -65,17 +68,41 @@ impl Kernel {
 }
 
 impl Guests {
-    pub(crate) fn new() -> Option<Self> {
-        let given = std::env::var_os("KUASAR_GUESTS").map(PathBuf::from);
-        if given.is_none() {
-            println!("skipped: KUASAR_GUESTS is not given: no guests to boot (nix build .#guests-qemu)");
-        }
-        given.map(Self)
+    pub(crate) fn new(machine: Machine) -> Option<Self> {
+        let architecture = machine.architecture();
+        let variable = if machine == Machine::Virt { "KUASAR_GUESTS_AARCH64" } else { "KUASAR_GUESTS" };
+        let Some(folder) = std::env::var_os(variable).map(PathBuf::from) else {
+            println!(
+                "skipped: {variable} is not given: no guests of {architecture} to boot (nix build \
+                 .#packages.{architecture}-linux.guests-qemu)"
+            );
+            return None;
+        };
+        Some(Self { folder, machine })
+    }
+
+    pub(crate) fn architecture(&self) -> &'static str {
+        self.machine.architecture()
+    }
+
+    /// The kinds of roots that the machine can have.
+    pub(crate) fn roots(&self) -> impl Iterator<Item = RootKind> + use<> {
+        let pmem = self.has_pmem();
+        ROOTS.into_iter().filter(move |kind| pmem || kind.root != Root::Pmem)
+    }
+
+    /// The empty init, on what the machine starts from fastest.
+    pub(crate) fn floor(&self) -> RootKind {
+        RootKind { root: if self.has_pmem() { Root::Pmem } else { Root::Blk }, ..FLOOR }
+    }
+
+    fn has_pmem(&self) -> bool {
+        self.machine != Machine::Virt
     }
 
     /// Every form of every kernel, in the order of their names.
     pub(crate) fn kernels(&self) -> Vec<Kernel> {
-        let entries = fs::read_dir(self.0.join("kernels")).unwrap();
+        let entries = fs::read_dir(self.folder.join("kernels")).unwrap();
         let mut folders: Vec<_> = entries.map(|entry| entry.unwrap().path()).collect();
         folders.sort();
         let form = |folder: &PathBuf, form: &str| {
@@ -89,14 +116,14 @@ impl Guests {
             .flat_map(|folder| ["vmlinux", "bzImage", "Image"].map(|name| form(folder, name)))
             .flatten()
             .collect();
-        assert!(!kernels.is_empty(), "{} has no kernels", self.0.display());
+        assert!(!kernels.is_empty(), "{} has no kernels", self.folder.display());
         kernels
     }
 
     /// The file that is the root.
     pub(crate) fn root(&self, kind: RootKind) -> PathBuf {
         let name = if kind.root == Root::Initrd { "kuasar.initrd" } else { "kuasar.img" };
-        fs::canonicalize(self.0.join("roots").join(kind.folder).join(name)).unwrap()
+        fs::canonicalize(self.folder.join("roots").join(kind.folder).join(name)).unwrap()
     }
 
     /// What the daemon's configuration would be.
@@ -104,9 +131,9 @@ impl Guests {
         let asked = |key, value| std::env::var(key).is_ok_and(|given| given == value);
         let file = self.root(kind);
         VmConfig {
-            path: "qemu-system-x86_64".into(),
+            path: format!("qemu-system-{}", self.machine.architecture()).into(),
             accel: if asked("KUASAR_ACCEL", "kvm") { Accel::Kvm } else { Accel::Tcg },
-            machine: Machine::Q35,
+            machine: self.machine,
             cpu: None,
             kernel: kernel.path.clone(),
             image: Some(file.clone()),

@@ -1,8 +1,10 @@
 //! Boots every kernel with every kind of root. Needs `KUASAR_GUESTS`, what `nix build .#guests-qemu` makes; says "skipped"
-//! without. `KUASAR_BLESS=1` writes docs/guest-matrix.md instead of comparing with it.
+//! without; `KUASAR_GUESTS_AARCH64` is the same of the other architecture. `KUASAR_BLESS=1` writes docs/guest-matrix.md instead of
+//! comparing with it.
 
 #![allow(clippy::unwrap_used, clippy::panic, reason = "a test ends where it fails")]
 
+mod console;
 mod lab;
 mod table;
 
@@ -11,9 +13,9 @@ use std::{
     os::unix::fs::FileExt,
 };
 
-use lab::{Booted, DEADLINE, FLOOR, Guests, Kernel, ROOTS, RootKind, start};
+use lab::{Booted, DEADLINE, Guests, Kernel, ROOTS, RootKind, start};
 use table::Row;
-use vmm_sandboxer::vmm::Root;
+use vmm_sandboxer::vmm::{Machine, Root};
 
 /// Name of the memory that is the guest's, in `/proc/PID/smaps`.
 const GUEST_MEMORY: &str = "memfd:";
@@ -32,7 +34,7 @@ fn find<'a>(kernels: &'a [Kernel], name: &str) -> &'a Kernel {
 async fn floor(guests: &Guests, kernel: &Kernel, boots: usize) -> f64 {
     let mut busy = Vec::new();
     for _ in 0..boots {
-        let booted = start(guests.config(kernel, FLOOR)).await;
+        let booted = start(guests.config(kernel, guests.floor())).await;
         booted.said("INIT UP").await;
         busy.push(booted.busy().as_secs_f64());
         booted.stop().await;
@@ -52,11 +54,12 @@ async fn row(guests: &Guests, kernel: &Kernel, kind: RootKind, floor: f64, boots
         let booted = start(guests.config(kernel, kind)).await;
         let guest = booted.ready().await;
         busy.push(booted.busy().as_secs_f64());
-        mounted = guest.ready.root.clone();
+        mounted = without_sizes(&guest.ready.root);
         memory = booted.mapped(GUEST_MEMORY, "Rss");
         booted.stop().await;
     }
     Row {
+        architecture: guests.architecture(),
         kernel: kernel.name.clone(),
         kernel_bytes: fs::metadata(&kernel.path).unwrap().len(),
         root: kind.name.into(),
@@ -67,21 +70,37 @@ async fn row(guests: &Guests, kernel: &Kernel, kind: RootKind, floor: f64, boots
     }
 }
 
+/// Mount options less those that say how much memory is left.
+fn without_sizes(options: &str) -> String {
+    let is_size = |word: &&str| ["size=", "nr_inodes="].iter().any(|name| word.starts_with(name));
+    options.split(',').filter(|word| !is_size(word)).collect::<Vec<_>>().join(",")
+}
+
 /// Whether the table has this combination. What a kernel is packed in says nothing of roots: one will do.
 fn wanted(kernel: &Kernel, kind: RootKind) -> bool {
     kernel.has(kind.needs) && (!kernel.name.ends_with("bzImage") || kind.name == ROOTS[0].name)
 }
 
 #[tokio::test(flavor = "multi_thread")]
-#[ignore = "boots some twenty guests; docs/guest-matrix.md is still to be written by it"]
+#[ignore = "boots some twenty guests, one after another: its figures are of a machine that does nothing else"]
 async fn every_kernel_boots_every_root_that_it_knows() {
-    let Some(guests) = Guests::new() else { return };
+    boot_all(Machine::Q35).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+#[ignore = "needs guests that `make check` does not build"]
+async fn every_kernel_of_aarch64_boots_every_root_that_it_knows() {
+    boot_all(Machine::Virt).await;
+}
+
+async fn boot_all(machine: Machine) {
+    let Some(guests) = Guests::new(machine) else { return };
     let blessed = std::env::var("KUASAR_BLESS").is_ok_and(|given| given == "1");
     let boots = if blessed { BLESSED_BOOTS } else { 1 };
     let mut rows = Vec::new();
     for kernel in guests.kernels() {
         let floor = floor(&guests, &kernel, boots).await;
-        for kind in ROOTS.into_iter().filter(|kind| wanted(&kernel, *kind)) {
+        for kind in guests.roots().filter(|kind| wanted(&kernel, *kind)) {
             let row = row(&guests, &kernel, kind, floor, boots).await;
             let dax = kind.root == Root::Pmem && kind.folder != "verity";
             assert_eq!(row.mounted.contains("dax=always"), dax, "{row:?}");
@@ -90,21 +109,31 @@ async fn every_kernel_boots_every_root_that_it_knows() {
         }
     }
     let file = concat!(env!("CARGO_MANIFEST_DIR"), "/../../docs/guest-matrix.md");
+    let text = fs::read_to_string(file).unwrap_or_default();
+    let new = table::replace(&text, machine.architecture(), &rows);
     if blessed {
-        fs::write(file, table::render(&rows)).unwrap();
+        fs::write(file, new).unwrap();
         return;
     }
-    let Ok(text) = fs::read_to_string(file) else {
-        println!("docs/guest-matrix.md is not there to compare with:\n{}", table::render(&rows));
-        return;
-    };
-    let (known, found) = (table::shape(&text), table::shape(&table::render(&rows)));
+    let (known, found) = (table::shape(&text), table::shape(&new));
     assert_eq!(known, found, "docs/guest-matrix.md has other rows; KUASAR_BLESS=1 writes it anew");
+}
+
+/// On a host of either architecture.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_guest_of_aarch64_comes_up() {
+    let Some(guests) = Guests::new(Machine::Virt) else { return };
+    let kernels = guests.kernels();
+    let booted = start(guests.config(find(&kernels, "micro, Image"), named(&ROOTS, "initrd, gzip"))).await;
+    let guest = booted.ready().await;
+    println!("{:?}", guest.ready);
+    assert!(booted.vm.can_hot_attach(), "disks of a running pod");
+    booted.stop().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_changed_byte_of_a_checked_root_stops_the_boot() {
-    let Some(guests) = Guests::new() else { return };
+    let Some(guests) = Guests::new(Machine::Q35) else { return };
     let kernels = guests.kernels();
     for root in ["EROFS on virtio-blk, dm-verity", "EROFS on pmem, dm-verity"] {
         let mut config = guests.config(find(&kernels, "micro, vmlinux"), named(&ROOTS, root));
@@ -144,7 +173,7 @@ fn flip(image: &std::path::Path) {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_second_guest_shares_the_image_with_the_first() {
-    let Some(guests) = Guests::new() else { return };
+    let Some(guests) = Guests::new(Machine::Q35) else { return };
     let kernels = guests.kernels();
     for root in ["ext4 on pmem", "EROFS on pmem", "XFS on pmem"] {
         let kernel = find(&kernels, "mini, vmlinux");
