@@ -8,6 +8,7 @@ mod answer;
 mod args;
 mod create;
 mod events;
+mod fifo;
 mod forward;
 mod guest;
 mod host;

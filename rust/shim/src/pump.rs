@@ -15,6 +15,7 @@ use self::source::Next;
 pub(crate) use self::source::Source;
 
 use crate::{
+    fifo,
     guest::Conn,
     life::Life,
     log::log,
@@ -39,15 +40,25 @@ enum Stop {
     Silent,
 }
 
-/// Copies a process's output until its end.
-pub(crate) async fn output(mut sink: Sink, port: Port, mut conn: Conn, life: Life) {
+/// Copies a process's output until its end, and until somebody has it whose reader may come back.
+pub(crate) async fn output(mut sink: Sink, port: Port, conn: Conn, life: Life) {
+    output_to_end(&mut sink, &port, conn, &life).await;
+    // No client comes back to an exec.
+    if let (Sink::Pipe(pipe), true) = (sink, port.exec.is_empty())
+        && let Err(e) = fifo::until_read(pipe).await
+    {
+        log!("{}: keeping its end for a reader: {e}", port.name());
+    }
+}
+
+async fn output_to_end(sink: &mut Sink, port: &Port, mut conn: Conn, life: &Life) {
     loop {
-        let why = match output_frames(&mut sink, &mut conn, &life).await {
+        let why = match output_frames(sink, &mut conn, life).await {
             Stop::End => return,
             Stop::Silent => return log!("{}: closed, the process is over and its guest silent", port.name()),
             Stop::Host(e) | Stop::Guest(e) => e,
         };
-        match again(&port, &life, &why).await {
+        match again(port, life, &why).await {
             Some(new) => conn = new,
             None => return,
         }

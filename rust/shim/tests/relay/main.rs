@@ -9,6 +9,7 @@
 
 #[path = "../fake/mod.rs"]
 mod fake;
+mod fifos;
 mod streams;
 
 use std::{
