@@ -11,13 +11,21 @@ use crate::lab::Lab;
 pub struct Usage {
     /// Open descriptors.
     pub descriptors: usize,
+    /// Threads.
+    pub threads: usize,
     /// Proportional share of its memory, in KiB.
     pub pss_kib: u64,
+    /// The part of that which is of no file: what a leak would grow.
+    pub anonymous_kib: u64,
 }
 
 impl fmt::Display for Usage {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{} descriptors, {} KiB", self.descriptors, self.pss_kib)
+        let Self { descriptors, threads, pss_kib, anonymous_kib } = self;
+        write!(
+            f,
+            "{descriptors} descriptors, {threads} threads, {pss_kib} KiB, of these {anonymous_kib} anonymous"
+        )
     }
 }
 
@@ -27,14 +35,19 @@ impl Usage {
     /// # Errors
     /// When there is no such process.
     pub fn of(pid: u32) -> Result<Self> {
-        let descriptors = fs::read_dir(format!("/proc/{pid}/fd"))
-            .with_context(|| format!("counting the descriptors of process {pid}"))?
-            .count();
+        let count = |folder: &str| -> Result<usize> {
+            let path = format!("/proc/{pid}/{folder}");
+            Ok(fs::read_dir(&path).with_context(|| format!("reading {path}"))?.count())
+        };
+        let (descriptors, threads) = (count("fd")?, count("task")?);
         let rollup = format!("/proc/{pid}/smaps_rollup");
         let text = fs::read_to_string(&rollup).with_context(|| format!("reading {rollup}"))?;
-        let pss = text.lines().find_map(|line| line.strip_prefix("Pss:"));
-        let pss = pss.and_then(|rest| rest.split_whitespace().next()?.parse().ok());
-        Ok(Self { descriptors, pss_kib: pss.with_context(|| format!("{rollup} has no Pss"))? })
+        let value = |key: &str| -> Result<u64> {
+            let rest = text.lines().find_map(|line| line.strip_prefix(key));
+            let value = rest.and_then(|rest| rest.split_whitespace().next()?.parse().ok());
+            value.with_context(|| format!("{rollup} has no {key}"))
+        };
+        Ok(Self { descriptors, threads, pss_kib: value("Pss:")?, anonymous_kib: value("Pss_Anon:")? })
     }
 }
 
