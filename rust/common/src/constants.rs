@@ -8,8 +8,10 @@ pub const PORT_DEBUG: u32 = 1025;
 pub const PORT_STDIO: u32 = 1026;
 /// vsock port in the guest of port-forward (see [`crate::forward`]).
 pub const PORT_FORWARD: u32 = 1027;
-/// vsock port of the host that the agent calls when it is ready (see [`crate::handshake`]).
-pub const PORT_READY: u32 = 1024;
+/// vsock port of the host that the agent calls when it is ready (see [`crate::handshake`]). The last there is: that connection
+/// stays, and `vhost-device-vsock` 0.3.0, which counts the ports of the host's own connections up from 0, makes no more of them
+/// once it comes to one that is taken.
+pub const PORT_READY: u32 = u32::MAX - 1;
 /// The host's vsock address, as in `linux/vm_sockets.h` (`VMADDR_CID_HOST`).
 pub const CID_HOST: u32 = 2;
 
@@ -39,8 +41,9 @@ pub mod pod_files {
     pub const TASK_SOCKET: &str = "task.sock";
     /// The daemon's endpoint for the relay.
     pub const HOST_SOCKET: &str = "host.sock";
-    /// The hybrid vsock's socket; guest-initiated connections go to this name with `_<port>` appended.
-    pub const VSOCK_SOCKET: &str = "vsock.sock";
+    /// The hybrid vsock's socket; guest-initiated connections go to this name with `_<port>` appended. Short, as that may have
+    /// ten digits.
+    pub const VSOCK_SOCKET: &str = "vsock";
     /// The folder that the guest sees.
     pub const SHARED: &str = "shared";
     /// The pod's logs.

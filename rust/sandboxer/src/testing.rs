@@ -19,7 +19,7 @@ use kuasar_common::{
         sandbox::{SetupSandboxRequest, ShutdownRequest, SyncClockPacket},
         sandbox_ttrpc::{SandboxService, create_sandbox_service},
     },
-    constants::{TOKEN_METADATA, pod_files},
+    constants::{PORT_READY, TOKEN_METADATA, pod_files},
 };
 use nix::{
     mount::{MsFlags, mount},
@@ -251,7 +251,7 @@ impl FakeGuest {
             tokio::time::sleep(Duration::from_secs(3)).await;
         }
         let mut name = socket.into_os_string();
-        name.push("_1024");
+        name.push(format!("_{PORT_READY}"));
         let mut ready = BufReader::new(UnixStream::connect(name).await.unwrap());
         ready.write_all(b"{\"ready\":{\"agent\":\"fake\",\"uptime_ns\":1}}\n").await.unwrap();
         let mut line = String::new();

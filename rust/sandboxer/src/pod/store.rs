@@ -19,6 +19,8 @@ use crate::container::is_safe_id;
 const MAX_SOCKET_PATH: usize = 107;
 /// The longest name of a socket in a pod's folder.
 const LONGEST_SOCKET: &str = "vhost-vsock.sock";
+// The socket of a vsock port has an underscore and up to ten digits more.
+const _: () = assert!(pod_files::VSOCK_SOCKET.len() + 11 <= LONGEST_SOCKET.len());
 
 /// All pods of the daemon.
 #[derive(Debug)]

@@ -215,7 +215,7 @@ mod tests {
     async fn call(bytes: &[u8]) -> (Result<ReadyGuest, ReadyError>, UnixStream) {
         let dir = tempfile::tempdir().unwrap();
         let listener = ReadyListener::hybrid(&dir.path().join("vsock.sock")).unwrap();
-        let socket = dir.path().join("vsock.sock_1024");
+        let socket = dir.path().join(format!("vsock.sock_{PORT_READY}"));
         let mut guest = UnixStream::connect(&socket).await.unwrap();
         guest.write_all(bytes).await.unwrap();
         if !bytes.ends_with(b"\n") {

@@ -15,7 +15,7 @@ use std::{
 
 use kuasar_common::{
     api::sandbox_ttrpc::SandboxServiceClient,
-    constants::{PORT_STDIO, PORT_TTRPC, TOKEN_METADATA},
+    constants::{PORT_READY, PORT_STDIO, PORT_TTRPC, TOKEN_METADATA},
     stdio::{HEADER, Hello, Stream, header, payload_len},
 };
 use tempfile::TempDir;
@@ -73,7 +73,7 @@ impl Vm {
     ) -> Self {
         let dir = TempDir::new().unwrap();
         fs::create_dir(dir.path().join("shared")).unwrap();
-        let listener = UnixListener::bind(dir.path().join("vsock.sock_1024")).unwrap();
+        let listener = UnixListener::bind(dir.path().join(format!("vsock.sock_{PORT_READY}"))).unwrap();
         let started = Instant::now();
         let mut processes = vec![vsock(given, dir.path())];
         if kind == Kind::DiskVirtiofs {

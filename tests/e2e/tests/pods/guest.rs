@@ -40,6 +40,29 @@ pub(crate) async fn nobody_calls_a_guest_that_is_not_up(lab: Arc<Lab>) -> Result
     pod.remove().await
 }
 
+/// More than the user-space vsock has ports below the guest's own call to the host, were that a low one: every exec takes two.
+pub(crate) async fn a_guest_is_reached_any_number_of_times(lab: Arc<Lab>) -> Result<()> {
+    let pod = lab.pod("reached", handler()).await?;
+    let id = pod.container("idle", BUSYBOX, IDLE).await?;
+    let socket = folder_of(handler()).join(&pod.id).join("vsock");
+    // Without it, the vsock is the kernel's.
+    let calls = if socket.exists() { 2100 } else { 0 };
+    for call in 0..calls {
+        let talk = async {
+            let mut guest = BufReader::new(UnixStream::connect(&socket).await?);
+            guest.write_all(b"CONNECT 1024\n").await?;
+            let mut answer = String::new();
+            guest.read_line(&mut answer).await?;
+            anyhow::Ok(answer)
+        };
+        let answer = timeout(SOON, talk).await.with_context(|| format!("call {call} has no answer"))??;
+        ensure!(answer.starts_with("OK "), "call {call} was answered by {answer:?}");
+    }
+    let out = lab.cri.exec(&id, &["echo", "here"]).await?;
+    ensure!(out.stdout == "here\n", "an exec after {calls} calls gave {out:?}");
+    pod.remove().await
+}
+
 pub(crate) async fn a_pod_has_its_name_sysctls_and_shared_memory(lab: Arc<Lab>) -> Result<()> {
     let mut config = lab.pod_config("told")?;
     config.hostname = "web-0".into();

@@ -21,8 +21,9 @@ use kuasar_e2e::{
 };
 
 use guest::{
-    a_kernel_panic_is_the_reason_of_a_pods_end, a_pod_has_its_name_sysctls_and_shared_memory,
-    a_wrong_clock_is_put_right, nobody_calls_a_guest_that_is_not_up,
+    a_guest_is_reached_any_number_of_times, a_kernel_panic_is_the_reason_of_a_pods_end,
+    a_pod_has_its_name_sysctls_and_shared_memory, a_wrong_clock_is_put_right,
+    nobody_calls_a_guest_that_is_not_up,
 };
 use io::{
     exec_reads_stdin_to_its_end, exec_with_a_terminal, execs_of_many_sizes_over_streams,
@@ -83,6 +84,7 @@ fn main() -> ExitCode {
             a_pod_has_its_name_sysctls_and_shared_memory,
             a_wrong_clock_is_put_right,
             nobody_calls_a_guest_that_is_not_up,
+            a_guest_is_reached_any_number_of_times,
             a_kernel_panic_is_the_reason_of_a_pods_end,
             pause_resume_figures_pids_and_limits,
             the_daemon_traces_where_time_goes,

@@ -2,6 +2,8 @@
 
 use std::{fs, os::unix::fs::PermissionsExt, time::Instant};
 
+use kuasar_common::constants::PORT_READY;
+
 use super::*;
 use crate::{
     process::ProcessRecord,
@@ -134,8 +136,8 @@ async fn the_agents_call_arrives_and_the_vm_is_found_again_after_a_restart() {
     let lab = Lab::new("exec sleep 60", "exec sleep 60");
     let qemu = lab.qemu();
     let vm = qemu.start(lab.spec()).await.unwrap();
-    assert_eq!(vm.address(), GuestAddress::Hybrid(lab.pod().join("vsock.sock")));
-    let socket = lab.pod().join("vsock.sock_1024");
+    assert_eq!(vm.address(), GuestAddress::Hybrid(lab.pod().join("vsock")));
+    let socket = lab.pod().join(format!("vsock_{PORT_READY}"));
     let agent = tokio::spawn(async move {
         let mut agent = UnixStream::connect(socket).await.unwrap();
         let line = b"{\"ready\":{\"agent\":\"1\",\"uptime_ns\":1}}\n";
