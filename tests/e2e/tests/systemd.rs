@@ -168,10 +168,10 @@ async fn goes_on(cri: &Cri, pod: &str, container: &str) {
 async fn ready() -> Cri {
     let end = Instant::now() + PATIENCE;
     loop {
-        if let Ok(cri) = Cri::connect(Path::new(SOCKET)).await {
-            if cri.complaints().await.is_ok_and(|list| list.is_empty()) {
-                return cri;
-            }
+        if let Ok(cri) = Cri::connect(Path::new(SOCKET)).await
+            && cri.complaints().await.is_ok_and(|list| list.is_empty())
+        {
+            return cri;
         }
         assert!(Instant::now() < end, "containerd is not ready: {}", journal(CONTAINERD));
         sleep(Duration::from_millis(200)).await;
