@@ -1,6 +1,7 @@
 //! Pods over CRI: life, processes, output, images, network. One lab for all; most cases make a pod of their own.
 
 mod disks;
+mod ends;
 mod guest;
 mod io;
 mod life;
@@ -61,6 +62,10 @@ use disks::{
     a_disk_is_a_device_of_the_container, a_root_is_an_image_file, a_vm_ends_with_its_disks,
     the_file_system_of_a_disk_is_a_volume,
 };
+use ends::{
+    a_daemon_killed_while_a_container_is_deleted, a_daemon_killed_while_a_pod_stops,
+    a_relay_killed_while_its_pod_ends,
+};
 use volumes::{
     a_root_has_any_number_of_layers, a_vm_without_its_file_server_ends, mounts_of_the_host_arrive_later,
     shared_memory_is_the_pods, updates_of_a_projected_volume_arrive,
@@ -103,6 +108,9 @@ fn main() -> ExitCode {
             a_killed_daemon_finds_its_pods_again,
             a_daemon_killed_while_a_pod_starts,
             a_daemon_killed_while_a_container_is_made,
+            a_daemon_killed_while_a_pod_stops,
+            a_daemon_killed_while_a_container_is_deleted,
+            a_relay_killed_while_its_pod_ends,
             the_daemon_dies_in_every_phase,
             a_killed_vm_is_a_pod_that_is_not_ready_and_says_why,
             a_pod_that_containerd_forgot_is_collected,

@@ -126,7 +126,7 @@ pub(crate) async fn a_killed_relay_ends_its_pod_and_no_other(lab: Arc<Lab>) -> R
 }
 
 /// Process id of a pod's relay.
-fn relay_of(pod: &str) -> Result<i32> {
+pub(crate) fn relay_of(pod: &str) -> Result<i32> {
     for entry in std::fs::read_dir("/proc")?.flatten() {
         let Some(pid) = entry.file_name().to_str().and_then(|name| name.parse().ok()) else { continue };
         let words = std::fs::read(entry.path().join("cmdline")).unwrap_or_default();

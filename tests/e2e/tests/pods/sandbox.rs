@@ -20,13 +20,15 @@ use tokio::time::{Instant, sleep};
 const SOON: Duration = Duration::from_secs(30);
 
 /// Pods of which the daemon has a folder.
-fn folders() -> Vec<String> {
+pub(crate) fn folders() -> Vec<String> {
     let entries = fs::read_dir(folder_of(handler())).into_iter().flatten().flatten();
     let folders = entries.filter(|entry| entry.path().is_dir());
-    folders.map(|entry| entry.file_name().to_string_lossy().into_owned()).collect()
+    let mut folders: Vec<_> = folders.map(|entry| entry.file_name().to_string_lossy().into_owned()).collect();
+    folders.sort_unstable();
+    folders
 }
 
-async fn until(what: &str, is: impl Fn() -> bool) -> Result<()> {
+pub(crate) async fn until(what: &str, is: impl Fn() -> bool) -> Result<()> {
     let end = Instant::now() + SOON;
     while !is() {
         ensure!(Instant::now() < end, "{what}: not within {SOON:?}");
@@ -40,7 +42,7 @@ async fn is_ready(lab: &Lab, id: &str) -> bool {
     status.is_ok_and(|(status, _)| status.state() == PodSandboxState::SandboxReady)
 }
 
-async fn until_ready(lab: &Lab, id: &str, ready: bool) -> Result<()> {
+pub(crate) async fn until_ready(lab: &Lab, id: &str, ready: bool) -> Result<()> {
     let end = Instant::now() + SOON;
     while is_ready(lab, id).await != ready {
         ensure!(
@@ -55,6 +57,9 @@ async fn until_ready(lab: &Lab, id: &str, ready: bool) -> Result<()> {
 
 /// A start takes about 1.5 s here; the daemon dies in every part of it.
 pub(crate) async fn a_daemon_killed_while_a_pod_starts(lab: Arc<Lab>) -> Result<()> {
+    // By its state it is known when containerd, which pauses between attempts, has found the daemon again: before that, no pod
+    // would even begin to start.
+    let witness = lab.pod("witness", handler()).await?;
     let others = folders();
     for millis in [20, 60, 120, 250, 500, 900, 1400] {
         let config = lab.pod_config("torn")?;
@@ -65,6 +70,7 @@ pub(crate) async fn a_daemon_killed_while_a_pod_starts(lab: Arc<Lab>) -> Result<
         let (started, killed) = tokio::join!(lab.cri.run_pod(&config, handler()), end);
         killed?;
         lab.restart_daemon(handler()).await?;
+        lab.ready_again(&witness.id).await?;
         if let Ok(id) = started {
             until_ready(&lab, &id, true).await?;
             lab.cri.stop_pod(&id).await?;
@@ -73,7 +79,7 @@ pub(crate) async fn a_daemon_killed_while_a_pod_starts(lab: Arc<Lab>) -> Result<
         let gone = format!("everything of the pod that was starting for {millis} ms is gone");
         until(&gone, || folders() == others).await?;
     }
-    Ok(())
+    witness.remove().await
 }
 
 pub(crate) async fn a_daemon_killed_while_a_container_is_made(lab: Arc<Lab>) -> Result<()> {
