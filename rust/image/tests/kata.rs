@@ -9,9 +9,8 @@ mod common;
 use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
-use std::process::Command;
 
-use common::{bad, good, tool};
+use common::{bad, good, has, host, inspect, tool};
 use tempfile::TempDir;
 
 const MIB: u64 = 1 << 20;
@@ -19,13 +18,6 @@ const MIB: u64 = 1 << 20;
 const SIZE: u64 = 128 * MIB;
 /// What its own headers take: MBR and superblock, then MBR and a MiB of nothing.
 const FS: u64 = 3 * MIB;
-
-fn host(program: &str, arguments: &[&str], file: &Path) -> Command {
-    let mut command = Command::new(program);
-    command.env("PATH", tool().get_envs().find(|(key, _)| *key == "PATH").unwrap().1.unwrap());
-    command.args(arguments).arg(file);
-    command
-}
 
 /// `parted -s -a optimal IMAGE -- mklabel msdos mkpart primary ext4 START END [set 1 boot on]`, sectors.
 fn label(partitions: &[(u32, u32)], boot: bool) -> [u8; 512] {
@@ -79,17 +71,6 @@ fn kata(dir: &Path, hashes: u64) -> PathBuf {
     file.write_all_at(&header(), 4096).unwrap();
     file.write_all_at(&fs::read(&part).unwrap(), FS).unwrap();
     image
-}
-
-/// The lines of `inspect`, blanks made one.
-fn inspect(file: &Path) -> Vec<String> {
-    let text = good(tool().arg("inspect").arg(file));
-    text.lines().map(|line| line.split_whitespace().collect::<Vec<_>>().join(" ")).collect()
-}
-
-#[track_caller]
-fn has(lines: &[String], wanted: &str) {
-    assert!(lines.iter().any(|line| line.starts_with(wanted)), "{wanted:?} is not in\n{}", lines.join("\n"));
 }
 
 #[test]

@@ -9,7 +9,7 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use common::{bad, good, tool};
+use common::{bad, good, has, host, inspect, tool};
 use tempfile::TempDir;
 
 const FS: u64 = 3 << 20;
@@ -31,28 +31,11 @@ fn root(place: &Path, reverse: bool) -> PathBuf {
     root
 }
 
-/// The lines of `inspect`, blanks made one.
-fn inspect(file: &Path) -> Vec<String> {
-    let text = good(tool().arg("inspect").arg(file));
-    text.lines().map(|line| line.split_whitespace().collect::<Vec<_>>().join(" ")).collect()
-}
-
-#[track_caller]
-fn has(lines: &[String], wanted: &str) {
-    assert!(lines.iter().any(|line| line.starts_with(wanted)), "{wanted:?} is not in\n{}", lines.join("\n"));
-}
-
 /// The file system of an image in a file of its own.
 fn alone(image: &Path) -> PathBuf {
     let path = image.with_extension("fs");
     fs::write(&path, &fs::read(image).unwrap()[FS as usize..]).unwrap();
     path
-}
-
-fn host(program: &str, arguments: &[&str], file: &Path) -> String {
-    let mut command = Command::new(program);
-    command.env("PATH", tool().get_envs().find(|(k, _)| *k == "PATH").unwrap().1.unwrap());
-    good(command.args(arguments).arg(file))
 }
 
 #[test]
@@ -108,7 +91,7 @@ fn erofs_holds_every_file_as_the_tools_of_linux_read_it() {
     good(&mut make("build", &root, &image, &["--fs", "erofs"]));
     let fs_only = alone(&image);
     // Its exit code is its word.
-    host("fsck.erofs", &[], &fs_only);
+    good(&mut host("fsck.erofs", &[], &fs_only));
     let lines = inspect(&image);
     for wanted in [
         "type erofs",
@@ -120,7 +103,7 @@ fn erofs_holds_every_file_as_the_tools_of_linux_read_it() {
         has(&lines, wanted);
     }
     let unpacked = dir.path().join("unpacked");
-    host("fsck.erofs", &[&format!("--extract={}", unpacked.display())], &fs_only);
+    good(&mut host("fsck.erofs", &[&format!("--extract={}", unpacked.display())], &fs_only));
     let list = |root: &Path| {
         let mut command = Command::new("find");
         command.current_dir(root).args([".", "-printf", "%p %y %m %l %n\n"]);
@@ -132,7 +115,7 @@ fn erofs_holds_every_file_as_the_tools_of_linux_read_it() {
     let other: Vec<_> = wanted.iter().filter(|l| !found.contains(l)).map(String::as_str).collect();
     // Unpacking leaves the setuid bit out; the inode has it.
     assert_eq!((other, found.len()), (vec!["./bin/big f 4755  1"], wanted.len()));
-    let about = host("dump.erofs", &["--path=/bin/big"], &fs_only);
+    let about = good(&mut host("dump.erofs", &["--path=/bin/big"], &fs_only));
     let number: u64 = about.split_once("NID: ").unwrap().1.split(' ').next().unwrap().parse().unwrap();
     let mut mode = [0; 2];
     fs::File::open(&fs_only).unwrap().read_exact_at(&mut mode, number * 32 + 4).unwrap();
@@ -155,7 +138,7 @@ fn xfs_holds_every_file_with_its_mode_and_the_one_time() {
     let fs_only = alone(&image);
     let db = |path: &str, field: &str| {
         let (path, field) = (format!("path {path}"), format!("print {field}"));
-        host("xfs_db", &["-r", "-f", "-c", &path, "-c", &field], &fs_only)
+        good(&mut host("xfs_db", &["-r", "-f", "-c", &path, "-c", &field], &fs_only))
     };
     for (path, mode) in
         [("/tmp", "041777"), ("/sbin/init", "0100755"), ("/bin/big", "0104755"), ("/deep/er", "040755")]

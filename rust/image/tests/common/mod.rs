@@ -30,6 +30,27 @@ pub(crate) fn bad(command: &mut Command) -> String {
     String::from_utf8(stderr).unwrap()
 }
 
+/// A program of the machine on a file, found where [`tool`] finds its own.
+pub(crate) fn host(program: &str, arguments: &[&str], file: &Path) -> Command {
+    let mut command = Command::new(program);
+    command.env("PATH", tool().get_envs().find(|(key, _)| *key == "PATH").unwrap().1.unwrap());
+    command.args(arguments).arg(file);
+    command
+}
+
+/// The lines of `inspect`, blanks made one.
+#[track_caller]
+pub(crate) fn inspect(file: &Path) -> Vec<String> {
+    let text = good(tool().arg("inspect").arg(file));
+    text.lines().map(|line| line.split_whitespace().collect::<Vec<_>>().join(" ")).collect()
+}
+
+/// One of the lines begins so.
+#[track_caller]
+pub(crate) fn has(lines: &[String], wanted: &str) {
+    assert!(lines.iter().any(|line| line.starts_with(wanted)), "{wanted:?} is not in\n{}", lines.join("\n"));
+}
+
 /// The smallest ELF file the checks take for a static program.
 pub(crate) fn program(machine: u16) -> Vec<u8> {
     let mut data = vec![0_u8; 64];
