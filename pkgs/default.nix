@@ -10,11 +10,8 @@ lib.makeScope pkgs.newScope (
     workspace = import ./workspace.nix { inherit lib; };
     static = file: args: pkgs.pkgsStatic.callPackage file args;
     # What makes images runs on the machine that builds, which may be of another architecture than the guest.
-    tools =
-      if stdenv.buildPlatform.system == stdenv.hostPlatform.system then
-        self
-      else
-        import ./. { pkgs = pkgs.buildPackages; };
+    isCross = stdenv.buildPlatform.system != stdenv.hostPlatform.system;
+    tools = if isCross then import ./. { pkgs = pkgs.buildPackages; } else self;
   in
   {
     vmm-sandboxer = self.callPackage ./vmm-sandboxer.nix { inherit workspace; };
@@ -30,8 +27,13 @@ lib.makeScope pkgs.newScope (
   // pkgs.callPackage ./kernels.nix { inherit (self) callPackage; }
   // (
     let
-      disk = args: self.callPackage ../rootfs/disk.nix ({ inherit (tools) kuasar-image; } // args);
-      initrd = args: self.callPackage ../rootfs/initrd.nix ({ inherit (tools) kuasar-image; } // args);
+      packer = {
+        inherit (tools) kuasar-image;
+        # It takes a root for the machine that it runs on, unless told.
+        arch = lib.optionalString isCross " --arch ${stdenv.hostPlatform.parsed.cpu.name}";
+      };
+      disk = args: self.callPackage ../rootfs/disk.nix (packer // args);
+      initrd = args: self.callPackage ../rootfs/initrd.nix (packer // args);
       image =
         args:
         self.callPackage ./image-qemu.nix (

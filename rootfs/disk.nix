@@ -6,19 +6,14 @@
   kuasar-image,
   rootfs,
   runCommand,
-  stdenv,
   xfsprogs,
+  # More words for kuasar-image.
+  arch ? "",
   # "ext4", "erofs" or "xfs".
   fs ? "ext4",
   # With a hash tree behind the file system; verity.toml is what the daemon has to know of it.
   verity ? false,
 }:
-let
-  # It takes a root for the machine that it runs on, unless told.
-  arch = lib.optionalString (
-    stdenv.buildPlatform.system != stdenv.hostPlatform.system
-  ) " --arch ${stdenv.hostPlatform.parsed.cpu.name}";
-in
 runCommand "kuasar-disk"
   {
     nativeBuildInputs = [

@@ -4,16 +4,11 @@
   kuasar-image,
   rootfs,
   runCommand,
-  stdenv,
+  # More words for kuasar-image.
+  arch ? "",
   # "gzip" or "zstd".
   compress ? "gzip",
 }:
-let
-  # It takes a root for the machine that it runs on, unless told.
-  arch = lib.optionalString (
-    stdenv.buildPlatform.system != stdenv.hostPlatform.system
-  ) " --arch ${stdenv.hostPlatform.parsed.cpu.name}";
-in
 runCommand "kuasar-initrd"
   {
     nativeBuildInputs = [ kuasar-image ];
