@@ -26,8 +26,7 @@ pub use config::{
     daemon_config, folder_of, handlers, socket_of, table,
 };
 pub use networks::{MACVLAN_MASTER, NET_DUAL, NET_MACVLAN, NET_PTP, NET_RULES, NET_TWO, NET_V6};
-use pod::own_pids;
-pub use pod::{Pod, container};
+pub use pod::{Pod, container, own_pids};
 use program::{PATIENCE, log_of, spawn, tail};
 pub use program::{end, listening, run};
 

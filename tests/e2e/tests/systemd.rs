@@ -13,8 +13,8 @@ use std::{
 
 use kuasar_e2e::{
     cri::{
-        Cri, LinuxPodSandboxConfig, LinuxSandboxSecurityContext, NamespaceMode, NamespaceOption,
-        PodSandboxConfig, PodSandboxMetadata, PodSandboxState,
+        Cri, LinuxPodSandboxConfig, LinuxSandboxSecurityContext, PodSandboxConfig, PodSandboxMetadata,
+        PodSandboxState,
     },
     image::BUSYBOX,
     lab::{self, Containerd, QEMU, SOCKET},
@@ -45,7 +45,7 @@ async fn the_daemon_is_a_service() {
     // Who starts containerd gets the daemon first, ready.
     systemctl(&["start", CONTAINERD]);
     assert!(since_boot(DAEMON) < since_boot(CONTAINERD), "containerd was up before the daemon");
-    step("both are up");
+    println!("both are up");
     let cri = ready().await;
     lab::import_images(&machine, &paths).await.unwrap();
 
@@ -55,7 +55,7 @@ async fn the_daemon_is_a_service() {
     let idle = lab::container("idle", BUSYBOX, &IDLE);
     let idle = cri.create(&pod, &config, idle).await.unwrap();
     cri.start(&idle).await.unwrap();
-    step("a pod runs");
+    println!("a pod runs");
     is_in_its_slice(&pod);
     // systemd goes over its cgroups when something changes, and ours are not units of its own.
     systemctl(&["daemon-reload"]);
@@ -67,7 +67,7 @@ async fn the_daemon_is_a_service() {
     systemctl(&["restart", DAEMON]);
     assert_ne!(main_pid(DAEMON), first);
     goes_on(&cri, &pod, &idle).await;
-    step("the daemon was restarted");
+    println!("the daemon was restarted");
 
     let second = main_pid(DAEMON);
     systemctl(&["kill", "--signal=KILL", "--kill-whom=main", DAEMON]);
@@ -76,7 +76,7 @@ async fn the_daemon_is_a_service() {
     })
     .await;
     goes_on(&cri, &pod, &idle).await;
-    step("the daemon was killed");
+    println!("the daemon was killed");
 
     // One that hangs is found by the watchdog.
     let third = main_pid(DAEMON);
@@ -87,7 +87,7 @@ async fn the_daemon_is_a_service() {
     .await;
     assert!(journal(DAEMON).contains("Watchdog timeout"), "{}", journal(DAEMON));
     goes_on(&cri, &pod, &idle).await;
-    step("the daemon hung");
+    println!("the daemon hung");
 
     systemctl(&["restart", CONTAINERD]);
     let cri = ready().await;
@@ -98,7 +98,7 @@ async fn the_daemon_is_a_service() {
     let cri = ready().await;
     goes_on(&cri, &pod, &idle).await;
     is_in_its_slice(&pod);
-    step("both were restarted");
+    println!("both were restarted");
 
     cri.stop_pod(&pod).await.unwrap();
     cri.remove_pod(&pod).await.unwrap();
@@ -189,12 +189,7 @@ fn pod_config(root: &Path) -> PodSandboxConfig {
         log_directory: root.join("pods").to_string_lossy().into_owned(),
         linux: Some(LinuxPodSandboxConfig {
             cgroup_parent: SLICE.into(),
-            security_context: Some(LinuxSandboxSecurityContext {
-                namespace_options: Some(NamespaceOption {
-                    pid: NamespaceMode::Container.into(),
-                    ..Default::default()
-                }),
-            }),
+            security_context: Some(LinuxSandboxSecurityContext { namespace_options: Some(lab::own_pids()) }),
             ..Default::default()
         }),
         ..Default::default()
@@ -207,10 +202,6 @@ async fn until<F: Future<Output = bool>>(what: &str, holds: impl Fn() -> F) {
         assert!(Instant::now() < end, "not within {PATIENCE:?}: {what}\n{}", journal(DAEMON));
         sleep(Duration::from_millis(200)).await;
     }
-}
-
-fn step(what: &str) {
-    println!("{what}");
 }
 
 fn complaint(status: &impl std::fmt::Debug) -> String {

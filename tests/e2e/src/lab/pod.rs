@@ -85,7 +85,8 @@ pub fn container(name: &str, image: &str, command: &[&str]) -> ContainerConfig {
 }
 
 /// What the kubelet asks for unless a pod shares its processes; the protocol's zero means the opposite.
-pub(super) fn own_pids() -> NamespaceOption {
+#[must_use]
+pub fn own_pids() -> NamespaceOption {
     NamespaceOption { pid: NamespaceMode::Container.into(), ..Default::default() }
 }
 
