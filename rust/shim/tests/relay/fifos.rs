@@ -5,8 +5,10 @@ use std::{fs, time::Duration};
 use kuasar_common::stdio::Stream;
 use tokio::time::sleep;
 
-use super::{CID, Pod, read_all, reader};
-use crate::fake::send;
+use crate::{
+    fake::send,
+    pod::{CID, Pod, read_all, reader},
+};
 
 fn threads(pod: &Pod) -> usize {
     fs::read_dir(format!("/proc/{}/task", pod.relay.id())).unwrap().count()

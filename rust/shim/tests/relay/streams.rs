@@ -7,12 +7,12 @@ use kuasar_common::stdio::Stream;
 use tokio::time::sleep;
 use ttrpc::context;
 
-use super::{
-    CID, Pod,
+use crate::{
     fake::{
         receive, send, soon,
         stream::{Client, Heard, WINDOW},
     },
+    pod::{CID, Pod},
 };
 
 fn url(pod: &Pod, id: &str) -> String {

@@ -1,0 +1,153 @@
+//! Containers from Create to Delete, and the daemon and containerd going and coming meanwhile.
+
+use std::{
+    fs,
+    sync::{Arc, atomic::Ordering},
+    time::{Duration, Instant, SystemTime},
+};
+
+use containerd_shim_protos::api::{self, Status};
+use kuasar_common::stdio::Stream;
+use tokio::time::sleep;
+use ttrpc::{Code, context};
+
+use crate::{
+    fake::{Events, send, soon},
+    pod::{CID, Pod, code, connect, read_all, reader},
+};
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn life_of_a_container() {
+    let pod = Pod::new().await;
+    let out = pod.fifo("out");
+    let output = reader(&out);
+    let pid = pod.create(CID, &out).await;
+    assert_eq!(pid, 100);
+
+    let prepared = pod.daemon.prepared.lock().unwrap()[0].clone();
+    assert_eq!((prepared.container_id.as_str(), prepared.bundle.as_str()), (CID, "/run/containerd/c1"));
+    assert_eq!(prepared.rootfs[0].type_, "overlay");
+    assert_eq!(prepared.rootfs[0].options, ["lowerdir=/a"]);
+    let created = pod.guest.created.lock().unwrap()[0].clone();
+    assert_eq!(created.bundle, "/run/kuasar/state/c1");
+    assert!(created.rootfs.is_empty() && created.stdin.is_empty() && created.stderr.is_empty());
+    assert_eq!(created.stdout, "vsock");
+
+    let state = pod.state(CID, "").await.unwrap();
+    assert_eq!(state.status.enum_value(), Ok(Status::CREATED));
+    assert_eq!((state.bundle.as_str(), &state.stdout, state.pid), ("/run/containerd/c1", &out, 100));
+    let request = api::ConnectRequest { id: CID.into(), ..Default::default() };
+    let connected = pod.task.connect(context::Context::default(), &request).await.unwrap();
+    assert_eq!((connected.shim_pid, connected.task_pid), (pod.relay.id(), 100));
+
+    pod.start(CID, "").await.unwrap();
+    assert_eq!(pod.state(CID, "").await.unwrap().status.enum_value(), Ok(Status::RUNNING));
+    assert_eq!(pod.pids(CID).await, [100, 200]);
+    assert_eq!(pod.stats(CID).await.unwrap().stats.value, [1, 2, 3]);
+
+    let mut conn = pod.guest.stream(CID, "", Stream::Stdout).await;
+    send(&mut conn, b"hello ").await;
+    send(&mut conn, b"world\n").await;
+    let before = SystemTime::now();
+    pod.guest.exit(CID, "", 3);
+    let waited = pod.wait(CID, "").await.unwrap();
+    assert_eq!(waited.exit_status, 3);
+    let at: SystemTime = waited.exited_at.unwrap().into();
+    assert!(at >= before - Duration::from_millis(1) && at <= SystemTime::now(), "the host's clock");
+    send(&mut conn, b"last words\n").await;
+    send(&mut conn, b"").await;
+    assert_eq!(read_all(output).await, b"hello world\nlast words\n");
+
+    let state = pod.state(CID, "").await.unwrap();
+    assert_eq!((state.status.enum_value(), state.exit_status), (Ok(Status::STOPPED), 3));
+    assert_eq!(code(pod.kill(CID).await).0, Code::NOT_FOUND);
+    assert_eq!(pod.pids(CID).await, [100], "a stopped task still has a process for containerd");
+    let deleted = pod.delete(CID, "").await.unwrap();
+    assert_eq!((deleted.exit_status, deleted.pid), (3, 100));
+    assert_eq!(*pod.daemon.released.lock().unwrap(), [CID]);
+    assert_eq!(code(pod.delete(CID, "").await).0, Code::NOT_FOUND);
+    assert_eq!(code(pod.state(CID, "").await).0, Code::NOT_FOUND);
+    let shutdown = api::ShutdownRequest { id: CID.into(), now: true, ..Default::default() };
+    pod.task.shutdown(context::Context::default(), &shutdown).await.unwrap();
+    assert_eq!(pod.create(CID, "").await, 101, "the relay lives on, and the id is free again");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn new_containers_wait_for_the_daemon_and_nothing_else_does() {
+    let mut pod = Pod::new().await;
+    pod.create(CID, "").await;
+    pod.start(CID, "").await.unwrap();
+    let mut server = pod.daemon_server.take().unwrap();
+    server.shutdown().await.unwrap();
+    drop(server);
+    // What runs goes on: exec, exit, and a Delete whose release is owed.
+    pod.exec(&pod.exec_request("e1", "", "")).await.unwrap();
+    pod.start(CID, "e1").await.unwrap();
+    pod.guest.exit(CID, "", 0);
+    let begun = Instant::now();
+    assert_eq!(pod.delete(CID, "").await.unwrap().exit_status, 0);
+    assert!(begun.elapsed() < Duration::from_secs(4), "{:?}", begun.elapsed());
+    let (task, request) = (pod.task.clone(), pod.create_request("c2", ""));
+    let pending = tokio::spawn(async move { task.create(context::Context::default(), &request).await });
+    sleep(Duration::from_millis(700)).await;
+    assert!(!pending.is_finished(), "it waits");
+    let _server = pod.daemon.serve(pod.dir.path()).await;
+    assert_eq!(soon("Create", pending).await.unwrap().unwrap().pid, 101);
+    for _ in 0..500 {
+        if *pod.daemon.released.lock().unwrap() == [CID] {
+            return;
+        }
+        sleep(Duration::from_millis(20)).await;
+    }
+    panic!("the daemon was never told of the container's end: {:?}", pod.daemon.released.lock().unwrap());
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_dropped_connection_does_not_cancel_create() {
+    let pod = Pod::new().await;
+    pod.guest.create_delay_ms.store(500, Ordering::SeqCst);
+    let (out, request) = (pod.fifo("out"), pod.create_request(CID, &pod.fifo("out")));
+    let impatient = connect(pod.dir.path()).await;
+    let call = tokio::spawn(async move { impatient.create(context::Context::default(), &request).await });
+    sleep(Duration::from_millis(200)).await;
+    call.abort();
+    let _ = call.await;
+    // An expired deadline does not, either: containerd then deletes what it takes for failed.
+    let late = pod.create_request("c2", "");
+    let expired = pod.task.create(context::with_duration(Duration::from_millis(100)), &late).await;
+    assert!(expired.is_err(), "{expired:?}");
+    assert_eq!(pod.delete("c2", "").await.unwrap().pid, 101);
+    let state = pod.state(CID, "").await.unwrap();
+    assert_eq!((state.pid, state.stdout), (100, out));
+    assert_eq!(*pod.daemon.released.lock().unwrap(), ["c2"]);
+}
+
+/// containerd may be away, and the guest's connection may break: each event arrives once, in order.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn events_reach_containerd_whatever_was_away() {
+    let pod = Pod::new().await;
+    let happens = |topic: &str| pod.guest.events.send_modify(|events| events.push(topic.to_owned()));
+    happens("/tasks/create");
+    happens("/bad");
+    sleep(Duration::from_millis(300)).await;
+    let socket = pod.dir.path().join("containerd.sock.ttrpc");
+    let events = Arc::new(Events::default());
+    let mut containerd = events.serve(&socket).await;
+    happens("/tasks/oom");
+    assert_eq!(events.wait_for(2).await, ["k8s.io /tasks/create", "k8s.io /tasks/oom"]);
+
+    pod.guest.cut();
+    happens("/tasks/exit");
+    pod.guest.listen(pod.dir.path()).await;
+    assert_eq!(events.wait_for(3).await[2], "k8s.io /tasks/exit");
+
+    containerd.shutdown().await.unwrap();
+    fs::remove_file(&socket).unwrap();
+    happens("/tasks/delete");
+    sleep(Duration::from_millis(300)).await;
+    let _containerd = events.serve(&socket).await;
+    assert_eq!(events.wait_for(4).await[3], "k8s.io /tasks/delete");
+    let log = fs::read_to_string(pod.dir.path().join("relay.log")).unwrap();
+    assert!(log.contains("connecting to containerd's "), "{log}");
+    assert!(log.contains("containerd refuses the event /bad: no"), "{log}");
+}
