@@ -42,12 +42,20 @@ pub enum GuestError {
         /// Why.
         source: io::Error,
     },
-    /// The agent said no, or nothing.
+    /// The agent said no.
+    #[error("calling {method} of the guest's agent: {why}")]
+    Refused {
+        /// What was called.
+        method: &'static str,
+        /// The agent's answer.
+        why: String,
+    },
+    /// The connection broke.
     #[error("calling {method} of the guest's agent: {why}")]
     Call {
         /// What was called.
         method: &'static str,
-        /// The agent's answer.
+        /// What became of it.
         why: String,
     },
     /// It took too long.
@@ -58,6 +66,14 @@ pub enum GuestError {
         /// How long it had.
         deadline: Duration,
     },
+}
+
+impl GuestError {
+    /// Whether the guest has answered at all.
+    #[must_use]
+    pub const fn is_answer(&self) -> bool {
+        matches!(self, Self::Refused { .. })
+    }
 }
 
 /// One guest's agent. Every call opens a connection of its own: they are rare.
@@ -174,12 +190,9 @@ async fn hybrid(path: &std::path::Path) -> io::Result<Socket> {
 }
 
 fn failed(method: &'static str) -> impl Fn(ttrpc::Error) -> GuestError {
-    move |error| {
-        let why = match error {
-            ttrpc::Error::RpcStatus(status) => status.message,
-            other => other.to_string(),
-        };
-        GuestError::Call { method, why }
+    move |error| match error {
+        ttrpc::Error::RpcStatus(status) => GuestError::Refused { method, why: status.message },
+        other => GuestError::Call { method, why: other.to_string() },
     }
 }
 

@@ -85,6 +85,8 @@ pub(crate) struct FakeHypervisor {
     pub(crate) behind: Arc<AtomicI64>,
     /// How often VMs went on after a pause.
     pub(crate) resumptions: watch::Sender<u64>,
+    /// Guests hang up on whoever calls.
+    pub(crate) hangs_up: Arc<AtomicBool>,
     /// Makes a guest give up.
     pub(crate) gives_up: Arc<Notify>,
     /// vCPUs, MiB and kernel parameters of every VM ever started.
@@ -136,6 +138,7 @@ impl Hypervisor for FakeHypervisor {
             setups: self.setups.clone(),
             token: Arc::default(),
             behind: self.behind.clone(),
+            hangs_up: self.hangs_up.clone(),
             gives_up: self.gives_up.clone(),
         };
         if self.fault != Fault::Silent {
@@ -234,6 +237,7 @@ struct FakeGuest {
     setups: Arc<Mutex<Vec<SetupSandboxRequest>>>,
     token: Arc<Mutex<String>>,
     behind: Arc<AtomicI64>,
+    hangs_up: Arc<AtomicBool>,
     gives_up: Arc<Notify>,
 }
 
@@ -267,6 +271,9 @@ impl FakeGuest {
             let mut asked = [0; 13];
             stream.read_exact(&mut asked).await.unwrap();
             assert_eq!(&asked, b"CONNECT 1024\n");
+            if self.hangs_up.load(Ordering::Relaxed) {
+                continue;
+            }
             stream.write_all(b"OK 1024\n").await.unwrap();
             sender.send(Ok(stream)).await.unwrap();
         }

@@ -460,3 +460,4 @@ async fn a_new_daemon_finds_dead_pods_not_ready_and_half_started_ones_gone() {
 
 mod resources;
 mod robust;
+mod silence;

@@ -3,8 +3,9 @@
 use std::{
     fs,
     future::pending,
+    ops::ControlFlow,
     sync::{Arc, atomic::Ordering},
-    time::Duration,
+    time::{Duration, SystemTime},
 };
 
 use kuasar_common::constants::pod_files;
@@ -50,19 +51,10 @@ async fn follow(pod: &Pod, guest: &Guest, vm: &dyn Vm, ticker: &Ticker) {
     let mut resumptions = vm.resumptions();
     // At once: what the guest was told at its setup took a while to get there, and a daemon that was restarted does not
     // know what happened meanwhile.
-    let (mut why, mut failed) = ("it is set up", false);
+    let mut why = "it is set up";
     loop {
-        // A paused VM answers no call. It is asked for nothing, and corrected when it goes on.
-        if !failed || vm.ping().await.is_ok() {
-            let synced = guest.sync_clock(DEADLINE).await;
-            failed = synced.is_err();
-            match synced {
-                Ok(0) => {}
-                Ok(delta_ns) => tracing::info!(delta_ns, why, "corrected the guest's clock"),
-                // A guest may hang up on a question when it ends. Its end is told by others.
-                Err(_) if is_ending(pod, vm).await => return,
-                Err(error) => tracing::warn!(%error, why, "correcting the guest's clock"),
-            }
+        if look(pod, guest, vm, why).await.is_break() {
+            return;
         }
         why = tokio::select! {
             () = changed(resumptions.as_mut()) => "the VM goes on after a pause",
@@ -73,6 +65,35 @@ async fn follow(pod: &Pod, guest: &Guest, vm: &dyn Vm, ticker: &Ticker) {
             },
         };
     }
+}
+
+/// Corrects the guest's clock once, and notes whether the guest answers at all. Breaks off when the VM is ending.
+async fn look(pod: &Pod, guest: &Guest, vm: &dyn Vm, why: &str) -> ControlFlow<()> {
+    let asked = SystemTime::now();
+    // A paused VM answers no call. It is asked for nothing, and corrected when it goes on.
+    if pod.silence().is_some()
+        && let Err(error) = vm.ping().await
+    {
+        if is_ending(pod, vm).await {
+            return ControlFlow::Break(());
+        }
+        pod.unheard(asked, error.to_string());
+        return ControlFlow::Continue(());
+    }
+    let synced = guest.sync_clock(DEADLINE).await;
+    // A guest may hang up on a question when it ends. Its end is told by others.
+    if synced.is_err() && is_ending(pod, vm).await {
+        return ControlFlow::Break(());
+    }
+    pod.note(vm, asked, &synced).await;
+    match synced {
+        Ok(0) => {}
+        Ok(delta_ns) => tracing::info!(delta_ns, why, "corrected the guest's clock"),
+        Err(error) if error.is_answer() => tracing::warn!(%error, why, "correcting the guest's clock"),
+        // Noted, and told, as a guest that does not answer.
+        Err(_) => {}
+    }
+    ControlFlow::Continue(())
 }
 
 async fn is_ending(pod: &Pod, vm: &dyn Vm) -> bool {

@@ -15,6 +15,7 @@ mod record;
 mod recover;
 mod relay;
 mod setup;
+mod silence;
 mod size;
 mod spec;
 mod start;
@@ -43,6 +44,7 @@ pub use self::{
     collect::{Collector, Known},
     error::{PodError, StepError},
     record::Phase,
+    silence::Silence,
     spec::{PodResources, PodSpec, namespace_of_cri},
     store::Pods,
 };
@@ -133,6 +135,8 @@ pub struct Pod {
     disks: Mutex<Disks>,
     /// Why its VM ends, from the first who knows; nobody who only was asked for it says so.
     blame: SyncMutex<Option<String>>,
+    /// The guest did not answer when it was last asked.
+    silence: SyncMutex<Option<Silence>>,
     watchers: SyncMutex<Vec<AbortHandle>>,
     /// Somebody asked for the VM's end.
     stopping: AtomicBool,
@@ -170,6 +174,7 @@ impl Pod {
             storage: Mutex::new(Storage::new(&dir)),
             disks: Mutex::new(Disks::new(&dir)),
             blame: SyncMutex::default(),
+            silence: SyncMutex::default(),
             watchers: SyncMutex::default(),
             stopping: AtomicBool::new(false),
             dir,

@@ -138,6 +138,21 @@ pub(crate) fn relay_of(pod: &str) -> Result<i32> {
     anyhow::bail!("there is no relay of {pod}")
 }
 
+/// What the pod's status says of a guest that does not answer; the daemon asks each guest once a minute.
+async fn silence_of(lab: &Lab, pod: &str) -> Result<String> {
+    let end = Instant::now() + Duration::from_secs(90);
+    loop {
+        let (status, info) = lab.cri.pod_status(pod).await?;
+        ensure!(status.state() == PodSandboxState::SandboxReady, "the pod is {:?}", status.state());
+        let ours: serde_json::Value = serde_json::from_str(info.get("kuasar").context("nothing of ours")?)?;
+        if let Some(silent) = ours.get("guestSilent").filter(|said| said.is_object()) {
+            return Ok(silent.to_string());
+        }
+        ensure!(Instant::now() < end, "the pod's status says nothing of its silent guest: {ours}");
+        sleep(Duration::from_millis(500)).await;
+    }
+}
+
 /// A VM that stands still, as on an overloaded or broken host.
 pub(crate) async fn a_hung_guest_holds_nobody_up_and_can_be_removed(lab: Arc<Lab>) -> Result<()> {
     let (hung, other) = (lab.pod("hung", handler()).await?, lab.pod("lively", handler()).await?);
@@ -165,6 +180,8 @@ pub(crate) async fn a_hung_guest_holds_nobody_up_and_can_be_removed(lab: Arc<Lab
     let error = lab.cri.exec(&id, &["true"]).await.err().context("exec in a hung guest worked")?;
     ensure!(begun.elapsed() < Duration::from_secs(40), "it took {:?} to fail", begun.elapsed());
     ensure!(error.message().contains("guest"), "it does not say what is the matter: {}", error.message());
+    let said = silence_of(&lab, &hung.id).await?;
+    ensure!(said.contains("no answer within"), "the pod's status says {said}");
     let begun = Instant::now();
     hung.remove().await.context("removing the hung pod")?;
     ensure!(begun.elapsed() < Duration::from_secs(60), "it took {:?} to remove it", begun.elapsed());
