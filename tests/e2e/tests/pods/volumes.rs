@@ -161,6 +161,36 @@ pub(crate) async fn mounts_of_the_host_arrive_later(lab: Arc<Lab>) -> Result<()>
     pod.remove().await
 }
 
+/// What the kubelet makes of `emptyDir: {medium: Memory, sizeLimit: 8Mi}`.
+pub(crate) async fn a_volume_in_memory_has_its_size(lab: Arc<Lab>) -> Result<()> {
+    let pod = lab.pod("memory", handler()).await?;
+    let volume = folder(&lab, "memory")?;
+    run(Command::new("mount").args(["-t", "tmpfs", "-o", "size=8388608,mode=0777", "tmpfs"]).arg(&volume))
+        .await?;
+    let one = started(&lab, &pod, config("one", &[mount(&volume, "/cache")])).await?;
+    let out = sh(&lab, &one, "df -k /cache | tail -n 1 | awk '{print $2}'").await?;
+    ensure!(out == "0 8192", "its size is {out:?} KiB");
+    let out = sh(&lab, &one, "dd if=/dev/zero of=/cache/big bs=1M count=9 2>&1; wc -c < /cache/big").await?;
+    ensure!(
+        out.contains("No space left on device") && out.ends_with("8388608"),
+        "more than it holds gave {out:?}"
+    );
+    let out = sh(&lab, &one, "rm /cache/big && echo kept > /cache/f").await?;
+    ensure!(out == "0 ", "after that, writing gave {out:?}");
+    let two = started(&lab, &pod, config("two", &[mount(&volume, "/cache")])).await?;
+    let out = sh(&lab, &two, "cat /cache/f; echo too >> /cache/f").await?;
+    ensure!(out == "0 kept", "another container reads {out:?}");
+    for id in [&one, &two] {
+        lab.cri.stop(id, 0).await?;
+        lab.cri.remove(id).await.map_err(|e| anyhow::anyhow!("removing: {}", e.message()))?;
+    }
+    let next = started(&lab, &pod, config("next", &[mount(&volume, "/cache")])).await?;
+    let out = sh(&lab, &next, "cat /cache/f").await?;
+    ensure!(out == "0 kept\ntoo", "the next container reads {out:?}");
+    pod.remove().await?;
+    run(Command::new("umount").arg(&volume)).await.context("somebody still uses it").map(drop)
+}
+
 pub(crate) async fn what_cannot_be_mounted_is_refused_by_name(lab: Arc<Lab>) -> Result<()> {
     let pod = lab.pod("refused", handler()).await?;
     let volume = folder(&lab, "refused")?;
