@@ -22,7 +22,7 @@ use tokio::{
 
 use config::{BRIDGE, VARIANTS, cni_config, containerd_config, scratch_file};
 pub use config::{
-    Containerd, NAMESPACE, QEMU, QEMU_9P, QEMU_BLOCKFILE, QEMU_INITRD, QEMU_STREAM, RUNC, SOCKET,
+    Containerd, NAMESPACE, QEMU, QEMU_9P, QEMU_BLOCKFILE, QEMU_EROFS, QEMU_INITRD, QEMU_STREAM, RUNC, SOCKET,
     daemon_config, folder_of, handlers, socket_of, table,
 };
 pub use networks::{MACVLAN_MASTER, NET_DUAL, NET_MACVLAN, NET_PTP, NET_RULES, NET_TWO, NET_V6};
@@ -68,7 +68,7 @@ impl Lab {
     /// # Errors
     /// When a program does not come up; the text shows the end of its log.
     pub async fn start(machine: Machine, paths: Paths, handlers: &[&str]) -> Result<Self> {
-        Self::start_with(machine, paths, handlers, &Containerd::default()).await
+        Self::start_with(machine, paths, handlers, &Containerd::given()).await
     }
 
     /// As [`Lab::start`], with a containerd that differs.

@@ -27,6 +27,37 @@ pub struct Wanted {
     pub read_only: bool,
 }
 
+/// What a VM can still be given.
+#[derive(Clone, Debug, Default)]
+pub struct Room {
+    /// None at all can be plugged in without.
+    bus: bool,
+    free: usize,
+    there: BTreeSet<PathBuf>,
+}
+
+impl Room {
+    /// Whether disks can be plugged in at all.
+    #[must_use]
+    pub const fn any(&self) -> bool {
+        self.bus
+    }
+
+    /// A bus with so many free slots; no bus for 0.
+    #[cfg(test)]
+    pub(super) fn with(free: usize) -> Self {
+        Self { bus: free > 0, free, there: BTreeSet::new() }
+    }
+
+    /// Whether there are slots for these, and some to spare.
+    #[must_use]
+    pub fn fits<'a>(&self, wanted: impl Iterator<Item = &'a Wanted>, spare: usize) -> bool {
+        let new = wanted.filter_map(|one| fs::canonicalize(&one.source).ok());
+        let new: BTreeSet<PathBuf> = new.filter(|source| !self.there.contains(source)).collect();
+        self.bus && new.len().saturating_add(spare) <= self.free
+    }
+}
+
 /// A disk.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 struct Disk {
@@ -65,10 +96,14 @@ impl Disks {
         self.vm = Some(vm);
     }
 
-    /// Whether the VM can take any.
-    #[must_use]
-    pub fn possible(&self) -> bool {
-        self.vm.as_ref().is_some_and(|vm| vm.can_hot_attach())
+    /// What the VM can take.
+    ///
+    /// # Errors
+    /// When the table of what it has cannot be read.
+    pub fn room(&mut self) -> Result<Room, StorageError> {
+        let Some(vm) = self.vm.clone().filter(|vm| vm.can_hot_attach()) else { return Ok(Room::default()) };
+        let there = self.table()?.values().map(|disk| disk.source.clone()).collect();
+        Ok(Room { bus: true, free: vm.free_slots(), there })
     }
 
     /// Plugs in what a container wants, and returns how the guest finds each. On error, [`Disks::release`] undoes what was done.

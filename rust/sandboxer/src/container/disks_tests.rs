@@ -44,6 +44,10 @@ impl Vm for Bus {
         true
     }
 
+    fn free_slots(&self) -> usize {
+        2
+    }
+
     fn pid(&self) -> u32 {
         unreachable!()
     }
@@ -168,4 +172,18 @@ async fn what_does_not_come_or_go_is_known_and_tried_again() {
     pod.forget();
     let error = pod.disks.release("c2").await.unwrap_err().to_string();
     assert!(error.contains("disks.json: EOF"), "{error}");
+}
+
+#[tokio::test]
+async fn room_is_what_is_free_and_what_is_there_takes_none() {
+    let mut pod = Pod::new();
+    let (a, b, gone) = (pod.want("a", false), pod.want("b", true), pod.want("gone", true));
+    pod.disks.attach("c1", std::slice::from_ref(&a)).await.unwrap();
+    let room = pod.disks.room().unwrap();
+    assert!(room.any() && room.fits([&a, &b, &b].into_iter(), 1));
+    assert!(!room.fits([&a, &b].into_iter(), 2));
+    // It is named when it is plugged in.
+    assert!(room.fits([&gone].into_iter(), 2));
+    let none = Disks::new(pod.dir.path()).room().unwrap();
+    assert!(!none.any() && !none.fits([&b].into_iter(), 0));
 }

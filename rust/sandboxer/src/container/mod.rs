@@ -2,6 +2,7 @@
 //! pod's shared folder.
 
 mod disks;
+mod layers;
 pub mod mount;
 pub mod mountinfo;
 mod plan;
@@ -11,7 +12,7 @@ mod storage;
 mod volumes;
 
 pub use self::{
-    disks::Disks,
+    disks::{Disks, Room},
     plan::Plan,
     storage::{Storage, StorageError, is_safe_id},
 };

@@ -14,13 +14,17 @@ use kuasar_common::{
 use serde_json::{Value, json};
 
 use super::{
-    disks::Wanted,
+    disks::{Room, Wanted},
+    layers::{InGuest, Layers},
     mount::{self, MountError, RootfsMount},
     mountinfo,
     spec::{self, Bind, BlockDevice, Needs, Object, SpecError, Target, refused},
     storage::{StorageError, is_safe_id},
 };
 use crate::file_system;
+
+/// Slots that layers leave to volumes and devices of containers that may come.
+const SPARE: usize = 8;
 
 /// How a container is to be made.
 #[derive(Debug)]
@@ -29,15 +33,17 @@ pub struct Plan {
     pub(super) spec: Value,
     /// Root file system to be mounted on the host; empty if the guest mounts it.
     pub(super) rootfs: Vec<RootfsMount>,
+    /// The same, if it is made of images.
+    pub(super) layers: Option<Layers>,
     /// Volumes to be mounted on the host.
     pub(super) binds: Vec<Bind>,
-    /// What the guest mounts; the first ones are `disks`.
+    /// What the guest mounts, in this order; the first ones are `disks`.
     pub(super) storages: Vec<Storage>,
     disks: Vec<Wanted>,
 }
 
 impl Plan {
-    /// Reads the bundle that containerd made, and decides. `disks`: the VM can be given some.
+    /// Reads the bundle that containerd made, and decides. `room`: what the VM can be given.
     ///
     /// # Errors
     /// When the container asks for something that a VM cannot have.
@@ -45,7 +51,7 @@ impl Plan {
         target: &Target,
         bundle: &Path,
         rootfs: Vec<RootfsMount>,
-        disks: bool,
+        room: &Room,
     ) -> Result<Self, StorageError> {
         if !is_safe_id(target.container) {
             return Err(StorageError::Id(target.container.to_owned()));
@@ -55,14 +61,24 @@ impl Plan {
         let mut spec: Value = serde_json::from_slice(&text)
             .map_err(|e| SpecError::Malformed(format!("{}: {e}", source.display())))?;
         let Needs { binds, devices } = spec::rewrite(&mut spec, target)?;
-        let mut plan =
-            Self { spec, rootfs: Vec::new(), binds: Vec::new(), storages: Vec::new(), disks: Vec::new() };
-        plan.add_rootfs(target.container, rootfs, disks)?;
+        let (rootfs, layers) = match Layers::of(&rootfs)? {
+            Some(layers) => (Vec::new(), Some(layers)),
+            None => (rootfs, None),
+        };
+        let (binds_on_host, storages, disks) = (Vec::new(), Vec::new(), Vec::new());
+        let mut plan = Self { spec, rootfs: Vec::new(), layers: None, binds: binds_on_host, storages, disks };
+        if layers.is_none() {
+            plan.add_rootfs(target.container, rootfs, room.any())?;
+        }
         for device in devices {
             plan.add_device(device)?;
         }
         for bind in binds {
             plan.add_bind(target.container, bind)?;
+        }
+        // Last: disks that can be nothing else come first.
+        if let Some(layers) = layers {
+            plan.add_layers(target.container, layers, room);
         }
         Ok(plan)
     }
@@ -125,6 +141,29 @@ impl Plan {
         }
         self.add_disk(Wanted { source, read_only: is("ro") }, storage);
         Ok(())
+    }
+
+    /// Layers are disks if there is room for them, and shared from the host if there is not.
+    fn add_layers(&mut self, container: &str, layers: Layers, room: &Room) {
+        let made = layers.in_guest(container).and_then(|made| {
+            let wanted = self.disks.iter().chain(made.disks.iter().map(|(disk, _)| disk));
+            if room.fits(wanted, SPARE) { Ok(made) } else { Err("the VM has too few slots left".to_owned()) }
+        });
+        match made {
+            Ok(InGuest { disks, overlay, root }) => {
+                for (disk, storage) in disks {
+                    self.add_disk(disk, storage);
+                }
+                self.storages.extend(overlay);
+                if let Some(path) = self.spec.pointer_mut("/root/path") {
+                    *path = json!(root);
+                }
+            }
+            Err(why) => {
+                tracing::info!(container, why, "mounting the root file system's layers on the host");
+                self.layers = Some(layers);
+            }
+        }
     }
 
     fn add_device(&mut self, device: BlockDevice) -> Result<(), StorageError> {

@@ -12,7 +12,7 @@ impl Bundle {
     }
 
     fn plan(&self, rootfs: RootfsMount, disks: bool) -> Result<Plan, StorageError> {
-        Plan::new(&TARGET, self.0.path(), vec![rootfs], disks)
+        Plan::new(&TARGET, self.0.path(), vec![rootfs], &Room::with(if disks { 31 } else { 0 }))
     }
 }
 
@@ -71,7 +71,8 @@ fn devices_that_are_not_there_are_named() {
         "{said}"
     );
     let error =
-        Plan::new(&Target { container: "../x", ..TARGET }, Path::new("/"), Vec::new(), true).unwrap_err();
+        Plan::new(&Target { container: "../x", ..TARGET }, Path::new("/"), Vec::new(), &Room::with(31))
+            .unwrap_err();
     assert!(error.to_string().starts_with("the container id \"../x\""), "{error}");
 }
 
@@ -89,5 +90,38 @@ fn read_only_goes_no_deeper_than_was_asked() {
         let plan = Bundle::new(&spec).plan(image(&["rw"]), false).unwrap();
         assert_eq!(plan.spec["mounts"][0]["options"][2], expected, "{source} {propagation} {access}");
         assert!(plan.binds[0].read_only, "the host's is read-only");
+    }
+}
+
+#[test]
+fn layers_are_disks_while_there_is_room_and_shared_when_there_is_not() {
+    use super::super::layers::tests::writable;
+    let dir = tempfile::tempdir().unwrap();
+    let in_dir = |mounts: Vec<RootfsMount>| -> Vec<RootfsMount> {
+        let moved = |mount: RootfsMount| {
+            let name = mount.source.replace('/', "-");
+            let file = dir.path().join(name);
+            fs::write(&file, "").unwrap();
+            let source = if mount.kind.contains('/') { mount.source } else { file.display().to_string() };
+            RootfsMount { source, ..mount }
+        };
+        mounts.into_iter().map(moved).collect()
+    };
+    let bundle = Bundle::new(&json!({}));
+    let plan = |layers, room: usize| {
+        Plan::new(&TARGET, bundle.0.path(), in_dir(writable(layers)), &Room::with(room)).unwrap()
+    };
+    let mut fits = plan(3, 4 + SPARE);
+    assert!(fits.layers.is_none() && fits.rootfs.is_empty());
+    assert_eq!(fits.spec["root"]["path"], "/run/kuasar/storage/c1/rootfs");
+    assert_eq!((fits.disks().len(), fits.storages.len()), (4, 5));
+    fits.plugged_in(vec!["serial:disk-7".into(); 4]);
+    let drivers: Vec<_> =
+        fits.storages.iter().map(|storage| (storage.driver.as_str(), storage.source.as_str())).collect();
+    let disk = ("blk", "serial:disk-7");
+    assert_eq!(drivers, [disk, disk, disk, disk, ("overlay", "")]);
+    for plan in [plan(3, 3 + SPARE), plan(3, 0), plan(40, 31)] {
+        assert!(plan.layers.is_some() && plan.disks().is_empty() && plan.storages.is_empty());
+        assert_eq!(plan.spec["root"]["path"], "/run/kuasar/state/c1/rootfs");
     }
 }

@@ -25,6 +25,8 @@ use crate::vmm::VmError;
 pub struct Storage {
     shared: PathBuf,
     stage: PathBuf,
+    /// Where images are mounted that root file systems are made of.
+    layers: PathBuf,
 }
 
 /// Why a container's files could not be made ready.
@@ -104,7 +106,11 @@ impl Storage {
     /// The storage of the pod with this folder.
     #[must_use]
     pub fn new(pod_dir: &Path) -> Self {
-        Self { shared: pod_dir.join(pod_files::SHARED), stage: pod_dir.join("stage") }
+        Self {
+            shared: pod_dir.join(pod_files::SHARED),
+            stage: pod_dir.join("stage"),
+            layers: pod_dir.join("layers"),
+        }
     }
 
     /// Creates the shared folder, visible to processes in other mount namespaces.
@@ -145,10 +151,13 @@ impl Storage {
         let folder = self.shared.join(container);
         let mounts = folder.join("mounts");
         fs::create_dir_all(&mounts).map_err(StorageError::file("creating", &mounts))?;
-        if !plan.rootfs.is_empty() {
+        if !plan.rootfs.is_empty() || plan.layers.is_some() {
             let root = folder.join("rootfs");
             fs::create_dir_all(&root).map_err(StorageError::file("creating", &root))?;
-            mount::rootfs(&plan.rootfs, &root, &self.stage)?;
+            match &plan.layers {
+                Some(layers) => layers.on_host(&root, &self.stage, &self.layers.join(container))?,
+                None => mount::rootfs(&plan.rootfs, &root, &self.stage)?,
+            }
         }
         for bind in &plan.binds {
             mount::volume(bind, &mounts.join(&bind.name), &self.stage)?;
@@ -170,7 +179,8 @@ impl Storage {
         if !is_safe_id(container) {
             return Err(StorageError::Id(container.to_owned()));
         }
-        Ok(remove::remove(&self.shared.join(container))?)
+        remove::remove(&self.shared.join(container))?;
+        Ok(remove::remove(&self.layers.join(container))?)
     }
 
     /// Unmounts everything of all containers, and the shared folder itself.
@@ -180,6 +190,7 @@ impl Storage {
     #[tracing::instrument(name = "unmount", level = "trace", skip_all)]
     pub fn unmount(&self) -> Result<(), StorageError> {
         mount::unmount_below(&self.shared)?;
+        mount::unmount_below(&self.layers)?;
         Ok(mount::unmount_below(&self.stage)?)
     }
 }
@@ -189,7 +200,7 @@ mod tests {
     use serde_json::json;
 
     use super::*;
-    use crate::container::{mount::RootfsMount, spec::Target};
+    use crate::container::{Room, mount::RootfsMount, spec::Target};
 
     #[test]
     fn ids_that_would_leave_the_folder_are_refused() {
@@ -220,7 +231,7 @@ mod tests {
         };
         for (container, name) in [("c1", "image1"), ("c2", "image2")] {
             let target = Target { container, pod_pid: 1, shared_pids: false };
-            let plan = Plan::new(&target, &bundle, vec![image(name)], false).unwrap();
+            let plan = Plan::new(&target, &bundle, vec![image(name)], &Room::default()).unwrap();
             let path = storage.prepare(container, &plan).unwrap();
             assert_eq!(path, format!("/run/kuasar/state/{container}"));
         }
@@ -232,11 +243,11 @@ mod tests {
         assert!(!pod.join("shared/c1").exists() && pod.join("shared/c2/config.json").exists());
         // What fails leaves nothing behind.
         let target = Target { container: "c3", pod_pid: 1, shared_pids: false };
-        let plan = Plan::new(&target, &bundle, vec![image("nowhere")], false).unwrap();
+        let plan = Plan::new(&target, &bundle, vec![image("nowhere")], &Room::default()).unwrap();
         storage.prepare("c3", &plan).unwrap_err();
         assert!(!pod.join("shared/c3").exists());
         fs::write(bundle.join("config.json"), r#"{"linux": {"namespaces": [{"type": "user"}]}}"#).unwrap();
-        let error = Plan::new(&target, &bundle, vec![image("image1")], false).unwrap_err();
+        let error = Plan::new(&target, &bundle, vec![image("image1")], &Room::default()).unwrap_err();
         assert!(error.is_refusal(), "{error}");
         storage.unmount().unwrap();
         remove::remove(&pod).unwrap();

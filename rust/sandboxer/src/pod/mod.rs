@@ -275,9 +275,9 @@ impl Pod {
     ) -> Result<String, StorageError> {
         let (pod_pid, shared_pids) = (self.view().pid, self.shared_pids);
         let mut disks = self.disks.lock().await;
-        let (id, possible) = (container.clone(), disks.possible());
+        let (id, room) = (container.clone(), disks.room()?);
         let mut plan = blocking(move || {
-            Plan::new(&Target { container: &id, pod_pid, shared_pids }, &bundle, rootfs, possible)
+            Plan::new(&Target { container: &id, pod_pid, shared_pids }, &bundle, rootfs, &room)
         })
         .await?;
         // What an earlier attempt left.

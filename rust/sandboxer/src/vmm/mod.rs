@@ -151,6 +151,11 @@ pub trait Vm: Send + Sync + fmt::Debug {
         false
     }
 
+    /// How many more it can take.
+    fn free_slots(&self) -> usize {
+        0
+    }
+
     /// Unplugs a device by its id. A device that is not there is no error.
     async fn hot_detach(&self, id: &str) -> Result<(), VmError>;
 

@@ -23,6 +23,8 @@ pub const QEMU_INITRD: &str = "kuasar-qemu-initrd";
 pub const QEMU_STREAM: &str = "kuasar-qemu-stream";
 /// [`QEMU`]'s daemon, with roots from the blockfile snapshotter: image files with ext4.
 pub const QEMU_BLOCKFILE: &str = "kuasar-qemu-blockfile";
+/// [`QEMU`]'s daemon, with roots from the erofs snapshotter, each with an image file of its own to write to.
+pub const QEMU_EROFS: &str = "kuasar-qemu-erofs";
 /// Handler of ordinary containers, to tell a fault of the lab from one of ours.
 pub const RUNC: &str = "runc";
 
@@ -45,6 +47,32 @@ pub struct Containerd {
     pub registries: Option<PathBuf>,
     /// Whether NRI is on, as it is in containerd's own settings.
     pub nri: bool,
+}
+
+impl Containerd {
+    /// The lab's usual one, or that of `KUASAR_CONTAINERD`.
+    #[must_use]
+    pub fn given() -> Self {
+        let program = std::env::var_os("KUASAR_CONTAINERD").map(PathBuf::from);
+        Self { program, ..Self::default() }
+    }
+
+    /// Major and minor version.
+    ///
+    /// # Errors
+    /// When it does not say one.
+    pub fn version(&self, paths: &Paths) -> Result<(u32, u32)> {
+        let program = self.program.clone().unwrap_or_else(|| paths.tool("containerd"));
+        let output = std::process::Command::new(&program).arg("--version").output();
+        let output = output.with_context(|| format!("running {}", program.display()))?;
+        let text = String::from_utf8_lossy(&output.stdout);
+        let word = text.split_whitespace().nth(2).unwrap_or_default().trim_start_matches('v');
+        let mut parts = word.split('.').map(str::parse);
+        match (parts.next(), parts.next()) {
+            (Some(Ok(major)), Some(Ok(minor))) => Ok((major, minor)),
+            _ => anyhow::bail!("containerd says {text:?} for its version"),
+        }
+    }
 }
 
 /// All handlers whose pods are VMs.
@@ -178,6 +206,8 @@ disabled_plugins = [
   root_path = "{root}/blockfile"
   scratch_file = "{}"
   fs_type = "ext4"
+[plugins.'io.containerd.snapshotter.v1.erofs']
+  default_size = "16MiB"
 "#,
         scratch_file(machine).display()
     ));
@@ -189,6 +219,7 @@ disabled_plugins = [
         text.push_str(&runtime(handler, handler, "fifo", ""));
     }
     text.push_str(&runtime(QEMU_STREAM, QEMU, "streaming", ""));
+    text.push_str(&runtime(QEMU_EROFS, QEMU, "fifo", "  snapshotter = \"erofs\"\n"));
     text.push_str(&runtime(QEMU_BLOCKFILE, QEMU, "fifo", "  snapshotter = \"blockfile\"\n"));
     text
 }

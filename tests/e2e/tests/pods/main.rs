@@ -4,6 +4,7 @@ mod disks;
 mod ends;
 mod guest;
 mod io;
+mod layers;
 mod life;
 mod network;
 mod phases;
@@ -66,6 +67,7 @@ use ends::{
     a_daemon_killed_while_a_container_is_deleted, a_daemon_killed_while_a_pod_stops,
     a_relay_killed_while_its_pod_ends,
 };
+use layers::{a_root_is_made_of_erofs_layers, a_root_of_more_erofs_layers_than_slots};
 use volumes::{
     a_root_has_any_number_of_layers, a_vm_without_its_file_server_ends, a_volume_in_memory_has_its_size,
     mounts_of_the_host_arrive_later, shared_memory_is_the_pods, updates_of_a_projected_volume_arrive,
@@ -132,6 +134,7 @@ fn main() -> ExitCode {
         ]
         .into_iter()
         .chain(disk_cases())
+        .chain(layer_cases())
         .chain(long_cases())
         .collect(),
     )
@@ -146,6 +149,14 @@ fn disk_cases() -> Vec<Case<Lab>> {
     ];
     for case in &mut cases {
         case.skip = disks::missing();
+    }
+    cases
+}
+
+fn layer_cases() -> Vec<Case<Lab>> {
+    let mut cases = cases![a_root_is_made_of_erofs_layers, a_root_of_more_erofs_layers_than_slots];
+    for case in &mut cases {
+        case.skip = layers::missing();
     }
     cases
 }

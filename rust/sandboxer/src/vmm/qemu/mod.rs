@@ -264,6 +264,12 @@ impl Vm for QemuVm {
         self.bus.lock().unwrap_or_else(PoisonError::into_inner).iter().any(|bus| bus.id == plug::BUS)
     }
 
+    fn free_slots(&self) -> usize {
+        let buses = self.bus.lock().unwrap_or_else(PoisonError::into_inner);
+        let plug = buses.iter().find(|bus| bus.id == plug::BUS);
+        plug.map_or(0, |bus| usize::try_from(bus.slots).unwrap_or(0).saturating_sub(bus.used.len()))
+    }
+
     async fn ping(&self) -> Result<(), VmError> {
         match self.supervisor.outcome() {
             Some(outcome) => Err(self.ended(&outcome)),

@@ -1,0 +1,114 @@
+//! Roots whose layers are image files: those of containerd's erofs snapshotter.
+
+use std::{fs, path::Path, sync::Arc, time::Duration};
+
+use anyhow::{Result, ensure};
+use kuasar_e2e::{
+    image::{BUSYBOX, Image, Layer},
+    lab::{self, Containerd, Lab, QEMU, QEMU_EROFS, run},
+    paths::Paths,
+};
+
+use super::IDLE;
+
+const SOON: Duration = Duration::from_secs(30);
+
+async fn sh(lab: &Lab, id: &str, script: &str) -> Result<String> {
+    let out = lab.cri.exec(id, &["/bin/sh", "-c", script]).await?;
+    Ok(format!("{} {}{}", out.code, out.stdout.trim_end(), out.stderr.trim_end()))
+}
+
+fn mounted(kind: &str, below: &Path) -> Result<usize> {
+    let text = fs::read_to_string("/proc/self/mountinfo")?;
+    let below = format!(" {}/", below.display());
+    Ok(text.lines().filter(|line| line.contains(&below) && line.contains(&format!(" - {kind} "))).count())
+}
+
+/// One that all fits: the guest mounts it, and nothing of it goes over the shared folder.
+pub(crate) async fn a_root_is_made_of_erofs_layers(lab: Arc<Lab>) -> Result<()> {
+    let pod = lab.pod("erofs", QEMU_EROFS).await?;
+    let folder = lab::folder_of(QEMU).join(&pod.id);
+    for name in ["one", "two"] {
+        let id = pod.container(name, BUSYBOX, IDLE).await?;
+        let script = "set -- $(grep ' / ' /proc/mounts); echo $3; echo $4 | grep -c /run/kuasar/storage; stat -c %a /; \
+            cat /mine; echo mine > /mine && cat /mine";
+        let out = sh(&lab, &id, script).await?;
+        ensure!(
+            out.starts_with("0 overlay\n1\n755\nmine") && out.contains("can't open '/mine'"),
+            "the root of {name} is {out:?}"
+        );
+        // The kernel's list of mounted EROFS, by disk; and a root no larger than its `default_size`.
+        let script = "ls /sys/fs/erofs | grep -q vd && df -k / | tail -n 1 | awk '{print ($2 < 17000)}'";
+        let out = sh(&lab, &id, script).await?;
+        ensure!(out == "0 1", "the guest's file systems: {out:?}");
+        let shared = folder.join("shared").join(&id);
+        let storages = fs::read_to_string(shared.join("storages.json"))?;
+        ensure!(
+            !shared.join("rootfs").exists() && storages.contains("\"erofs\""),
+            "it is shared: {storages}"
+        );
+    }
+    ensure!(mounted("erofs", &folder)? == 0, "layers are mounted on the host");
+    pod.remove().await
+}
+
+/// One with more layers than the VM has slots: mounted on the host and shared.
+pub(crate) async fn a_root_of_more_erofs_layers_than_slots(lab: Arc<Lab>) -> Result<()> {
+    const LAYERS: u32 = 28;
+    let mut image = Image::new("kuasar.test/erofs-layers:1", &["/bin/sh"]).layer(
+        Layer::new()
+            .dir("bin", 0o755)?
+            .file("bin/busybox", 0o755, &fs::read(lab.paths.tool("busybox"))?)?
+            .link("bin/sh", "busybox")?
+            .link("bin/cat", "busybox")?,
+    )?;
+    for number in 1..LAYERS {
+        let text = number.to_string();
+        let layer = Layer::new().file("top", 0o644, text.as_bytes())?;
+        image = image.layer(layer.file(&format!("layer-{number}"), 0o644, text.as_bytes())?)?;
+    }
+    let file = lab.machine.root.join("images/erofs-layers.tar");
+    image.write(&file)?;
+    let mut ctr = lab.ctr();
+    run(ctr.args(["images", "import", "--local", "--no-unpack"]).arg(&file)).await?;
+    let pod = lab.pod("slots", QEMU_EROFS).await?;
+    let folder = lab::folder_of(QEMU).join(&pod.id);
+    let script =
+        "cat /top /layer-1; echo x > /layer-1 && cat /layer-1; while [ ! -e /go ]; do busybox sleep 1; done";
+    let id = pod.container("layers", image.name(), &["/bin/sh", "-c", script]).await?;
+    ensure!(folder.join("shared").join(&id).join("rootfs/bin").exists(), "it is not shared");
+    ensure!(mounted("erofs", &folder)? == usize::try_from(LAYERS)?, "its layers are not mounted on the host");
+    // A daemon that comes back takes away what another has mounted.
+    lab.kill_daemon(QEMU).await?;
+    lab.restart_daemon(QEMU).await?;
+    lab.ready_again(&pod.id).await?;
+    sh(&lab, &id, "echo > /go").await?;
+    let code = lab.cri.ended(&id, SOON).await?.exit_code;
+    let (stdout, stderr) = pod.output("layers")?;
+    ensure!(
+        code == 0 && stdout == b"271x\n",
+        "{code} {:?} {:?}",
+        String::from_utf8_lossy(&stdout),
+        String::from_utf8_lossy(&stderr)
+    );
+    lab.cri.remove(&id).await.map_err(|e| anyhow::anyhow!("removing: {}", e.message()))?;
+    ensure!(mounted("erofs", &folder)? == 0, "layers stay mounted");
+    pod.remove().await
+}
+
+/// What these need; without, they are skipped by name.
+pub(crate) fn missing() -> Option<String> {
+    let tools = ["/usr/bin/mkfs.erofs", "/sbin/mkfs.ext4", "/dev/loop-control"];
+    if let Some(tool) = tools.iter().find(|tool| !Path::new(tool).exists()) {
+        return Some(format!("there is no {tool}"));
+    }
+    let version = Paths::find().and_then(|paths| Containerd::given().version(&paths));
+    match version {
+        Ok(version) if version < (2, 2) => Some(format!(
+            "containerd {}.{} mounts layers itself; KUASAR_CONTAINERD names a newer one",
+            version.0, version.1
+        )),
+        // What is missing then is told when the lab starts.
+        _ => None,
+    }
+}
