@@ -58,7 +58,7 @@ lib.makeScope pkgs.newScope (
         verity = true;
       };
       guests-qemu = self.callPackage ./guests-qemu.nix {
-        inherit (tools) kuasar-image;
+        inherit (packer) arch kuasar-image;
         kernels = {
           micro = self.kernel-qemu-micro;
         }

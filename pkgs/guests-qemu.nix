@@ -4,6 +4,8 @@
   e2fsprogs,
   kuasar-image,
   runCommandCC,
+  # More words for kuasar-image.
+  arch ? "",
   # Name to package.
   kernels,
   disks,
@@ -34,7 +36,7 @@ runCommandCC "guests-qemu"
   ''
     mkdir -p floor/{dev,proc,sys,sbin} "$out/roots/floor"
     $CC -O2 -static -nostdlib -ffreestanding -fno-stack-protector -s -o floor/sbin/init ${../tests/bench/empty-init.c}
-    kuasar-image build --rootfs floor --output "$out/roots/floor/kuasar.img" --fs ext4
+    kuasar-image build --rootfs floor --output "$out/roots/floor/kuasar.img" --fs ext4${arch}
     ${links "kernels" kernels}
     ${links "roots" disks}
     ${links "roots" initrds}
