@@ -10,7 +10,7 @@ use std::path::{Component, Path, PathBuf};
 use object::elf::{EM_AARCH64, EM_X86_64, FileHeader64};
 use object::read::elf::{FileHeader, ProgramHeader};
 
-use crate::{Error, Result};
+use crate::{Error, Result, systemd};
 
 /// Links followed before a chain counts as a loop, as in the kernel.
 const MAX_LINKS: usize = 40;
@@ -52,43 +52,32 @@ impl Arch {
     }
 }
 
-/// What has to be process 1 of the guest.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Process1 {
-    /// The agent; systemd would be a mistake.
-    Agent,
-    /// systemd, which starts the agent as a service.
-    Systemd,
-}
-
-/// Checks that the kernel of a guest could start `init` (absolute, as seen in the guest) as process 1.
+/// Checks that the kernel of a guest could start `init` (absolute, as seen in the guest) as process 1, and that the agent will
+/// run: as process 1, or as a service of systemd.
 ///
 /// # Errors
 /// [`Error::Root`] with the reason: missing, a folder, not executable, no program, for another machine, its loader or
-/// interpreter missing; systemd where the agent has to be, or the other way round.
-pub fn init(root: &Path, init: &Path, arch: Arch, wanted: Process1) -> Result<()> {
+/// interpreter missing; a systemd that does not start the agent.
+pub fn init(root: &Path, init: &Path, arch: Arch) -> Result<()> {
     program(root, init, arch, 0)
-        .and_then(|()| process_1(root, init, wanted))
+        .and_then(|()| process_1(root, init, arch))
         .map_err(|reason| Error::Root { root: root.to_owned(), reason })
 }
 
-fn process_1(root: &Path, init: &Path, wanted: Process1) -> Result<(), String> {
+fn process_1(root: &Path, init: &Path, arch: Arch) -> Result<(), String> {
     let (real, shown) = (resolve(root, init)?, init.display());
     let data = fs::read(&real).map_err(|e| format!("{shown} cannot be read: {e}"))?;
     // Its program is called so; a copy under another name still loads its library.
     let library = b"libsystemd-core";
     let systemd = real.file_name().is_some_and(|name| name == "systemd")
         || data.windows(library.len()).any(|w| w == library);
-    match (systemd, wanted) {
-        (true, Process1::Agent) => Err(format!(
-            "{shown} is systemd, and the agent must be process 1; say --systemd for a root whose systemd starts the agent"
-        )),
-        (false, Process1::Systemd) => Err(format!("{shown} is not systemd, which --systemd says it is")),
-        _ => Ok(()),
+    if systemd {
+        systemd::starts_agent(root, arch).map_err(|reason| format!("{shown} {reason}"))?;
     }
+    Ok(())
 }
 
-fn program(root: &Path, path: &Path, arch: Arch, depth: usize) -> Result<(), String> {
+pub(crate) fn program(root: &Path, path: &Path, arch: Arch, depth: usize) -> Result<(), String> {
     let shown = path.display();
     if depth > MAX_INTERPRETERS {
         return Err(format!("{shown}: interpreters call each other more than {MAX_INTERPRETERS} deep"));
@@ -151,7 +140,7 @@ fn to_path(bytes: &[u8]) -> PathBuf {
 }
 
 /// Follows `path` inside `root` as the guest would: absolute links start at `root`, nothing leads out of it.
-fn resolve(root: &Path, path: &Path) -> Result<PathBuf, String> {
+pub(crate) fn resolve(root: &Path, path: &Path) -> Result<PathBuf, String> {
     let mut real = PathBuf::from(root);
     let mut depth = 0_usize;
     let mut links = 0;
@@ -246,7 +235,7 @@ mod tests {
     }
 
     fn verdict(root: &Path) -> String {
-        match init(root, Path::new("/sbin/init"), Arch::X86_64, Process1::Agent) {
+        match init(root, Path::new("/sbin/init"), Arch::X86_64) {
             Ok(()) => "good".into(),
             Err(error) => error.to_string().split_once(": ").unwrap().1.to_owned(),
         }
@@ -281,7 +270,7 @@ mod tests {
     fn another_architecture_is_refused() {
         let dir = root(&elf(EM_AARCH64, None));
         assert_eq!(verdict(dir.path()), "/sbin/init is built for aarch64, the image is for x86_64");
-        assert!(init(dir.path(), Path::new("/sbin/init"), Arch::Aarch64, Process1::Agent).is_ok());
+        assert!(init(dir.path(), Path::new("/sbin/init"), Arch::Aarch64).is_ok());
     }
 
     #[test]
@@ -294,20 +283,27 @@ mod tests {
     }
 
     #[test]
-    fn systemd_is_refused_where_the_agent_must_be_process_1() {
+    fn systemd_is_refused_unless_it_starts_the_agent() {
         let dir = root(b"");
         fs::remove_file(dir.path().join("sbin/init")).unwrap();
-        fs::create_dir_all(dir.path().join("lib/systemd")).unwrap();
+        fs::create_dir_all(dir.path().join("lib/systemd/system/multi-user.target.wants")).unwrap();
         put(dir.path(), "lib/systemd/systemd", &elf(EM_X86_64, None));
         symlink("../lib/systemd/systemd", dir.path().join("sbin/init")).unwrap();
-        let said = "/sbin/init is systemd, and the agent must be process 1; say --systemd for a root whose systemd starts the agent";
+        let said = "/sbin/init is systemd, which starts no agent: the agent must be process 1, or its vmm-task.service be enabled, as by a link in etc/systemd/system/multi-user.target.wants";
         assert_eq!(verdict(dir.path()), said);
-        let with_systemd = |root: &Path| init(root, Path::new("/sbin/init"), Arch::X86_64, Process1::Systemd);
-        assert!(with_systemd(dir.path()).is_ok());
         let copy = root(&[elf(EM_X86_64, None), b"\0libsystemd-core-257.so\0".to_vec()].concat());
         assert_eq!(verdict(copy.path()), said);
-        let agent = with_systemd(root(&elf(EM_X86_64, None)).path()).unwrap_err().to_string();
-        assert!(agent.ends_with(": /sbin/init is not systemd, which --systemd says it is"), "{agent}");
+        put(dir.path(), "lib/systemd/system/vmm-task.service", b"[Service]\nExecStart=/sbin/agent\n");
+        assert_eq!(verdict(dir.path()), said);
+        let wants = "lib/systemd/system/multi-user.target.wants/vmm-task.service";
+        symlink("../vmm-task.service", dir.path().join(wants)).unwrap();
+        let missing = verdict(dir.path());
+        assert!(
+            missing.ends_with("vmm-task.service cannot start /sbin/agent: /sbin/agent is missing"),
+            "{missing}"
+        );
+        put(dir.path(), "sbin/agent", &elf(EM_X86_64, None));
+        assert_eq!(verdict(dir.path()), "good");
     }
 
     #[test]

@@ -41,8 +41,6 @@ pub struct Options<'a> {
     pub arch: Arch,
     /// Seconds since 1970 for every time stamp.
     pub epoch: u32,
-    /// What has to be process 1.
-    pub process_1: check::Process1,
 }
 
 /// File systems an image can have.
@@ -84,7 +82,7 @@ struct Layout {
 pub fn build(options: &Options<'_>, content: Content) -> Result<Option<Verity>> {
     let root = absolute(options.rootfs)?;
     let entries = tree::walk(&root)?;
-    check::init(&root, Path::new("/sbin/init"), options.arch, options.process_1)?;
+    check::init(&root, Path::new("/sbin/init"), options.arch)?;
     let layout = layout(&entries, content)?;
     let mut verity = None;
     replace(options.output, |file, path| {
@@ -179,7 +177,7 @@ pub(crate) fn copy(from: &File, from_at: u64, to: &File, to_at: u64, length: u64
 pub fn build_initrd(options: &Options<'_>, packing: cpio::Packing) -> Result<()> {
     let root = absolute(options.rootfs)?;
     let entries = tree::walk(&root)?;
-    check::init(&root, Path::new("/init"), options.arch, options.process_1)?;
+    check::init(&root, Path::new("/init"), options.arch)?;
     replace(options.output, |file, path| cpio::write(file, path, &entries, options.epoch, packing))
 }
 

@@ -24,6 +24,7 @@ pub mod pfn;
 pub mod report;
 pub mod source;
 mod superblock;
+mod systemd;
 mod tool;
 pub mod tree;
 pub mod verity;

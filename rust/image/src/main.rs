@@ -5,7 +5,7 @@ use std::process::ExitCode;
 
 use anyhow::{Context, Result, bail};
 use clap::{Parser, Subcommand, ValueEnum};
-use kuasar_image::check::{Arch, Process1};
+use kuasar_image::check::Arch;
 use kuasar_image::cpio::Packing;
 use kuasar_image::disk::{self, Content, FileSystem, Options};
 use kuasar_image::{MIB, report};
@@ -78,9 +78,6 @@ struct Place {
     /// Machine the guest runs on [default: this one]
     #[arg(long, value_enum)]
     arch: Option<ArchName>,
-    /// Process 1 is systemd, which starts the agent as a service
-    #[arg(long)]
-    systemd: bool,
 }
 
 #[derive(Clone, Copy, ValueEnum)]
@@ -176,7 +173,6 @@ impl Place {
                 .context("guests do not run on this machine's architecture; name one with --arch")?,
         };
         let epoch = kuasar_image::source_date_epoch()?;
-        let process_1 = if self.systemd { Process1::Systemd } else { Process1::Agent };
-        Ok(Options { rootfs: &self.rootfs, output: &self.output, arch, epoch, process_1 })
+        Ok(Options { rootfs: &self.rootfs, output: &self.output, arch, epoch })
     }
 }
