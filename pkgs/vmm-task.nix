@@ -15,6 +15,10 @@ rustPlatform.buildRustPackage (
       CARGO_PROFILE_RELEASE_LTO = "thin";
       CARGO_PROFILE_RELEASE_CODEGEN_UNITS = "1";
     };
+    # For roots whose process 1 is systemd. Its paths are the guest's.
+    postInstall = ''
+      install -D -m 0644 rust/task/systemd/vmm-task.service "$out/lib/systemd/system/vmm-task.service"
+    '';
     meta = {
       description = "PID 1 of the microVM: runs the containers of a pod (static)";
       license = lib.licenses.asl20;

@@ -1,6 +1,7 @@
-//! What PID 1 owes the rest of the guest: file systems, cgroups, sysctls; and how it ends.
+//! What PID 1 owes the rest of the guest: file systems, cgroups, sysctls; and how it ends. As a service, the agent adds what
+//! containers need to what systemd has made.
 
-use std::{ffi::CString, fs, io, path::Path};
+use std::{ffi::CString, fs, io, os::unix::fs::MetadataExt, path::Path};
 
 use kuasar_common::constants::{GUEST_STATE_DIR, SHARE_TAG};
 use rustix::{
@@ -14,6 +15,8 @@ use rustix::{
 use crate::{
     cgroup::Hierarchies,
     config::{CgroupVersion, ShareFs},
+    role::Role,
+    sandbox,
 };
 
 /// Where cgroups are mounted.
@@ -27,6 +30,10 @@ pub const RUNC_ROOT: &str = "/run/runc";
 
 /// Bytes in a 9p message. Each one in flight is a buffer of contiguous memory, so not the largest possible.
 const NINE_P_MSIZE: u32 = 128 * 1024;
+/// Bytes of `/dev/shm`, which all containers of a pod share, unless the pod asks for another size.
+const SHM_SIZE: u64 = 64 << 20;
+/// `CGROUP2_SUPER_MAGIC` of `linux/magic.h`.
+const CGROUP2: u32 = 0x6367_7270;
 /// `RAMFS_MAGIC` and `TMPFS_MAGIC` of `linux/magic.h`.
 const INITRAMFS: [u32; 2] = [0x8584_58f6, 0x0102_1994];
 
@@ -51,6 +58,9 @@ pub enum BootError {
         /// What the kernel said.
         source: io::Error,
     },
+    /// systemd has made the guest otherwise than the agent can use it.
+    #[error("{0}")]
+    Service(String),
 }
 
 struct Mount {
@@ -125,8 +135,8 @@ pub fn early() -> Result<(), BootError> {
 ///
 /// # Errors
 /// When the kernel refuses something that containers cannot do without.
-pub fn late(share: ShareFs, version: CgroupVersion) -> Result<(), BootError> {
-    for entry in &LATE {
+pub fn late(share: ShareFs, version: CgroupVersion, role: Role) -> Result<(), BootError> {
+    for entry in LATE.iter().filter(|entry| role == Role::Init || is_lacking(entry)) {
         match mount_one(entry) {
             // A kernel without POSIX message queues still runs most containers, an image without /tmp too.
             Err(error) if matches!(entry.target, "/dev/mqueue" | "/tmp") => log::warn!("{error}"),
@@ -135,9 +145,20 @@ pub fn late(share: ShareFs, version: CgroupVersion) -> Result<(), BootError> {
     }
     make_dir(WORK)?;
     make_dir(RUNC_ROOT)?;
-    links();
     limits();
-    cgroups(version)?;
+    match role {
+        Role::Init => {
+            links();
+            cgroups(version)?;
+        }
+        Role::Service => {
+            // systemd's may be half of the memory.
+            if let Err(error) = sandbox::set_shm_size(SHM_SIZE) {
+                log::info!("{error}");
+            }
+            cgroups_of_systemd(version)?;
+        }
+    }
     for (name, value) in SYSCTLS {
         if let Err(error) = fs::write(Path::new("/proc/sys").join(name), value) {
             log::info!("setting sysctl {name}: {error}");
@@ -158,6 +179,17 @@ fn mount_share(share: ShareFs) -> Result<(), BootError> {
     // No nosuid and the like: root file systems of containers are in there.
     mount(SHARE_TAG, GUEST_STATE_DIR, fs, MountFlags::RELATIME, data.as_c_str())
         .map_err(|source| BootError::Mount { fs, target: GUEST_STATE_DIR, source: source.into() })
+}
+
+/// Whether a service has to mount it: other services may have files in `/tmp` already.
+fn is_lacking(entry: &Mount) -> bool {
+    entry.target != "/tmp" && !is_mount_point(Path::new(entry.target))
+}
+
+fn is_mount_point(path: &Path) -> bool {
+    let device = |path: &Path| fs::metadata(path).map(|about| about.dev()).ok();
+    let (Some(own), Some(above)) = (device(path), path.parent().and_then(device)) else { return false };
+    own != above
 }
 
 fn mount_one(entry: &Mount) -> Result<(), BootError> {
@@ -221,6 +253,31 @@ fn cgroups(version: CgroupVersion) -> Result<(), BootError> {
         return cgroups_v1();
     }
     mount_one(&CGROUP_V2)?;
+    pass_on_controllers()
+}
+
+/// Containers have their own cgroup beside systemd's slices and scopes, as those of a kubelet with the driver `cgroupfs` have:
+/// none of systemd's has this name, systemd passes on to it every controller that the kernel has, and cannot take one back
+/// while it is passed on further. A cgroup below the service's own would lack those that systemd does not know (`hugetlb`), and
+/// what happens to a container there would be a matter of the service (`OOMPolicy=`).
+fn cgroups_of_systemd(version: CgroupVersion) -> Result<(), BootError> {
+    if version == CgroupVersion::V1 {
+        return Err(BootError::Service(
+            "task.cgroup=v1: process 1 of this guest is systemd, which has cgroups of version 2; leave the word out, or \
+             take a root whose process 1 is the agent"
+                .to_owned(),
+        ));
+    }
+    if !statfs(CGROUPS).is_ok_and(|fs| u32::try_from(fs.f_type).is_ok_and(|kind| kind == CGROUP2)) {
+        return Err(BootError::Service(format!(
+            "process 1 of this guest has not mounted cgroup v2 at {CGROUPS}, which the agent needs; boot with \
+             systemd.unified_cgroup_hierarchy=1"
+        )));
+    }
+    pass_on_controllers()
+}
+
+fn pass_on_controllers() -> Result<(), BootError> {
     delegate_controllers(Path::new(CGROUPS))
         .map_err(|source| BootError::Io { doing: format!("enabling the controllers of {CGROUPS}"), source })
 }
@@ -320,6 +377,21 @@ mod tests {
         let list =
             "#subsys_name\thierarchy\tnum_cgroups\tenabled\ncpu\t0\t1\t1\nmemory\t0\t1\t0\npids\t0\t1\t1\n";
         assert_eq!(enabled_controllers(list), ["cpu", "pids"]);
+    }
+
+    #[test]
+    fn what_is_mounted_is_told_from_what_is_not() {
+        assert!(is_mount_point(Path::new("/proc")));
+        let dir = tempfile::tempdir().unwrap();
+        fs::create_dir(dir.path().join("a")).unwrap();
+        assert!(!is_mount_point(&dir.path().join("a")));
+        assert!(!is_mount_point(&dir.path().join("none")));
+    }
+
+    #[test]
+    fn systemds_cgroups_are_not_of_version_1() {
+        let error = cgroups_of_systemd(CgroupVersion::V1).unwrap_err().to_string();
+        assert!(error.starts_with("task.cgroup=v1: process 1 of this guest is systemd, "), "{error}");
     }
 
     #[test]

@@ -27,6 +27,7 @@ pub mod oom;
 pub mod pid_namespace;
 pub mod process;
 pub mod reaper;
+pub mod role;
 pub mod runc;
 pub mod sandbox;
 pub mod sandbox_service;

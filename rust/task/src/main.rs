@@ -1,4 +1,4 @@
-//! PID 1 of the microVM: runs the pod's containers.
+//! PID 1 of the microVM, or a service of it: runs the pod's containers.
 
 #![no_main]
 
@@ -10,7 +10,7 @@ use std::{
 };
 
 use anyhow::{Context, Result};
-use vmm_task::{boot, config::TaskConfig, logging, pid_namespace, serve};
+use vmm_task::{boot, config::TaskConfig, logging, pid_namespace, role::Role, serve};
 
 /// The kernel's console for what happens before, or instead of, logging.
 const CONSOLE: &str = "/dev/console";
@@ -28,24 +28,30 @@ extern "C" fn main() -> c_int {
     if pid_namespace::is_pause() {
         pid_namespace::pause();
     }
-    if std::process::id() == 1 {
-        init();
+    let role = Role::of_this_process();
+    // Its arguments are words of the kernel's command line.
+    if role == Role::Init {
+        live(role);
     }
     match std::env::args().nth(1).as_deref() {
+        None => live(role),
         Some("--version" | "-v") => {
             println!("vmm-task {}", env!("CARGO_PKG_VERSION"));
             0
         }
-        _ => {
-            eprintln!("vmm-task runs as PID 1 of a virtual machine; on its own it only knows --version");
+        Some(other) => {
+            eprintln!(
+                "vmm-task: {other:?} is not known; it runs in a virtual machine, as PID 1 or as a service without \
+                 arguments, and elsewhere only knows --version"
+            );
             2
         }
     }
 }
 
-/// The life of PID 1, which never returns: the kernel would panic.
-fn init() -> ! {
-    let ended = catch_unwind(AssertUnwindSafe(boot_and_serve));
+/// The agent's life. It never returns: after PID 1's the kernel would panic.
+fn live(role: Role) -> ! {
+    let ended = catch_unwind(AssertUnwindSafe(|| boot_and_serve(role)));
     let reason = match ended {
         Ok(Ok(())) => "its ports ended".to_owned(),
         Ok(Err(error)) => format!("{error:#}"),
@@ -53,12 +59,18 @@ fn init() -> ! {
     };
     log::error!("the agent gives up: {reason}");
     // In case there is no kernel log yet.
-    let _ = fs::write(CONSOLE, format!("vmm-task: the agent gives up: {reason}\n"));
-    boot::end_vm()
+    let line = format!("vmm-task: the agent gives up: {reason}\n");
+    match role {
+        Role::Init => drop(fs::write(CONSOLE, line)),
+        Role::Service => eprint!("{line}"),
+    }
+    role.end(1)
 }
 
-fn boot_and_serve() -> Result<()> {
-    boot::early()?;
+fn boot_and_serve(role: Role) -> Result<()> {
+    if role == Role::Init {
+        boot::early()?;
+    }
     standard_streams();
     let cmdline = fs::read_to_string("/proc/cmdline").context("reading /proc/cmdline")?;
     let (config, problems) = TaskConfig::parse(&cmdline);
@@ -73,7 +85,7 @@ fn boot_and_serve() -> Result<()> {
         .thread_keep_alive(HELPER_IDLE)
         .build()
         .context("starting the runtime")?;
-    runtime.block_on(serve::run(&config))?;
+    runtime.block_on(serve::run(&config, role))?;
     Ok(())
 }
 

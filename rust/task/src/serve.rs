@@ -31,6 +31,7 @@ use crate::{
     handshake::{HandshakeError, HostLink},
     limits::{panic_message, unless_it_panics},
     reaper::Reaper,
+    role::Role,
     runc::{self, Runc},
     sandbox_service::Sandbox,
     stdio::{listener::StdioListener, registry::Registry},
@@ -83,13 +84,14 @@ pub fn services(tasks: &Arc<Tasks>, token: &Arc<Token>, debug: bool) -> HashMap<
 ///
 /// # Errors
 /// When the agent cannot do its work. The host has been told why, if it could be reached.
-pub async fn run(config: &TaskConfig) -> Result<(), AgentError> {
+pub async fn run(config: &TaskConfig, role: Role) -> Result<(), AgentError> {
+    role.adopt().map_err(|error| AgentError::Port("becoming a subreaper".to_owned(), error))?;
     // Listening first: the host calls as soon as it has read READY.
     let ttrpc = listen(PORT_TTRPC)?;
     let stdio = listen(PORT_STDIO)?;
     let forward = listen(PORT_FORWARD)?;
     let mut host = HostLink::ready(connect().await?).await?;
-    let served = told(serve(config, [ttrpc, stdio, forward], &mut host)).await;
+    let served = told(serve(config, role, [ttrpc, stdio, forward], &mut host)).await;
     match served {
         Ok(()) => Ok(()),
         Err(error) => {
@@ -106,6 +108,7 @@ async fn told(work: impl Future<Output = Result<(), AgentError>>) -> Result<(), 
 
 async fn serve(
     config: &TaskConfig,
+    role: Role,
     [ttrpc, stdio, forward]: [VsockListener; 3],
     host: &mut HostLink<VsockStream>,
 ) -> Result<(), AgentError> {
@@ -113,7 +116,7 @@ async fn serve(
     let mut vital = JoinSet::new();
     let reaping = reaper.start().map_err(|error| AgentError::Port("receiving SIGCHLD".to_owned(), error))?;
     vital.spawn(reaping);
-    boot::late(config.share, config.cgroup)?;
+    boot::late(config.share, config.cgroup, role)?;
     let token = Token::new();
     token.set(host.token().await?);
     let streams = Arc::new(Registry::default());
@@ -147,7 +150,7 @@ async fn serve(
             }
         });
     }
-    end_on_signal(Sandbox::new(Arc::clone(&tasks), false))
+    end_on_signal(Sandbox::new(Arc::clone(&tasks), false), role)
         .map_err(|error| AgentError::Port("receiving SIGTERM and SIGPWR".to_owned(), error))?;
     let services = services(&tasks, &token, config.debug);
     let (calls, incoming) = mpsc::channel(MAX_WAITING);
@@ -176,8 +179,9 @@ async fn first_end(mut vital: JoinSet<()>) -> AgentError {
     AgentError::Panic(why)
 }
 
-/// Ends the VM in order when it is told to from inside: by a person in a debug console, or a kernel whose power is going.
-fn end_on_signal(sandbox: Sandbox) -> io::Result<()> {
+/// Ends the VM in order when it is told to from inside: by a person in a debug console, a kernel whose power is going, or
+/// systemd that stops its services.
+fn end_on_signal(sandbox: Sandbox, role: Role) -> io::Result<()> {
     let mut terminate = signal(SignalKind::terminate())?;
     let mut power = signal(SignalKind::from_raw(SIGPWR))?;
     tokio::spawn(async move {
@@ -187,7 +191,7 @@ fn end_on_signal(sandbox: Sandbox) -> io::Result<()> {
         }
         log::warn!("told to end by a signal");
         sandbox.leave(SIGNAL_GRACE).await;
-        boot::end_vm();
+        role.end(0);
     });
     Ok(())
 }

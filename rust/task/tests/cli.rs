@@ -11,12 +11,20 @@ fn run(args: &[&str]) -> (Option<i32>, String, String) {
 }
 
 #[test]
-fn it_knows_its_version_and_refuses_to_be_anything_but_pid_1() {
+fn it_knows_its_version_and_refuses_other_words() {
     assert_eq!(
         run(&["--version"]),
         (Some(0), format!("vmm-task {}\n", env!("CARGO_PKG_VERSION")), String::new())
     );
-    let (code, _, error) = run(&[]);
+    let (code, _, error) = run(&["serve"]);
     assert_eq!(code, Some(2));
-    assert!(error.starts_with("vmm-task runs as PID 1 of a virtual machine"), "{error}");
+    assert!(error.starts_with("vmm-task: \"serve\" is not known; it runs in a virtual machine"), "{error}");
+}
+
+/// As on a host where somebody starts it by mistake: it ends, says why, and changes nothing.
+#[test]
+fn outside_of_a_guest_it_says_what_it_lacks() {
+    let (code, _, error) = run(&[]);
+    assert_eq!(code, Some(1));
+    assert!(error.starts_with("vmm-task: the agent gives up: ") && error.contains("vsock port"), "{error}");
 }

@@ -2,7 +2,9 @@
 
 use std::{
     env, fs,
+    os::unix::fs::PermissionsExt,
     path::{Path, PathBuf},
+    process::{Command, Stdio},
 };
 
 /// What the tests are given; `Err` says what is missing.
@@ -11,6 +13,8 @@ pub(crate) struct Given {
     pub(crate) kernel: PathBuf,
     initrd: Option<PathBuf>,
     pub(crate) disk: Option<PathBuf>,
+    /// The disk of the image, whatever the VM's own is.
+    image: Option<PathBuf>,
     pub(crate) virtiofsd: Option<PathBuf>,
     agent: Option<PathBuf>,
     runc: Option<PathBuf>,
@@ -43,6 +47,7 @@ impl Given {
             kernel: kernel.ok_or("neither KUASAR_IMAGE nor KUASAR_KERNEL is set")?,
             initrd: in_image("kuasar.initrd"),
             disk: in_image("kuasar.img"),
+            image: in_image("kuasar.img"),
             virtiofsd: tool("KUASAR_VIRTIOFSD", "virtiofsd").ok(),
             agent: var("KUASAR_AGENT"),
             runc: var("KUASAR_RUNC"),
@@ -60,6 +65,24 @@ impl Given {
     pub(crate) fn mini_from_env() -> Result<Self, String> {
         let kernel = var("KUASAR_MINI_KERNEL").ok_or("KUASAR_MINI_KERNEL is not set")?;
         Ok(Self { kernel, ..Self::from_env()? })
+    }
+
+    /// A program of the guest, by its path in the image: the one that is given, or else the image's.
+    pub(crate) fn program(&self, path: &str, to: &Path) {
+        let given = if path == "/sbin/init" { &self.agent } else { &self.runc };
+        if let Some(given) = given {
+            fs::copy(given, to).unwrap();
+        } else {
+            // Behind the image's tables.
+            let disk = format!("{}?offset={}", self.image.as_ref().unwrap().display(), 3 << 20);
+            let dump = format!("dump {path} {}", to.display());
+            let done = Command::new("debugfs").args(["-R", &dump, &disk]).stderr(Stdio::null()).status();
+            assert!(
+                done.unwrap().success() && fs::metadata(to).is_ok_and(|about| about.len() > 0),
+                "{path} of {disk}"
+            );
+        }
+        fs::set_permissions(to, fs::Permissions::from_mode(0o755)).unwrap();
     }
 
     /// The initrd of the image, unless another agent or runtime is to be tried.
@@ -87,6 +110,8 @@ pub(crate) enum Kind {
     InitrdNineP,
     /// Root on the image as pmem with DAX, shared folder by virtiofs.
     DiskVirtiofs,
+    /// The same without the tables of an image: a file system on virtio-blk.
+    PlainDisk,
 }
 
 impl Kind {
@@ -95,8 +120,10 @@ impl Kind {
         match self {
             Self::InitrdNineP => None,
             Self::DiskVirtiofs if given.disk.is_none() => Some("KUASAR_IMAGE is not set"),
-            Self::DiskVirtiofs if given.virtiofsd.is_none() => Some("there is no virtiofsd"),
-            Self::DiskVirtiofs => None,
+            Self::DiskVirtiofs | Self::PlainDisk if given.virtiofsd.is_none() => {
+                Some("there is no virtiofsd")
+            }
+            Self::DiskVirtiofs | Self::PlainDisk => None,
         }
     }
 }

@@ -18,6 +18,7 @@ mod pids;
 mod pod;
 mod storages;
 mod streams;
+mod systemd;
 mod vm;
 
 use std::{

@@ -76,7 +76,7 @@ impl Vm {
         let listener = UnixListener::bind(dir.path().join(format!("vsock.sock_{PORT_READY}"))).unwrap();
         let started = Instant::now();
         let mut processes = vec![vsock(given, dir.path())];
-        if kind == Kind::DiskVirtiofs {
+        if kind != Kind::InitrdNineP {
             processes.push(virtiofsd(given, dir.path()));
         }
         let more = more(dir.path());
@@ -320,15 +320,28 @@ fn qemu(given: &Given, kind: Kind, dir: &Path, cmdline: &str, more: &str) -> Chi
             let disk = given.disk.as_ref().unwrap();
             args += &format!(
                 "-object memory-backend-file,id=img,mem-path={},share=on,readonly=on,size={} \
-                 -device virtio-pmem-pci,memdev=img,id=root \
-                 -chardev socket,id=fs,path={} -device vhost-user-fs-pci,chardev=fs,tag=kuasar",
+                 -device virtio-pmem-pci,memdev=img,id=root ",
                 disk.display(),
                 fs::metadata(disk).unwrap().len(),
-                path("virtiofs.sock"),
             );
-            // Pages that virtiofsd fills behind the emulator's back must not hold translated code.
-            append += " root=/dev/pmem0p1 rootflags=dax ro rootfstype=ext4 init_on_alloc=1";
+            append += " root=/dev/pmem0p1 rootflags=dax ro rootfstype=ext4";
         }
+        Kind::PlainDisk => {
+            let disk = given.disk.as_ref().unwrap();
+            args += &format!(
+                "-drive if=none,id=root,file={},format=raw,readonly=on -device virtio-blk-pci,drive=root ",
+                disk.display()
+            );
+            append += " root=/dev/vda ro rootfstype=ext4";
+        }
+    }
+    if kind != Kind::InitrdNineP {
+        args += &format!(
+            "-chardev socket,id=fs,path={} -device vhost-user-fs-pci,chardev=fs,tag=kuasar",
+            path("virtiofs.sock")
+        );
+        // Pages that virtiofsd fills behind the emulator's back must not hold translated code.
+        append += " init_on_alloc=1";
     }
     Command::new(&given.qemu)
         .args(args.split_whitespace())
