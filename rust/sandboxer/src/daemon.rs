@@ -114,6 +114,20 @@ pub fn raise_open_files() {
     }
 }
 
+/// Has all threads allocate from one arena, where glibc gives up to eight a processor and each keeps the most it ever held: with
+/// them the daemon took 12 KiB a pod for a hundred pods, and nothing of it was allocated in the end. To be called while there is
+/// one thread.
+pub fn allocate_from_one_arena() {
+    #[cfg(target_env = "gnu")]
+    {
+        // SAFETY: takes two numbers and changes a parameter of the allocator; no other thread allocates yet.
+        let accepted = unsafe { nix::libc::mallopt(nix::libc::M_ARENA_MAX, 1) };
+        if accepted == 0 {
+            tracing::warn!("the allocator does not take its number of arenas; the daemon uses more memory");
+        }
+    }
+}
+
 /// Recovers, serves, and returns when SIGTERM or SIGINT asks for it. Pods go on without the daemon.
 ///
 /// # Errors

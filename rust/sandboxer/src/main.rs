@@ -82,6 +82,7 @@ fn run(args: Args) -> anyhow::Result<()> {
         grace: Duration::from_secs(config.sandbox.collect_grace_s),
     };
     daemon::raise_open_files();
+    daemon::allocate_from_one_arena();
     let listen = std::path::absolute(&args.listen).context("resolving --listen")?;
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .enable_all()
