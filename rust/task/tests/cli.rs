@@ -20,11 +20,3 @@ fn it_knows_its_version_and_refuses_other_words() {
     assert_eq!(code, Some(2));
     assert!(error.starts_with("vmm-task: \"serve\" is not known; it runs in a virtual machine"), "{error}");
 }
-
-/// As on a host where somebody starts it by mistake: it ends, says why, and changes nothing.
-#[test]
-fn outside_of_a_guest_it_says_what_it_lacks() {
-    let (code, _, error) = run(&[]);
-    assert_eq!(code, Some(1));
-    assert!(error.starts_with("vmm-task: the agent gives up: ") && error.contains("vsock port"), "{error}");
-}
