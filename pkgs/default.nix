@@ -78,6 +78,11 @@ lib.makeScope pkgs.newScope (
         };
       };
     }
+    # Not everything that answers to nixpkgs' names has NixOS.
+    // lib.optionalAttrs (pkgs ? nixos) {
+      rootfs-nixos = self.callPackage ../rootfs/nixos.nix { };
+      disk-qemu-nixos = disk { rootfs = self.rootfs-nixos; };
+    }
     // lib.optionalAttrs isx86_64 {
       # The micro kernel knows no XFS.
       disk-qemu-xfs = disk { fs = "xfs"; };
