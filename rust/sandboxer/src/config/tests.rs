@@ -58,7 +58,8 @@ fn an_unknown_value_names_the_nearest() {
 fn values_that_cannot_work_are_refused_by_name() {
     for (text, part) in [
         ("[hypervisor]\nvcpus = 0", "hypervisor.vcpus is 0"),
-        ("[hypervisor]\nmemory_in_mb = 16", "hypervisor.memory_in_mb is 16, a guest needs at least 64"),
+        ("[hypervisor]\nmemory_in_mb = 16", "hypervisor.memory_in_mb is 16, a guest needs at least 48"),
+        ("[hypervisor]\nmemory_in_mb = 59\nroot = \"initrd\"", "is 59, a guest needs at least 60"),
         ("[hypervisor]\nkernel_path = \"\"", "hypervisor.kernel_path is empty"),
         ("[hypervisor]\nroot = \"initrd\"\ninitrd_path = \"\"", "hypervisor.initrd_path is empty"),
         (

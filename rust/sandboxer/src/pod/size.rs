@@ -7,7 +7,7 @@ use super::{
     annotations::Wishes,
     spec::{PodResources, PodSpec},
 };
-use crate::config::{HypervisorConfig, MIN_MEMORY_IN_MB};
+use crate::config::HypervisorConfig;
 
 /// Bytes in a MiB.
 const MIB: i64 = 1 << 20;
@@ -39,11 +39,12 @@ impl VmSize {
         wishes: &Wishes,
         config: &HypervisorConfig,
     ) -> Result<Self, PodError> {
+        let floor = u64::from(config.least_memory_in_mb());
         let memory_mib = match wishes.memory_mib {
-            Some(wished) if wished < FLOOR => {
+            Some(wished) if wished < floor => {
                 return Err(PodError::Refused(format!(
-                    "the annotation io.kuasar.vm.memory_mib asks for a VM of {wished} MiB, and its guest needs {FLOOR} \
-                     MiB to start; set it to {FLOOR} or more"
+                    "the annotation io.kuasar.vm.memory_mib asks for a VM of {wished} MiB, and its guest needs {floor} \
+                     MiB to start; set it to {floor} or more"
                 )));
             }
             Some(wished) => wished,
@@ -52,9 +53,6 @@ impl VmSize {
         Ok(Self { vcpus: wishes.vcpus.unwrap_or_else(|| vcpus(resources, config)), memory_mib })
     }
 }
-
-/// MiB.
-const FLOOR: u64 = MIN_MEMORY_IN_MB as u64;
 
 /// CPUs of this node: more vCPUs than that only make a VM slower.
 pub(super) fn host_cpus() -> u32 {
@@ -80,14 +78,15 @@ fn memory_mib(pod: &PodResources, config: &HypervisorConfig) -> Result<u64, PodE
         (i64::from(config.memory_overhead_in_mb).saturating_mul(MIB), "memory_overhead_in_mb")
     };
     let mib = up(pod.memory_limit.saturating_add(overhead), MIB);
-    if mib >= FLOOR {
+    let floor = u64::from(config.least_memory_in_mb());
+    if mib >= floor {
         return Ok(mib);
     }
     let (limit, overhead) = (up(pod.memory_limit, MIB), u64::try_from(overhead / MIB).unwrap_or(0));
     Err(PodError::Refused(format!(
         "the pod's memory limit of {limit} MiB and {whose} of {overhead} MiB make a VM of {mib} MiB, and its guest needs \
-         {FLOOR} MiB to start; raise the limits of the pod's containers to {} MiB or more in sum",
-        FLOOR.saturating_sub(overhead)
+         {floor} MiB to start; raise the limits of the pod's containers to {} MiB or more in sum",
+        floor.saturating_sub(overhead)
     )))
 }
 
@@ -99,6 +98,8 @@ fn up(part: i64, whole: i64) -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    const FLOOR: u64 = 48;
 
     fn config() -> HypervisorConfig {
         HypervisorConfig { vcpus: 7, ..HypervisorConfig::default() }
@@ -154,7 +155,7 @@ mod tests {
             try_size(PodResources { memory_limit, memory_overhead, ..PodResources::default() })
         };
         let error = limits(8 * MIB, 20 * MIB).unwrap_err();
-        let would_do = i64::from(MIN_MEMORY_IN_MB) - 20;
+        let would_do = FLOOR.cast_signed() - 20;
         assert!(
             error.contains("limit of 8 MiB and the runtime class's overhead of 20 MiB make a VM of 28 MiB"),
             "{error}"

@@ -5,14 +5,14 @@ use std::{
     time::{Duration, Instant},
 };
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use kuasar_e2e::{
     cri::{
         ContainerState, LinuxContainerResources, LinuxSandboxSecurityContext, NamespaceMode, NamespaceOption,
         PodSandboxState,
     },
     image::{ALIEN, BASH, BUSYBOX},
-    lab::{self, Lab, Pod, QEMU},
+    lab::{self, Lab, Pod, QEMU, QEMU_INITRD},
     suite::handler,
 };
 
@@ -83,6 +83,38 @@ pub(crate) async fn the_want_of_memory_is_a_reason(lab: Arc<Lab>) -> Result<()> 
     }
     ensure!(reason == "OOMKilled", "its reason is {reason:?}");
     pod.remove().await
+}
+
+/// As small as the daemon takes it, its guest still does what it is for; any smaller, it is refused.
+pub(crate) async fn a_pod_of_the_least_size_works(lab: Arc<Lab>) -> Result<()> {
+    for (handler, least) in [(QEMU, 48), (QEMU_INITRD, 60)] {
+        let sized = |mib: i64| {
+            let mut config = lab.pod_config("small")?;
+            let linux = config.linux.get_or_insert_default();
+            let memory =
+                |mib: i64| LinuxContainerResources { memory_limit_in_bytes: mib << 20, ..Default::default() };
+            (linux.resources, linux.overhead) = (Some(memory(mib - 20)), Some(memory(20)));
+            anyhow::Ok(config)
+        };
+        let pod =
+            lab.run(sized(least)?, handler).await.with_context(|| format!("{handler} of {least} MiB"))?;
+        let id = pod.container("idle", BUSYBOX, IDLE).await?;
+        let out = lab.cri.exec(&id, &["grep", "MemTotal", "/proc/meminfo"]).await?;
+        let total: i64 = out.stdout.split_whitespace().nth(1).context("no MemTotal")?.parse()?;
+        ensure!(out.code == 0 && total < least << 10, "{handler}: its guest has {total} KiB");
+        let out = lab.cri.exec(&id, &["echo", "here"]).await?;
+        ensure!(out.stdout == "here\n", "{handler}: an exec gave {out:?}");
+        pod.remove().await?;
+        let error = match lab.run(sized(least - 1)?, handler).await {
+            Ok(_) => bail!("{handler} takes a pod of {} MiB", least - 1),
+            Err(error) => format!("{error:#}"),
+        };
+        ensure!(
+            error.contains(&format!("its guest needs {least} MiB to start; raise the limits")),
+            "{error}"
+        );
+    }
+    Ok(())
 }
 
 pub(crate) async fn exit_codes_arrive(lab: Arc<Lab>) -> Result<()> {

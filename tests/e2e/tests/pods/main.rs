@@ -34,7 +34,7 @@ use io::{
 };
 use life::{
     a_command_that_does_not_exist, a_container_restarts_in_a_living_pod, a_host_network_pod_is_refused,
-    an_image_of_another_architecture, containers_of_a_pod_share_processes,
+    a_pod_of_the_least_size_works, an_image_of_another_architecture, containers_of_a_pod_share_processes,
     exec_of_a_command_that_does_not_exist, exit_codes_arrive, pod_life_is_idempotent,
     the_want_of_memory_is_a_reason, two_images_in_one_pod,
 };
@@ -82,6 +82,7 @@ fn main() -> ExitCode {
             pod_life_is_idempotent,
             exit_codes_arrive,
             the_want_of_memory_is_a_reason,
+            a_pod_of_the_least_size_works,
             exec_of_a_command_that_does_not_exist,
             a_command_that_does_not_exist,
             an_image_of_another_architecture,
