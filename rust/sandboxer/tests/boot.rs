@@ -4,6 +4,8 @@
 
 #![allow(clippy::unwrap_used, clippy::panic, reason = "a test ends where it fails")]
 
+mod common;
+
 use std::{
     fs,
     io::{self, ErrorKind},
@@ -15,6 +17,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use common::TOKEN;
 use kuasar_common::{
     address::GuestAddress,
     api::{
@@ -31,12 +34,9 @@ use tokio_vsock::{VsockAddr, VsockStream};
 use ttrpc::r#async::transport::Socket;
 use vmm_sandboxer::{
     network,
-    vmm::{
-        Accel, DeviceInfo, Hypervisor, Machine, Root, ShareFs, Vm, VmConfig, VmSpec, VsockKind, qemu::Qemu,
-    },
+    vmm::{DeviceInfo, Hypervisor, Machine, Root, ShareFs, Vm, VmConfig, VmSpec, qemu::Qemu},
 };
 
-const TOKEN: &str = "0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef";
 /// Emulation on a busy machine is slow.
 const DEADLINE: Duration = Duration::from_secs(60);
 
@@ -52,45 +52,20 @@ impl Lab {
             eprintln!("skipped: KUASAR_IMAGE is not given");
             return None;
         };
-        let asked = |key, value| std::env::var(key).is_ok_and(|given| given == value);
-        let kvm = asked("KUASAR_ACCEL", "kvm");
-        let vhost = asked("KUASAR_VSOCK", "vhost");
-        let dir = tempfile::tempdir().unwrap();
-        for folder in ["shared", "log"] {
-            fs::create_dir(dir.path().join(folder)).unwrap();
-        }
-        let config = VmConfig {
-            path: "qemu-system-x86_64".into(),
-            accel: if kvm { Accel::Kvm } else { Accel::Tcg },
-            machine: Machine::Q35,
-            cpu: None,
-            kernel: image.join("vmlinux"),
-            image: Some(image.join("kuasar.img")),
-            initrd: Some(image.join("kuasar.initrd")),
-            root: Root::Pmem,
-            verity: None,
-            kernel_params: String::new(),
-            share_fs: ShareFs::Virtiofs,
-            virtiofsd: "virtiofsd".into(),
-            vsock: if vhost { VsockKind::Vhost } else { VsockKind::VhostUser },
-            vhost_device_vsock: "vhost-device-vsock".into(),
-            task_log_level: "debug".into(),
-            debug: false,
-        };
+        let file = |name: &str| image.join(name);
+        let config = common::config(
+            Machine::Q35,
+            file("vmlinux"),
+            file("kuasar.img"),
+            file("kuasar.initrd"),
+            Root::Pmem,
+        );
+        let (dir, config) = (common::pod_folder(), VmConfig { task_log_level: "debug".into(), ..config });
         Some(Self { dir, config })
     }
 
     fn spec(&self) -> VmSpec {
-        VmSpec {
-            pod: "boot".into(),
-            dir: self.dir.path().into(),
-            netns: None,
-            cgroup_procs: Vec::new(),
-            vcpus: 1,
-            memory_mib: 256,
-            devices: Vec::new(),
-            kernel_params: String::new(),
-        }
+        common::spec(self.dir.path())
     }
 
     /// Starts a VM and takes its agent's call.

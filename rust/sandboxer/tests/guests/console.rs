@@ -4,7 +4,10 @@ use std::{fs, path::Path, process::Stdio};
 
 use tokio::{io::AsyncWriteExt, process::Command, time::timeout};
 
-use crate::lab::{DEADLINE, Guests, ROOTS, RootKind, TOKEN, start};
+use crate::{
+    common::TOKEN,
+    lab::{DEADLINE, Guests, ROOTS, RootKind, start},
+};
 
 /// The tool in a terminal of 31 rows and 97 columns, into which `typed` is typed. Gives what it showed.
 async fn console(pod: &Path, typed: &str) -> String {

@@ -7,15 +7,12 @@ use std::{
     time::Duration,
 };
 
-use vmm_sandboxer::vmm::{
-    Accel, Hypervisor, Machine, ReadyGuest, Root, ShareFs, Verity, Vm, VmConfig, VmSpec, VsockKind,
-    qemu::Qemu,
-};
+use vmm_sandboxer::vmm::{Hypervisor, Machine, ReadyGuest, Root, Verity, Vm, VmConfig, qemu::Qemu};
+
+use crate::common::{self, TOKEN};
 
 /// Emulation on a busy machine is slow.
 pub(crate) const DEADLINE: Duration = Duration::from_secs(120);
-
-pub(crate) const TOKEN: &str = "0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef";
 
 /// What is below `KUASAR_GUESTS`, or another variable for another architecture: `kernels/<name>/` and `roots/<kind>/`.
 pub(crate) struct Guests {
@@ -128,26 +125,10 @@ impl Guests {
 
     /// What the daemon's configuration would be.
     pub(crate) fn config(&self, kernel: &Kernel, kind: RootKind) -> VmConfig {
-        let asked = |key, value| std::env::var(key).is_ok_and(|given| given == value);
         let file = self.root(kind);
-        VmConfig {
-            path: format!("qemu-system-{}", self.machine.architecture()).into(),
-            accel: if asked("KUASAR_ACCEL", "kvm") { Accel::Kvm } else { Accel::Tcg },
-            machine: self.machine,
-            cpu: None,
-            kernel: kernel.path.clone(),
-            image: Some(file.clone()),
-            initrd: Some(file.clone()),
-            root: kind.root,
-            verity: verity(&file.with_file_name("verity.toml")),
-            kernel_params: String::new(),
-            share_fs: ShareFs::Virtiofs,
-            virtiofsd: "virtiofsd".into(),
-            vsock: if asked("KUASAR_VSOCK", "vhost") { VsockKind::Vhost } else { VsockKind::VhostUser },
-            vhost_device_vsock: "vhost-device-vsock".into(),
-            task_log_level: "warn".into(),
-            debug: false,
-        }
+        let verity = verity(&file.with_file_name("verity.toml"));
+        let config = common::config(self.machine, kernel.path.clone(), file.clone(), file, kind.root);
+        VmConfig { verity, ..config }
     }
 }
 
@@ -168,20 +149,8 @@ pub(crate) struct Booted {
 
 /// Starts a VM.
 pub(crate) async fn start(config: VmConfig) -> Booted {
-    let dir = tempfile::tempdir().unwrap();
-    for folder in ["shared", "log"] {
-        fs::create_dir(dir.path().join(folder)).unwrap();
-    }
-    let spec = VmSpec {
-        pod: "guest".into(),
-        dir: dir.path().into(),
-        netns: None,
-        cgroup_procs: Vec::new(),
-        vcpus: 1,
-        memory_mib: 256,
-        devices: Vec::new(),
-        kernel_params: String::new(),
-    };
+    let dir = common::pod_folder();
+    let spec = common::spec(dir.path());
     let qemu = Qemu::new(config);
     qemu.preflight().await.unwrap();
     Booted { vm: qemu.start(spec).await.unwrap(), dir }

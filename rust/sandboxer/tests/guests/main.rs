@@ -4,6 +4,8 @@
 
 #![allow(clippy::unwrap_used, clippy::panic, reason = "a test ends where it fails")]
 
+#[path = "../common/mod.rs"]
+mod common;
 mod console;
 mod lab;
 mod table;
