@@ -9,6 +9,7 @@
 
 use std::{
     env, fs,
+    io::Write,
     os::unix::process::ExitStatusExt,
     path::{Path, PathBuf},
     process::{Command, ExitCode, ExitStatus},
@@ -85,6 +86,23 @@ pub fn enter() -> Result<Result<Machine, ExitCode>> {
         }
         Some(other) => bail!("{STAGE} is {other:?}: it is set by this program only"),
     }
+}
+
+/// The life of a program that does its work in such a machine.
+pub fn run<W>(work: impl FnOnce(Machine) -> W) -> ExitCode
+where
+    W: Future<Output = Result<ExitCode>>,
+{
+    let done = enter().and_then(|entered| match entered {
+        Ok(machine) => {
+            tokio::runtime::Runtime::new().context("starting the async runtime")?.block_on(work(machine))
+        }
+        Err(code) => Ok(code),
+    });
+    done.unwrap_or_else(|error| {
+        let _ = writeln!(std::io::stderr(), "\nerror: {error:#}");
+        ExitCode::FAILURE
+    })
 }
 
 fn root_from_env() -> Result<PathBuf> {

@@ -3,7 +3,6 @@
 
 use std::{
     collections::BTreeMap,
-    io::Write,
     path::{Path, PathBuf},
     process::ExitCode,
     time::{Duration, Instant},
@@ -49,25 +48,11 @@ enum What {
 const IDLE: &[&str] = &["/bin/sleep", "100000"];
 
 fn main() -> ExitCode {
-    match try_main() {
-        Ok(code) => code,
-        Err(e) => {
-            let _ = writeln!(std::io::stderr(), "error: {e:#}");
-            ExitCode::FAILURE
-        }
-    }
-}
-
-fn try_main() -> Result<ExitCode> {
     let args = Args::parse();
-    let machine = match machine::enter()? {
-        Ok(machine) => machine,
-        Err(code) => return Ok(code),
-    };
-    tokio::runtime::Runtime::new().context("starting the async runtime")?.block_on(run(&args, machine))
+    machine::run(|machine| run(args, machine))
 }
 
-async fn run(args: &Args, machine: Machine) -> Result<ExitCode> {
+async fn run(args: Args, machine: Machine) -> Result<ExitCode> {
     let lab = Lab::start(machine, Paths::find()?, &[QEMU]).await?;
     lab.import_images().await?;
     let done = match &args.what {

@@ -46,22 +46,8 @@ const SEEN: &str = "/.kuasar-demo-seen";
 const PATIENCE: Duration = Duration::from_secs(600);
 
 fn main() -> ExitCode {
-    match try_main() {
-        Ok(code) => code,
-        Err(e) => {
-            let _ = writeln!(std::io::stderr(), "\nerror: {e:#}");
-            ExitCode::FAILURE
-        }
-    }
-}
-
-fn try_main() -> Result<ExitCode> {
     let args = Args::parse();
-    let machine = match machine::enter()? {
-        Ok(machine) => machine,
-        Err(code) => return Ok(code),
-    };
-    tokio::runtime::Runtime::new().context("starting the async runtime")?.block_on(run(&args, machine))
+    machine::run(|machine| run(args, machine))
 }
 
 /// The steps and how long they took.
@@ -84,7 +70,7 @@ impl Steps {
     }
 }
 
-async fn run(args: &Args, machine: Machine) -> Result<ExitCode> {
+async fn run(args: Args, machine: Machine) -> Result<ExitCode> {
     let paths = Paths::find()?;
     let steps = Steps { start: Instant::now() };
     let handler = lab::handlers().find(|name| *name == args.handler);
@@ -96,7 +82,7 @@ async fn run(args: &Args, machine: Machine) -> Result<ExitCode> {
     let lab = steps
         .step("start the daemon and a private containerd", Lab::start(machine, paths, &handlers))
         .await?;
-    let outcome = show(args, &lab, &steps).await;
+    let outcome = show(&args, &lab, &steps).await;
     let wrong = steps.step("stop and remove everything", async { Ok(lab.stop().await) }).await?;
     let code = outcome?;
     if !wrong.is_empty() {
