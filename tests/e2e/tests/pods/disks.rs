@@ -16,7 +16,7 @@ use kuasar_e2e::{
 };
 use tokio::process::Command;
 
-use super::IDLE;
+use super::{IDLE, common::sh};
 
 const SOON: Duration = Duration::from_secs(30);
 
@@ -81,11 +81,6 @@ async fn gone(lab: &Lab, id: &str) -> Result<()> {
     lab.cri.stop(id, 0).await?;
     lab.cri.ended(id, SOON).await?;
     Ok(lab.cri.remove(id).await?)
-}
-
-async fn sh(lab: &Lab, id: &str, script: &str) -> Result<String> {
-    let out = lab.cri.exec(id, &["/bin/sh", "-c", script]).await?;
-    Ok(format!("{} {}{}", out.code, out.stdout.trim_end(), out.stderr.trim_end()))
 }
 
 pub(crate) async fn a_disk_is_a_device_of_the_container(lab: Arc<Lab>) -> Result<()> {

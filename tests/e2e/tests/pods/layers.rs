@@ -4,19 +4,17 @@ use std::{fs, path::Path, sync::Arc, time::Duration};
 
 use anyhow::{Result, ensure};
 use kuasar_e2e::{
-    image::{BUSYBOX, Image, Layer},
-    lab::{self, Containerd, Lab, QEMU, QEMU_EROFS, run},
+    image::BUSYBOX,
+    lab::{self, Containerd, Lab, QEMU, QEMU_EROFS},
     paths::Paths,
 };
 
-use super::IDLE;
+use super::{
+    IDLE,
+    common::{import_layers, sh},
+};
 
 const SOON: Duration = Duration::from_secs(30);
-
-async fn sh(lab: &Lab, id: &str, script: &str) -> Result<String> {
-    let out = lab.cri.exec(id, &["/bin/sh", "-c", script]).await?;
-    Ok(format!("{} {}{}", out.code, out.stdout.trim_end(), out.stderr.trim_end()))
-}
 
 fn mounted(kind: &str, below: &Path) -> Result<usize> {
     let text = fs::read_to_string("/proc/self/mountinfo")?;
@@ -55,22 +53,7 @@ pub(crate) async fn a_root_is_made_of_erofs_layers(lab: Arc<Lab>) -> Result<()> 
 /// One with more layers than the VM has slots: mounted on the host and shared.
 pub(crate) async fn a_root_of_more_erofs_layers_than_slots(lab: Arc<Lab>) -> Result<()> {
     const LAYERS: u32 = 28;
-    let mut image = Image::new("kuasar.test/erofs-layers:1", &["/bin/sh"]).layer(
-        Layer::new()
-            .dir("bin", 0o755)?
-            .file("bin/busybox", 0o755, &fs::read(lab.paths.tool("busybox"))?)?
-            .link("bin/sh", "busybox")?
-            .link("bin/cat", "busybox")?,
-    )?;
-    for number in 1..LAYERS {
-        let text = number.to_string();
-        let layer = Layer::new().file("top", 0o644, text.as_bytes())?;
-        image = image.layer(layer.file(&format!("layer-{number}"), 0o644, text.as_bytes())?)?;
-    }
-    let file = lab.machine.root.join("images/erofs-layers.tar");
-    image.write(&file)?;
-    let mut ctr = lab.ctr();
-    run(ctr.args(["images", "import", "--local", "--no-unpack"]).arg(&file)).await?;
+    let image = import_layers(&lab, "erofs-layers", LAYERS).await?;
     let pod = lab.pod("slots", QEMU_EROFS).await?;
     let folder = lab::folder_of(QEMU).join(&pod.id);
     let script =

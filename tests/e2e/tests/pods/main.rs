@@ -1,5 +1,6 @@
 //! Pods over CRI: life, processes, output, images, network. One lab for all; most cases make a pod of their own.
 
+mod common;
 mod disks;
 mod ends;
 mod guest;

@@ -11,13 +11,16 @@ use std::{
 use anyhow::{Context, Result, ensure};
 use kuasar_e2e::{
     cri::{ContainerConfig, ImageSpec, Mount, MountPropagation, PodSandboxState},
-    image::{BASH, BUSYBOX, Image, Layer},
+    image::{BASH, BUSYBOX},
     lab::{self, Lab, Pod, run},
     suite::handler,
 };
 use tokio::process::Command;
 
-use super::IDLE;
+use super::{
+    IDLE,
+    common::{import_layers, sh},
+};
 
 const SOON: Duration = Duration::from_secs(30);
 
@@ -40,11 +43,6 @@ async fn started(lab: &Lab, pod: &Pod<'_>, config: ContainerConfig) -> Result<St
     let id = pod.create(config).await?;
     lab.cri.start(&id).await.map_err(|e| anyhow::anyhow!("starting: {}", e.message()))?;
     Ok(id)
-}
-
-async fn sh(lab: &Lab, id: &str, script: &str) -> Result<String> {
-    let out = lab.cri.exec(id, &["/bin/sh", "-c", script]).await?;
-    Ok(format!("{} {}{}", out.code, out.stdout.trim_end(), out.stderr.trim_end()))
 }
 
 pub(crate) async fn volumes_are_what_was_asked_for(lab: Arc<Lab>) -> Result<()> {
@@ -221,26 +219,7 @@ pub(crate) async fn what_cannot_be_mounted_is_refused_by_name(lab: Arc<Lab>) -> 
 
 pub(crate) async fn a_root_has_any_number_of_layers(lab: Arc<Lab>) -> Result<()> {
     const LAYERS: u32 = 126;
-    let mut image = Image::new("kuasar.test/layers:1", &["/bin/sh"]).layer(
-        Layer::new()
-            .dir("bin", 0o755)?
-            .file("bin/busybox", 0o755, &fs::read(lab.paths.tool("busybox"))?)?
-            .link("bin/sh", "busybox")?
-            .link("bin/cat", "busybox")?,
-    )?;
-    for number in 1..LAYERS {
-        let text = number.to_string();
-        let layer = Layer::new().file("top", 0o644, text.as_bytes())?.file(
-            &format!("layer-{number}"),
-            0o644,
-            text.as_bytes(),
-        )?;
-        image = image.layer(layer)?;
-    }
-    let file = lab.machine.root.join("images/layers.tar");
-    image.write(&file)?;
-    let mut ctr = lab.ctr();
-    run(ctr.args(["images", "import", "--local", "--no-unpack"]).arg(&file)).await?;
+    let image = import_layers(&lab, "layers", LAYERS).await?;
     let pod = lab.pod("layers", handler()).await?;
     let script = "cat /top /layer-1; echo x > /layer-1 && cat /layer-1";
     let id = pod.container("layers", image.name(), &["/bin/sh", "-c", script]).await?;

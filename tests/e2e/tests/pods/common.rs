@@ -1,0 +1,36 @@
+//! What cases of several kinds do.
+
+use std::fs;
+
+use anyhow::Result;
+use kuasar_e2e::{
+    image::{Image, Layer},
+    lab::{Lab, run},
+};
+
+/// Runs a script in a container; its code, a space, and what it said.
+pub(crate) async fn sh(lab: &Lab, id: &str, script: &str) -> Result<String> {
+    let out = lab.cri.exec(id, &["/bin/sh", "-c", script]).await?;
+    Ok(format!("{} {}{}", out.code, out.stdout.trim_end(), out.stderr.trim_end()))
+}
+
+/// Imports busybox with so many layers; above the first, number N has `/layer-N` and another `/top`.
+pub(crate) async fn import_layers(lab: &Lab, name: &str, layers: u32) -> Result<Image> {
+    let mut image = Image::new(&format!("kuasar.test/{name}:1"), &["/bin/sh"]).layer(
+        Layer::new()
+            .dir("bin", 0o755)?
+            .file("bin/busybox", 0o755, &fs::read(lab.paths.tool("busybox"))?)?
+            .link("bin/sh", "busybox")?
+            .link("bin/cat", "busybox")?,
+    )?;
+    for number in 1..layers {
+        let text = number.to_string();
+        let layer = Layer::new().file("top", 0o644, text.as_bytes())?;
+        image = image.layer(layer.file(&format!("layer-{number}"), 0o644, text.as_bytes())?)?;
+    }
+    let file = lab.machine.root.join("images").join(name).with_extension("tar");
+    image.write(&file)?;
+    let mut ctr = lab.ctr();
+    run(ctr.args(["images", "import", "--local", "--no-unpack"]).arg(&file)).await?;
+    Ok(image)
+}
