@@ -153,7 +153,7 @@ pub fn pause() -> ! {
 
 #[cfg(test)]
 mod tests {
-    use std::{path::PathBuf, sync::atomic::AtomicU64, time::Duration};
+    use std::{path::PathBuf, sync::atomic::AtomicU64};
 
     use super::*;
 
@@ -165,7 +165,7 @@ mod tests {
             no_pivot: false,
             reaper: Reaper::new(),
             calls: AtomicU64::new(0),
-            deadline: Duration::ZERO,
+            deadlines: crate::runc::Deadlines::default(),
             turns: Default::default(),
         }
     }

@@ -23,9 +23,35 @@ use tokio::{
 
 use crate::reaper::{Exit, Reaper};
 
-/// Longest that one call of the runtime may take. Generous, because emulated guests are slow; a hung one is killed. Two of
-/// them fit into the time that the host gives a call.
-pub const DEADLINE: Duration = Duration::from_secs(50);
+/// Longest that one call of the runtime may take, once it runs; a hung one is killed. A container whose `create` failed is
+/// deleted in the same call of the host, so both fit into the time of one.
+#[derive(Debug, Clone, Copy)]
+pub struct Deadlines {
+    /// Of `create`, which does the most: twenty emulated guests on two processors take about 50 s for it, each.
+    pub create: Duration,
+    /// Of `delete`. Without it the agent removes the container itself.
+    pub delete: Duration,
+    /// Of every other.
+    pub other: Duration,
+}
+
+impl Default for Deadlines {
+    fn default() -> Self {
+        let [create, delete, other] = [80, 20, 50].map(Duration::from_secs);
+        Self { create, delete, other }
+    }
+}
+
+impl Deadlines {
+    fn of(&self, command: &str) -> Duration {
+        match command {
+            "create" => self.create,
+            "delete" => self.delete,
+            _ => self.other,
+        }
+    }
+}
+
 /// Calls that run side by side. Each is two processes with memory and processor time of their own; as many as probes may fall
 /// due in the same second would leave a small VM with neither.
 const AT_ONCE: usize = 8;
@@ -96,8 +122,8 @@ pub struct Runc {
     pub reaper: Arc<Reaper>,
     /// Numbers the log files.
     pub calls: AtomicU64,
-    /// Longest that one call may take, once it runs: [`DEADLINE`].
-    pub deadline: Duration,
+    /// Longest that one call may take.
+    pub deadlines: Deadlines,
     /// Room for calls.
     pub turns: Turns,
 }
@@ -221,7 +247,7 @@ impl Runc {
         // Never closed.
         let mut turn = self.turns.0.acquire().await.ok();
         let (pid, mut exited) = self.spawn(command, args, stdio, log)?;
-        let deadline = Instant::now() + self.deadline;
+        let deadline = Instant::now() + self.deadlines.of(command);
         if timeout(TURN, exited.wait_for(Option::is_some)).await.is_err() {
             turn = None;
         }
@@ -282,7 +308,7 @@ impl Runc {
             return Ok(exit);
         }
         let _ = kill_process_group(pid, Signal::KILL);
-        Err(RuncError::Timeout { command, deadline: self.deadline })
+        Err(RuncError::Timeout { command, deadline: self.deadlines.of(command) })
     }
 }
 
@@ -327,7 +353,7 @@ mod tests {
             no_pivot: false,
             reaper: Reaper::new(),
             calls: AtomicU64::new(0),
-            deadline: DEADLINE,
+            deadlines: Deadlines::default(),
             turns: Turns::default(),
         };
         assert_eq!(runc.create_args("c", path, path, None), ["--bundle", "/x", "--pid-file", "/x", "c"]);

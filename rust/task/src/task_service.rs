@@ -254,3 +254,15 @@ impl Task for TaskService {
         Ok(api::Empty::new())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::DEADLINE;
+    use crate::runc::Deadlines;
+
+    #[test]
+    fn a_call_has_time_to_delete_what_it_failed_to_create() {
+        let Deadlines { create, delete, other } = Deadlines::default();
+        assert!(create + delete < DEADLINE && other + delete < DEADLINE);
+    }
+}

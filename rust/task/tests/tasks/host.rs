@@ -22,7 +22,7 @@ use vmm_task::{
     container::NewContainer,
     error::TaskError,
     reaper::Reaper,
-    runc::Runc,
+    runc::{Deadlines, Runc},
     stdio::{
         process_io::StdioSpec,
         registry::{Key, Registry},
@@ -111,7 +111,7 @@ impl Host {
                 no_pivot: true,
                 reaper: Arc::clone(&reaper),
                 calls: AtomicU64::new(0),
-                deadline: HUNG_FOR,
+                deadlines: Deadlines { create: HUNG_FOR, delete: HUNG_FOR, other: HUNG_FOR },
                 turns: Default::default(),
             },
             reaper,
