@@ -24,8 +24,7 @@ async fn a_dead_vm_ends_everything_in_it() {
     let mut pod = Pod::new().await;
     let out = pod.fifo("out");
     let output = reader(&out);
-    pod.create(CID, &out).await;
-    pod.start(CID, "").await.unwrap();
+    pod.run(&out).await;
     let mut conn = pod.guest.stream(CID, "", Stream::Stdout).await;
     send(&mut conn, b"said before the end").await;
     let (task, before) = (pod.task.clone(), SystemTime::now());
@@ -61,8 +60,7 @@ async fn a_broken_connection_is_no_exit_while_the_vm_lives() {
     let pod = Pod::new().await;
     let out = pod.fifo("out");
     let output = reader(&out);
-    pod.create(CID, &out).await;
-    pod.start(CID, "").await.unwrap();
+    pod.run(&out).await;
     let mut conn = pod.guest.stream(CID, "", Stream::Stdout).await;
     send(&mut conn, b"before, ").await;
     drop(conn);
@@ -82,8 +80,7 @@ async fn a_broken_connection_is_no_exit_while_the_vm_lives() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn an_unwatched_vm_is_dead_when_its_guest_is_gone() {
     let pod = Pod::with(false, true).await;
-    pod.create(CID, "").await;
-    pod.start(CID, "").await.unwrap();
+    pod.run("").await;
     pod.guest.cut();
     assert_eq!(pod.wait(CID, "").await.unwrap().exit_status, 137);
     assert_eq!(pod.delete(CID, "").await.unwrap().exit_status, 137);
@@ -161,9 +158,7 @@ async fn failures_leave_nothing_and_say_why() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_guest_that_hangs_holds_nobody_up() {
-    let pod = Pod::new().await;
-    pod.create(CID, "").await;
-    pod.start(CID, "").await.unwrap();
+    let pod = Pod::running().await;
     let stats = pod.stats(CID).await.unwrap();
     pod.guest.hangs.store(true, Ordering::SeqCst);
     let begun = Instant::now();
@@ -179,9 +174,7 @@ async fn a_guest_that_hangs_holds_nobody_up() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_container_in_a_guest_that_hangs_can_be_killed() {
-    let mut pod = Pod::new().await;
-    pod.create(CID, "").await;
-    pod.start(CID, "").await.unwrap();
+    let mut pod = Pod::running().await;
     pod.guest.hangs.store(true, Ordering::SeqCst);
     pod.kill(CID).await.unwrap();
     assert_eq!(pod.wait(CID, "").await.unwrap().exit_status, 137);

@@ -20,8 +20,7 @@ async fn last_words_wait_for_a_reader_that_comes_back() {
     let pod = Pod::new().await;
     let out = pod.fifo("out");
     let first = reader(&out);
-    pod.create(CID, &out).await;
-    pod.start(CID, "").await.unwrap();
+    pod.run(&out).await;
     let mut conn = pod.guest.stream(CID, "", Stream::Stdout).await;
     drop(first);
     send(&mut conn, b"last words\n").await;
@@ -39,8 +38,7 @@ async fn last_words_wait_for_a_reader_that_comes_back() {
 async fn an_execs_last_words_wait_for_nobody() {
     let pod = Pod::new().await;
     let out = pod.fifo("out");
-    pod.create(CID, "").await;
-    pod.start(CID, "").await.unwrap();
+    pod.run("").await;
     pod.exec(&pod.exec_request("e1", "", &out)).await.unwrap();
     pod.start(CID, "e1").await.unwrap();
     let mut conn = pod.guest.stream(CID, "e1", Stream::Stdout).await;

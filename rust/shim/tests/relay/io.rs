@@ -22,9 +22,7 @@ use crate::{
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn exec_with_stdin_to_its_end() {
-    let pod = Pod::new().await;
-    pod.create(CID, "").await;
-    pod.start(CID, "").await.unwrap();
+    let pod = Pod::running().await;
     let (input, out) = (pod.fifo("in"), pod.fifo("out"));
     let output = reader(&out);
     let request = pod.exec_request("e1", &input, &out);
@@ -103,8 +101,7 @@ async fn stdin_of_a_container_outlives_its_writers_until_close_io() {
 async fn ten_mebibytes_reach_a_slow_reader_that_comes_and_goes() {
     let pod = Pod::new().await;
     let out = pod.fifo("out");
-    pod.create(CID, &out).await;
-    pod.start(CID, "").await.unwrap();
+    pod.run(&out).await;
     let data: Vec<u8> = (0..10u32 << 18).flat_map(u32::to_le_bytes).collect();
     let mut conn = pod.guest.stream(CID, "", Stream::Stdout).await;
     let sent = data.clone();
@@ -168,8 +165,7 @@ async fn a_terminal_has_no_stderr_and_all_is_echoed() {
 async fn output_into_files() {
     let pod = Pod::new().await;
     let path = pod.dir.path().join("new.log");
-    pod.create(CID, &format!("file://{}", path.display())).await;
-    pod.start(CID, "").await.unwrap();
+    pod.run(&format!("file://{}", path.display())).await;
     let mut conn = pod.guest.stream(CID, "", Stream::Stdout).await;
     send(&mut conn, b"to a file").await;
     send(&mut conn, b"").await;
@@ -183,8 +179,7 @@ async fn output_ends_at_exit_though_the_guest_forgets_to_say_so() {
     let pod = Pod::new().await;
     let out = pod.fifo("out");
     let output = reader(&out);
-    pod.create(CID, &out).await;
-    pod.start(CID, "").await.unwrap();
+    pod.run(&out).await;
     let mut conn = pod.guest.stream(CID, "", Stream::Stdout).await;
     send(&mut conn, b"half").await;
     pod.guest.exit(CID, "", 0);
@@ -197,8 +192,7 @@ async fn output_ends_at_exit_though_the_guest_forgets_to_say_so() {
 async fn descriptors_do_not_grow_over_a_thousand_execs() {
     let pod = Pod::new().await;
     pod.guest.auto_execs.store(true, Ordering::SeqCst);
-    pod.create(CID, "").await;
-    pod.start(CID, "").await.unwrap();
+    pod.run("").await;
     let before = pod.open_fds();
     for n in 0..1000 {
         let (id, out) = (format!("e{n}"), pod.fifo(&format!("out{}", n % 8)));

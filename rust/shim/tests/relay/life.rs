@@ -74,9 +74,7 @@ async fn life_of_a_container() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn new_containers_wait_for_the_daemon_and_nothing_else_does() {
-    let mut pod = Pod::new().await;
-    pod.create(CID, "").await;
-    pod.start(CID, "").await.unwrap();
+    let mut pod = Pod::running().await;
     let mut server = pod.daemon_server.take().unwrap();
     server.shutdown().await.unwrap();
     drop(server);

@@ -36,6 +36,13 @@ impl Pod {
         Self::with(true, true).await
     }
 
+    /// One in which a container without streams runs.
+    pub(crate) async fn running() -> Self {
+        let pod = Self::new().await;
+        pod.run("").await;
+        pod
+    }
+
     pub(crate) async fn with(watched: bool, daemon_up: bool) -> Self {
         let dir = TempDir::new().unwrap();
         let guest = Guest::serve(dir.path()).await;
@@ -85,6 +92,12 @@ impl Pod {
     pub(crate) async fn start(&self, id: &str, exec_id: &str) -> ttrpc::Result<u32> {
         let request = api::StartRequest { id: id.into(), exec_id: exec_id.into(), ..Default::default() };
         soon("Start", self.task.start(context::Context::default(), &request)).await.map(|r| r.pid)
+    }
+
+    /// Creates and starts its container.
+    pub(crate) async fn run(&self, stdout: &str) {
+        self.create(CID, stdout).await;
+        self.start(CID, "").await.unwrap();
     }
 
     pub(crate) async fn state(&self, id: &str, exec_id: &str) -> ttrpc::Result<api::StateResponse> {

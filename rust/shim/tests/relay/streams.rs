@@ -196,9 +196,7 @@ async fn streams_of_what_never_was_are_closed_with_their_client() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn execs_on_streams_leave_no_descriptor_behind() {
-    let pod = Pod::new().await;
-    pod.create(CID, "").await;
-    pod.start(CID, "").await.unwrap();
+    let pod = Pod::running().await;
     pod.guest.auto_execs.store(true, std::sync::atomic::Ordering::SeqCst);
     let mut settled = 0;
     for round in 0..60 {
