@@ -17,7 +17,7 @@ use tokio::time::{Instant, sleep};
 
 use super::{
     IDLE,
-    netns::{Netns, record},
+    netns::{Netns, recorded_pid},
 };
 
 const SOON: Duration = Duration::from_secs(20);
@@ -39,13 +39,8 @@ async fn running<'a>(lab: &'a Lab) -> Result<(Pod<'a>, Netns)> {
 }
 
 fn kill_process(pod: &Pod<'_>, path: &str) -> Result<()> {
-    let record = record(pod)?;
-    let pid = record
-        .pointer(path)
-        .and_then(|pid| pid.as_i64())
-        .with_context(|| format!("no {path} in {record}"))?;
-    kill(Pid::from_raw(i32::try_from(pid)?), Signal::SIGKILL)
-        .with_context(|| format!("killing process {pid}"))
+    let pid = recorded_pid(pod, path)?;
+    kill(Pid::from_raw(pid), Signal::SIGKILL).with_context(|| format!("killing process {pid}"))
 }
 
 /// The pod is told dead, its network given back while its namespace and its `eth0` are still there, and then removed.

@@ -22,6 +22,13 @@ pub(crate) fn record(pod: &Pod<'_>) -> Result<Value> {
     Ok(serde_json::from_slice(&text)?)
 }
 
+/// The pid at a path of that record.
+pub(crate) fn recorded_pid(pod: &Pod<'_>, path: &str) -> Result<i32> {
+    let record = record(pod)?;
+    let pid = record.pointer(path).and_then(Value::as_i64);
+    Ok(i32::try_from(pid.with_context(|| format!("no {path} in {record}"))?)?)
+}
+
 /// Its network namespace, held open: it stays when its name is gone.
 pub(crate) struct Netns {
     file: File,

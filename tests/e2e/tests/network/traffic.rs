@@ -1,6 +1,6 @@
 //! What goes in and out of pods.
 
-use std::{path::Path, sync::Arc, time::Duration};
+use std::{fs, path::Path, sync::Arc, time::Duration};
 
 use anyhow::{Context, Result, ensure};
 use kuasar_e2e::{
@@ -18,10 +18,11 @@ use tokio::{
 use super::{
     IDLE,
     kinds::{address, inside},
-    netns::Netns,
+    netns::{Netns, recorded_pid},
 };
 
 const SOON: Duration = Duration::from_secs(60);
+const VHOST_NET: &str = "/dev/vhost-net";
 /// Bytes of a transfer that tells.
 const LARGE: usize = 4 << 20;
 
@@ -89,18 +90,56 @@ pub(crate) async fn a_dual_stack_pod(lab: Arc<Lab>) -> Result<()> {
 }
 
 pub(crate) async fn a_pod_with_two_processors_has_two_queues(lab: Arc<Lab>) -> Result<()> {
-    let mut config = lab.pod_config("queues")?;
-    let linux = config.linux.as_mut().context("it has no linux part")?;
-    let two_processors =
-        LinuxContainerResources { cpu_period: 100_000, cpu_quota: 200_000, ..Default::default() };
-    linux.resources = Some(two_processors);
-    let pod = lab.run(config, NET_DUAL).await?;
+    let pod = two_processors(&lab, "queues").await?;
     let id = serve(&pod).await?;
     let queues = inside(&lab, &id, &["ls", "/sys/class/net/eth0/queues"]).await?;
     ensure!(queues.contains("rx-1") && !queues.contains("rx-2"), "the queues are {queues}");
     let ip = address(&lab, &pod).await?;
     ensure!(get(&format!("{ip}:80")).await?.ends_with("a page\n"), "the pod does not answer");
     pod.remove().await
+}
+
+async fn two_processors<'a>(lab: &'a Lab, name: &str) -> Result<Pod<'a>> {
+    let mut config = lab.pod_config(name)?;
+    let linux = config.linux.as_mut().context("it has no linux part")?;
+    let two_processors =
+        LinuxContainerResources { cpu_period: 100_000, cpu_quota: 200_000, ..Default::default() };
+    linux.resources = Some(two_processors);
+    lab.run(config, NET_DUAL).await
+}
+
+/// Why the kernel of this machine cannot move frames itself.
+pub(crate) fn vhost_missing() -> Option<String> {
+    let there = Path::new(VHOST_NET).exists();
+    (!there).then(|| format!("there is no {VHOST_NET}; the machine of tests/lab/machine has one"))
+}
+
+/// A transfer that the VMM, which would have to read and write it otherwise, does not see.
+pub(crate) async fn the_kernel_moves_the_frames(lab: Arc<Lab>) -> Result<()> {
+    let pod = two_processors(&lab, "vhost").await?;
+    let vmm = recorded_pid(&pod, "/vm/vmm/pid")?;
+    let opened = fs::read_dir(format!("/proc/{vmm}/fd"))?.flatten();
+    let opened = opened.filter(|fd| fs::read_link(fd.path()).is_ok_and(|path| path == Path::new(VHOST_NET)));
+    let opened = opened.count();
+    ensure!(opened == 2, "the VMM has {VHOST_NET} open {opened} times, for two queues");
+    let bash = bash(&lab, &pod).await?;
+    let before = bytes_moved_by(vmm)?;
+    let server = TcpListener::bind("10.88.78.1:5003").await?;
+    tokio::try_join!(exchange(server), exchange_inside(&lab, &bash, 5003))?;
+    let moved = bytes_moved_by(vmm)? - before;
+    ensure!(moved < LARGE / 4, "the VMM read and wrote {moved} bytes while {LARGE} went each way");
+    pod.remove().await
+}
+
+/// Bytes that went through system calls of a process, both ways (proc(5), `/proc/pid/io`).
+fn bytes_moved_by(pid: i32) -> Result<usize> {
+    let path = format!("/proc/{pid}/io");
+    let text = fs::read_to_string(&path).with_context(|| format!("reading {path}"))?;
+    let of = |name| text.lines().find_map(|line| line.strip_prefix(name)?.trim().parse::<usize>().ok());
+    of("rchar:")
+        .zip(of("wchar:"))
+        .map(|(read, wrote)| read + wrote)
+        .with_context(|| format!("{path}: {text}"))
 }
 
 /// A container with bash, which can talk to the network itself.
