@@ -127,8 +127,8 @@ pub fn daemon_config(paths: &Paths, keys: &[(&str, &str)]) -> Result<toml::Table
     let relay = paths.relay().to_string_lossy().into_owned();
     let sandbox = table(&mut config, "sandbox")?;
     sandbox.insert("relay_path".into(), relay.into());
-    // Tests cannot wait as long as operators.
-    for (key, seconds) in [("collect_interval_s", 3), ("collect_grace_s", 3)] {
+    // Tests cannot wait as long as operators, but for guests: many that are emulated start at once.
+    for (key, seconds) in [("collect_interval_s", 3), ("collect_grace_s", 3), ("start_timeout_s", 120)] {
         sandbox.insert(key.into(), seconds.into());
     }
     Ok(config)
