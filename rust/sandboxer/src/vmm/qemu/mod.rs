@@ -48,8 +48,8 @@ const QMP_DEADLINE: Duration = Duration::from_secs(5);
 const START_DEADLINE: Duration = Duration::from_secs(20);
 /// The first version whose seccomp filter, vhost-user and `-cpu max` work for guests with several CPUs.
 const MIN_VERSION: u32 = 8;
-/// How long it may take to say its version.
-const VERSION_DEADLINE: Duration = Duration::from_secs(10);
+/// How long it may take to say its version: a moment, but for an emulated machine whose processors are all wanted.
+const VERSION_DEADLINE: Duration = Duration::from_secs(30);
 
 /// Starts QEMU's VMs.
 #[derive(Debug)]
