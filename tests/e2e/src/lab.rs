@@ -4,6 +4,7 @@ mod config;
 mod networks;
 mod pod;
 mod program;
+pub mod thin_pool;
 
 use std::{
     collections::BTreeMap,
@@ -22,13 +23,14 @@ use tokio::{
 
 use config::{BRIDGE, VARIANTS, cni_config, containerd_config, scratch_file};
 pub use config::{
-    Containerd, NAMESPACE, QEMU, QEMU_9P, QEMU_BLOCKFILE, QEMU_EROFS, QEMU_INITRD, QEMU_STREAM, RUNC, SOCKET,
-    daemon_config, folder_of, handlers, socket_of, table,
+    Containerd, NAMESPACE, QEMU, QEMU_9P, QEMU_BLOCKFILE, QEMU_DEVMAPPER, QEMU_EROFS, QEMU_INITRD,
+    QEMU_STREAM, RUNC, SOCKET, daemon_config, folder_of, handlers, socket_of, table,
 };
 pub use networks::{MACVLAN_MASTER, NET_DUAL, NET_MACVLAN, NET_PTP, NET_RULES, NET_TWO, NET_V6};
 pub use pod::{Pod, container, own_pids};
 use program::{PATIENCE, log_of, spawn, tail};
 pub use program::{end, listening, run};
+use thin_pool::ThinPool;
 
 use crate::{
     cri::{
@@ -53,6 +55,7 @@ pub struct Lab {
     containerd: Mutex<Child>,
     daemons: Mutex<Vec<Daemon>>,
     pods: AtomicU32,
+    pool: Option<ThinPool>,
 }
 
 /// One of our daemons.
@@ -90,12 +93,13 @@ impl Lab {
             let log = log_of(&machine, daemon.handler);
             listening(&mut daemon.child, &socket_of(daemon.handler), &log).await?;
         }
+        let pool = if settings.thin_pool { Some(ThinPool::make(&machine).await?) } else { None };
         let mut containerd = start_containerd(&machine, &paths, settings)?;
         listening(&mut containerd, Path::new(SOCKET), &log_of(&machine, "containerd")).await?;
         let cri = Cri::connect(Path::new(SOCKET)).await?;
         let (containerd, daemons) = (Mutex::new(containerd), Mutex::new(daemons));
         let (settings, pods) = (settings.clone(), AtomicU32::new(0));
-        let lab = Self { machine, paths, cri, settings, containerd, daemons, pods };
+        let lab = Self { machine, paths, cri, settings, containerd, daemons, pods, pool };
         lab.ready().await?;
         Ok(lab)
     }
@@ -329,6 +333,9 @@ impl Lab {
             Err(e) => wrong.push(said("listing", "pods", &e)),
         }
         wrong.extend(end("containerd", self.containerd.get_mut()).await.err().map(|e| e.to_string()));
+        if let Some(pool) = &self.pool {
+            wrong.extend(pool.remove().await.err().map(|e| format!("{e:#}")));
+        }
         for daemon in self.daemons.get_mut() {
             wrong.extend(end(daemon.handler, &mut daemon.child).await.err().map(|e| e.to_string()));
             // Lock files stay by design, and only empty folders go: what a daemon forgot must be seen.
@@ -457,7 +464,7 @@ fn start_containerd(machine: &Machine, paths: &Paths, settings: &Containerd) -> 
     // The shims that were built with another containerd come before those of the unpacked one.
     let path = format!("{}:{}", program.parent().unwrap_or(Path::new("/")).display(), search_path(paths));
     let mut command = Command::new(program);
-    command.arg("--config").arg(&config).env("PATH", path);
+    command.arg("--config").arg(&config).env("PATH", path).envs([thin_pool::NO_UDEV]);
     spawn(machine, "containerd", &mut command)
 }
 

@@ -7,7 +7,7 @@ use libtest_mimic::{Arguments, Failed, Trial};
 use tokio::runtime::Runtime;
 
 use crate::{
-    lab::{self, Lab},
+    lab::{self, Containerd, Lab},
     machine::{self, Machine},
     paths::Paths,
 };
@@ -58,6 +58,16 @@ pub fn with_lab(handlers: &'static [&'static str], cases: Vec<Case<Lab>>) -> Exi
     with_lab_for(deadline(), handlers, cases)
 }
 
+/// The same, with a containerd that differs.
+#[must_use]
+pub fn with_lab_of(
+    containerd: Containerd,
+    handlers: &'static [&'static str],
+    cases: Vec<Case<Lab>>,
+) -> ExitCode {
+    in_lab(deadline(), containerd, handlers, cases)
+}
+
 /// [`DEADLINE`], or what a machine that is slower or busier than most is given.
 fn deadline() -> Duration {
     let given = std::env::var("KUASAR_CASE_SECONDS").ok().and_then(|seconds| seconds.parse().ok());
@@ -71,11 +81,20 @@ pub fn with_lab_for(
     handlers: &'static [&'static str],
     cases: Vec<Case<Lab>>,
 ) -> ExitCode {
+    in_lab(deadline, Containerd::given(), handlers, cases)
+}
+
+fn in_lab(
+    deadline: Duration,
+    containerd: Containerd,
+    handlers: &'static [&'static str],
+    cases: Vec<Case<Lab>>,
+) -> ExitCode {
     run(deadline, cases, move |runtime, machine| {
         let paths = Paths::find()?;
         runtime.block_on(async {
             let handlers = if for_runc() { &[] } else { handlers };
-            let lab = Lab::start(machine, paths, handlers).await?;
+            let lab = Lab::start_with(machine, paths, handlers, &containerd).await?;
             lab.import_images().await?;
             Ok(lab)
         })

@@ -7,6 +7,7 @@ use std::{
 
 use anyhow::{Context, Result};
 
+use super::thin_pool;
 use crate::{image, machine::Machine, paths::Paths};
 
 /// containerd's socket, where `ctr` looks without being told.
@@ -23,6 +24,8 @@ pub const QEMU_INITRD: &str = "kuasar-qemu-initrd";
 pub const QEMU_STREAM: &str = "kuasar-qemu-stream";
 /// [`QEMU`]'s daemon, with roots from the blockfile snapshotter: image files with ext4.
 pub const QEMU_BLOCKFILE: &str = "kuasar-qemu-blockfile";
+/// [`QEMU`]'s daemon, with roots from the devmapper snapshotter, where there is a pool for it: block devices.
+pub const QEMU_DEVMAPPER: &str = "kuasar-qemu-devmapper";
 /// [`QEMU`]'s daemon, with roots from the erofs snapshotter, each with an image file of its own to write to.
 pub const QEMU_EROFS: &str = "kuasar-qemu-erofs";
 /// Handler of ordinary containers, to tell a fault of the lab from one of ours.
@@ -47,6 +50,8 @@ pub struct Containerd {
     pub registries: Option<PathBuf>,
     /// Whether NRI is on, as it is in containerd's own settings.
     pub nri: bool,
+    /// Whether there is a thin pool, and the devmapper snapshotter with it.
+    pub thin_pool: bool,
 }
 
 impl Containerd {
@@ -169,13 +174,14 @@ pub(super) fn cni_config(machine: &Machine) -> String {
 pub(super) fn containerd_config(machine: &Machine, paths: &Paths, containerd: &Containerd) -> String {
     let root = machine.root.display();
     let nri = if containerd.nri { "" } else { "\"io.containerd.nri.v1.nri\", " };
+    let devmapper = if containerd.thin_pool { "" } else { "\"io.containerd.snapshotter.v1.devmapper\", " };
     let mut text = format!(
         r#"version = 3
 root = "{root}/containerd"
 state = "/run/containerd"
 disabled_plugins = [
   "io.containerd.internal.v1.opt", {nri}"io.containerd.snapshotter.v1.btrfs",
-  "io.containerd.snapshotter.v1.devmapper", "io.containerd.snapshotter.v1.zfs",
+  {devmapper}"io.containerd.snapshotter.v1.zfs",
 ]
 [grpc]
   address = "{SOCKET}"
@@ -219,6 +225,14 @@ disabled_plugins = [
         text.push_str(&runtime(handler, handler, "fifo", ""));
     }
     text.push_str(&runtime(QEMU_STREAM, QEMU, "streaming", ""));
+    if containerd.thin_pool {
+        let pool = thin_pool::name_in(machine);
+        text.push_str(&format!(
+            "[plugins.'io.containerd.snapshotter.v1.devmapper']\n  root_path = \"{root}/devmapper\"\n  \
+             pool_name = \"{pool}\"\n  base_image_size = \"64MB\"\n  fs_type = \"ext4\"\n"
+        ));
+        text.push_str(&runtime(QEMU_DEVMAPPER, QEMU, "fifo", "  snapshotter = \"devmapper\"\n"));
+    }
     text.push_str(&runtime(QEMU_EROFS, QEMU, "fifo", "  snapshotter = \"erofs\"\n"));
     text.push_str(&runtime(QEMU_BLOCKFILE, QEMU, "fifo", "  snapshotter = \"blockfile\"\n"));
     text

@@ -19,8 +19,8 @@ use tokio::{
 
 use crate::machine::Machine;
 
-/// Time for a program of the lab to listen, and to end.
-pub(super) const PATIENCE: Duration = Duration::from_secs(20);
+/// Time for a program of the lab to listen, and to end. In an emulated machine four of them load at once.
+pub(super) const PATIENCE: Duration = Duration::from_secs(60);
 
 pub(super) fn log_of(machine: &Machine, program: &str) -> PathBuf {
     machine.root.join("log").join(format!("{program}.log"))

@@ -91,8 +91,8 @@ async fn run(
     let (registries, tmp) = (machine.root.join("registries"), machine.root.join("tmp"));
     suite::write_registries(&registries)?;
     let registry = Registry::start(programs, &machine).await?;
-    let settings =
-        Containerd { program: programs.containerd.clone(), registries: Some(registries), nri: true };
+    let program = programs.containerd.clone();
+    let settings = Containerd { program, registries: Some(registries), nri: true, ..Containerd::default() };
     let handlers: &[&str] = if handler() == lab::RUNC { &[] } else { &[lab::QEMU] };
     let lab = Lab::start_with(machine, paths, handlers, &settings).await?;
     lab.import_images().await?;

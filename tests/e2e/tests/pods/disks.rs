@@ -11,7 +11,7 @@ use anyhow::{Context, Result, ensure};
 use kuasar_e2e::{
     cri::{ContainerConfig, Device, Mount},
     image::BUSYBOX,
-    lab::{self, Lab, Pod, QEMU_BLOCKFILE, run},
+    lab::{self, Lab, Pod, QEMU_BLOCKFILE, QEMU_DEVMAPPER, run},
     suite::handler,
 };
 use tokio::process::Command;
@@ -172,11 +172,19 @@ pub(crate) async fn a_vm_ends_with_its_disks(lab: Arc<Lab>) -> Result<()> {
 }
 
 pub(crate) async fn a_root_is_an_image_file(lab: Arc<Lab>) -> Result<()> {
-    let pod = lab.pod("rootdisk", QEMU_BLOCKFILE).await?;
+    roots_are_disks(&lab, QEMU_BLOCKFILE).await
+}
+
+pub(crate) async fn a_root_is_a_device_of_the_mapper(lab: Arc<Lab>) -> Result<()> {
+    roots_are_disks(&lab, QEMU_DEVMAPPER).await
+}
+
+async fn roots_are_disks(lab: &Lab, handler: &str) -> Result<()> {
+    let pod = lab.pod("rootdisk", handler).await?;
     for name in ["one", "two"] {
         let id = pod.container(name, BUSYBOX, IDLE).await?;
         let out =
-            sh(&lab, &id, "grep ' / ' /proc/mounts | cut -d' ' -f3; cat /mine; echo mine > /mine").await?;
+            sh(lab, &id, "grep ' / ' /proc/mounts | cut -d' ' -f3; cat /mine; echo mine > /mine").await?;
         ensure!(
             out.starts_with("0 ext4") && out.contains("can't open '/mine'"),
             "the root of {name} is {out:?}"

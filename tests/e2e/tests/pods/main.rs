@@ -19,7 +19,7 @@ use std::process::ExitCode;
 
 use kuasar_e2e::{
     cases,
-    lab::{Lab, QEMU, QEMU_9P, QEMU_INITRD},
+    lab::{Containerd, Lab, QEMU, QEMU_9P, QEMU_INITRD, thin_pool},
     suite::{self, Case},
 };
 
@@ -61,8 +61,8 @@ use security::a_container_sees_the_processes_of_its_target;
 use task::{pause_resume_figures_pids_and_limits, the_daemon_traces_where_time_goes};
 
 use disks::{
-    a_disk_is_a_device_of_the_container, a_root_is_an_image_file, a_vm_ends_with_its_disks,
-    the_file_system_of_a_disk_is_a_volume,
+    a_disk_is_a_device_of_the_container, a_root_is_a_device_of_the_mapper, a_root_is_an_image_file,
+    a_vm_ends_with_its_disks, the_file_system_of_a_disk_is_a_volume,
 };
 use ends::{
     a_daemon_killed_while_a_container_is_deleted, a_daemon_killed_while_a_pod_stops,
@@ -77,7 +77,9 @@ use volumes::{
 };
 
 fn main() -> ExitCode {
-    suite::with_lab(
+    let containerd = Containerd { thin_pool: thin_pool::missing().is_none(), ..Containerd::given() };
+    suite::with_lab_of(
+        containerd,
         &[QEMU, QEMU_9P, QEMU_INITRD],
         cases![
             pod_life_is_idempotent,
@@ -152,6 +154,11 @@ fn disk_cases() -> Vec<Case<Lab>> {
     for case in &mut cases {
         case.skip = disks::missing();
     }
+    let mut mapped = cases![a_root_is_a_device_of_the_mapper];
+    for case in &mut mapped {
+        case.skip = thin_pool::missing();
+    }
+    cases.extend(mapped);
     cases
 }
 
