@@ -186,14 +186,18 @@ where
 
 fn trial<T: Shared>(case: Case<T>, deadline: Duration, runtime: &Arc<Runtime>, shared: &Arc<T>) -> Trial {
     let (runtime, shared) = (Arc::clone(runtime), Arc::clone(shared));
-    let body = case.body;
+    let (name, body) = (case.name, case.body);
     Trial::test(case.name, move || {
         let outcome =
             runtime.block_on(async { tokio::time::timeout(deadline, tokio::spawn(body(shared))).await });
         let outcome = outcome.map_err(|_| anyhow!("not done after {deadline:?}"));
         match outcome.and_then(|joined| joined.map_err(|e| anyhow!("it panicked: {e}"))?) {
             Ok(()) => Ok(()),
-            Err(e) => Err(Failed::from(format!("{e:#}"))),
+            Err(e) => {
+                // At once: the last of the cases may be an hour away.
+                eprintln!("\n{name}: {e:#}");
+                Err(Failed::from(format!("{e:#}")))
+            }
         }
     })
     .with_ignored_flag(case.skip.is_some())
