@@ -4,6 +4,7 @@
 
 use std::path::{Path, PathBuf};
 
+use kuasar_common::constants::PORT_READY;
 use log::LevelFilter;
 
 /// The agent's settings.
@@ -11,6 +12,8 @@ use log::LevelFilter;
 pub struct TaskConfig {
     /// `task.log_level`: least severe messages that are written.
     pub log_level: LevelFilter,
+    /// `task.ready_port`: vsock port of the host that the agent calls when it is ready.
+    pub ready_port: u32,
     /// `task.sharefs_type`: how the pod's shared folder comes into the guest.
     pub share: ShareFs,
     /// `task.cgroup`: version of the cgroups that containers see.
@@ -42,12 +45,13 @@ pub enum CgroupVersion {
 }
 
 /// The parameters there are, without `task.`.
-const KNOWN: [&str; 5] = ["cgroup", "debug", "debug_shell", "log_level", "sharefs_type"];
+const KNOWN: [&str; 6] = ["cgroup", "debug", "debug_shell", "log_level", "ready_port", "sharefs_type"];
 
 impl Default for TaskConfig {
     fn default() -> Self {
         Self {
             log_level: LevelFilter::Warn,
+            ready_port: PORT_READY,
             share: ShareFs::Virtiofs,
             cgroup: CgroupVersion::V2,
             debug: false,
@@ -88,6 +92,12 @@ impl TaskConfig {
                         self.log_level.as_str().to_lowercase()
                     )
                 })?;
+            }
+            "ready_port" => {
+                let text = value.unwrap_or_default();
+                self.ready_port = text
+                    .parse()
+                    .map_err(|_| format!("{text:?} is no port of vsock; using {}", self.ready_port))?;
             }
             "sharefs_type" => {
                 self.share = match value.unwrap_or_default() {
@@ -164,13 +174,14 @@ mod tests {
     #[test]
     fn parameters_are_read_and_others_left_alone() {
         let (config, problems) = TaskConfig::parse(
-            "console=ttyS0 root=/dev/pmem0p1 task.log_level=info task.sharefs_type=9p task.cgroup=v1 task.debug task.debug_shell=/bin/sh quiet\n",
+            "console=ttyS0 root=/dev/pmem0p1 task.log_level=info task.sharefs_type=9p task.cgroup=v1 task.debug task.debug_shell=/bin/sh task.ready_port=77 quiet\n",
         );
         assert_eq!(problems, Vec::<String>::new());
         assert_eq!(
             config,
             TaskConfig {
                 log_level: LevelFilter::Debug,
+                ready_port: 77,
                 share: ShareFs::NineP,
                 cgroup: CgroupVersion::V1,
                 debug: true,
@@ -189,7 +200,7 @@ mod tests {
     #[test]
     fn wrong_values_are_reported_and_defaults_kept() {
         let (config, problems) = TaskConfig::parse(
-            "task.log_level=loud task.sharefs_type=nfs task.debug=maybe task.colour=red task.debug_shell=sh task.loglevel=info task.cgroup=v3",
+            "task.log_level=loud task.sharefs_type=nfs task.debug=maybe task.colour=red task.debug_shell=sh task.loglevel=info task.cgroup=v3 task.ready_port=-1",
         );
         assert_eq!(config, TaskConfig::default());
         assert_eq!(
@@ -198,10 +209,11 @@ mod tests {
                 "kernel command line: task.log_level: \"loud\" is none of off, error, warn, info, debug, trace; using warn",
                 "kernel command line: task.sharefs_type: \"nfs\" is none of virtiofs, 9p, none; using virtiofs",
                 "kernel command line: task.debug: \"maybe\" is neither true nor false; using false",
-                "kernel command line: task.colour: unknown parameter; known are task.cgroup, task.debug, task.debug_shell, task.log_level, task.sharefs_type",
+                "kernel command line: task.colour: unknown parameter; known are task.cgroup, task.debug, task.debug_shell, task.log_level, task.ready_port, task.sharefs_type",
                 "kernel command line: task.debug_shell: \"sh\" is no absolute path; there is no debug console",
                 "kernel command line: task.loglevel: unknown parameter; did you mean task.log_level?",
                 "kernel command line: task.cgroup: \"v3\" is neither v1 nor v2; using v2",
+                "kernel command line: task.ready_port: \"-1\" is no port of vsock; using 4294967294",
             ]
         );
     }

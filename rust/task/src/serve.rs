@@ -10,7 +10,7 @@ use std::{
 use containerd_shim_protos::shim_async::create_task;
 use kuasar_common::{
     api::sandbox_ttrpc::create_sandbox_service,
-    constants::{CID_HOST, GUEST_RUNC, PORT_DEBUG, PORT_FORWARD, PORT_READY, PORT_STDIO, PORT_TTRPC},
+    constants::{CID_HOST, GUEST_RUNC, PORT_DEBUG, PORT_FORWARD, PORT_STDIO, PORT_TTRPC},
     streaming::route::{Incoming, Purpose, Rewound, purpose},
 };
 use tokio::{
@@ -90,7 +90,7 @@ pub async fn run(config: &TaskConfig, role: Role) -> Result<(), AgentError> {
     let ttrpc = listen(PORT_TTRPC)?;
     let stdio = listen(PORT_STDIO)?;
     let forward = listen(PORT_FORWARD)?;
-    let mut host = HostLink::ready(connect().await?).await?;
+    let mut host = HostLink::ready(connect(config.ready_port).await?).await?;
     let served = told(serve(config, role, [ttrpc, stdio, forward], &mut host)).await;
     match served {
         Ok(()) => Ok(()),
@@ -232,13 +232,13 @@ fn listen(port: u32) -> Result<VsockListener, AgentError> {
         .map_err(|error| AgentError::Port(format!("listening on vsock port {port}"), error))
 }
 
-async fn connect() -> Result<VsockStream, AgentError> {
+async fn connect(port: u32) -> Result<VsockStream, AgentError> {
     let started = Instant::now();
     loop {
-        match VsockStream::connect(VsockAddr::new(CID_HOST, PORT_READY)).await {
+        match VsockStream::connect(VsockAddr::new(CID_HOST, port)).await {
             Ok(stream) => return Ok(stream),
             Err(error) if started.elapsed() > CONNECT_DEADLINE => {
-                return Err(AgentError::Port(format!("calling the host on vsock port {PORT_READY}"), error));
+                return Err(AgentError::Port(format!("calling the host on vsock port {port}"), error));
             }
             Err(error) => log::info!("calling the host: {error}"),
         }

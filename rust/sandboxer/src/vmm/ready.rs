@@ -24,6 +24,10 @@ use tokio::{
 };
 use tokio_vsock::{VMADDR_CID_ANY, VsockAddr, VsockListener};
 
+/// As many daemons as can take the calls of guests on one kernel's vsock: one for each hypervisor, and some.
+const HUBS: u32 = 16;
+const LAST_PORT: u32 = PORT_READY - HUBS + 1;
+
 /// How long the guest may take to read one line that we wrote.
 const WRITE_DEADLINE: Duration = Duration::from_secs(5);
 
@@ -162,6 +166,7 @@ fn lock(waiting: &Waiting) -> MutexGuard<'_, Waiters> {
 /// until the last clone is dropped.
 #[derive(Clone, Debug)]
 pub struct VsockHub {
+    port: u32,
     waiting: Arc<Waiting>,
     _accepting: Arc<AbortOnDrop>,
 }
@@ -176,15 +181,27 @@ impl Drop for AbortOnDrop {
 }
 
 impl VsockHub {
-    /// Listens on the host's port; needs a tokio runtime.
+    /// Listens on the host's port, or where another daemon has that, on the first free one below it; needs a tokio runtime.
     ///
     /// # Errors
-    /// When the kernel has no vsock or the port is taken, by another daemon perhaps.
+    /// When the kernel has no vsock, or all the ports are taken.
     pub fn listen() -> io::Result<Self> {
-        let listener = VsockListener::bind(VsockAddr::new(VMADDR_CID_ANY, PORT_READY))?;
+        let mut port = PORT_READY;
+        let listener = loop {
+            match VsockListener::bind(VsockAddr::new(VMADDR_CID_ANY, port)) {
+                Err(error) if error.kind() == io::ErrorKind::AddrInUse && port > LAST_PORT => port -= 1,
+                bound => break bound?,
+            }
+        };
         let waiting = Arc::<Waiting>::default();
         let accepting = tokio::spawn(accept_all(listener, waiting.clone()));
-        Ok(Self { waiting, _accepting: Arc::new(AbortOnDrop(accepting.abort_handle())) })
+        Ok(Self { port, waiting, _accepting: Arc::new(AbortOnDrop(accepting.abort_handle())) })
+    }
+
+    /// What tells an agent, on its kernel's command line, where to call; nothing where it calls by itself.
+    #[must_use]
+    pub fn parameter(&self) -> String {
+        if self.port == PORT_READY { String::new() } else { format!("task.ready_port={}", self.port) }
     }
 }
 
@@ -243,14 +260,16 @@ mod tests {
 
     #[tokio::test]
     async fn a_hub_listens_as_long_as_it_is_held() {
-        // Without vsock in the kernel there is nothing to try; another daemon on this host may have the port.
+        // Without vsock in the kernel there is nothing to try; other daemons on this host may have ports.
         let Ok(hub) = VsockHub::listen() else { return };
-        let listener = ReadyListener::vhost(&hub, 77);
+        let (port, listener) = (hub.port, ReadyListener::vhost(&hub, 77));
         drop(hub);
-        assert_eq!(VsockHub::listen().unwrap_err().kind(), io::ErrorKind::AddrInUse);
-        drop(listener);
+        let next = VsockHub::listen().unwrap();
+        assert!(next.port < port);
+        assert_eq!(next.parameter(), format!("task.ready_port={}", next.port));
+        drop((listener, next));
         tokio::task::yield_now().await;
-        VsockHub::listen().unwrap();
+        assert_eq!(VsockHub::listen().unwrap().port, port);
     }
 
     #[tokio::test]

@@ -97,7 +97,7 @@ async fn start_all(qemu: &Qemu, mut spec: VmSpec, started: &mut Started) -> Resu
     let virtiofs = virtiofs.map(|fd| spawn.fd(fd));
     let (vsock, ready, cid) = match watch {
         Some(watch) => vsock_device(&spec, watch, started, &mut spawn).await?,
-        None => kernel_vsock(qemu, &mut spawn).await?,
+        None => kernel_vsock(qemu, &mut spec, &mut spawn).await?,
     };
     let extras: Vec<Extra> =
         spec.devices.drain(..).map(|device| extra(device, config.accel, &mut spawn)).collect();
@@ -214,11 +214,13 @@ async fn vsock_device(
 
 async fn kernel_vsock(
     qemu: &Qemu,
+    spec: &mut VmSpec,
     spawn: &mut Spawn,
 ) -> Result<(VsockFd, ReadyListener, Option<u32>), VmError> {
     let hub = qemu.hub().await.map_err(failed("listening for guests on the host's vsock port"))?;
     let (fd, cid) = vsock::open_vhost().map_err(VmError::io(format!("opening {VHOST_VSOCK}")))?;
     let ready = ReadyListener::vhost(hub, cid);
+    spec.kernel_params = format!("{} {}", hub.parameter(), spec.kernel_params);
     Ok((VsockFd::Vhost { fd: spawn.fd(fd), cid }, ready, Some(cid)))
 }
 
