@@ -34,7 +34,7 @@ pub use self::{
     device::{Bus, BusKind, DeviceAddress, DeviceInfo, Nic},
     error::{PreflightError, VmError},
     ready::{ReadyError, ReadyGuest, ReadyListener, VsockHub},
-    root::Verity,
+    root::{Verity, words as root_words},
 };
 use crate::{
     config::{Config, HypervisorKind},

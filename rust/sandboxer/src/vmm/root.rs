@@ -55,8 +55,9 @@ impl Verity {
     }
 }
 
-/// The words that name the root.
-pub(super) fn words(config: &VmConfig) -> String {
+/// The words that name the root, whichever hypervisor brings it.
+#[must_use]
+pub fn words(config: &VmConfig) -> String {
     let (disk, dax) = match config.root {
         Root::Pmem => ("/dev/pmem0p1", " rootflags=dax"),
         Root::Blk => ("/dev/vda1", ""),
