@@ -47,6 +47,27 @@ lib.makeScope pkgs.newScope (
           }
           // args
         );
+      # The roots are any hypervisor's.
+      guests =
+        hypervisor: flavours:
+        self.callPackage ./guests.nix {
+          inherit (packer) arch kuasar-image;
+          inherit hypervisor;
+          kernels = lib.genAttrs flavours (flavour: self."kernel-${hypervisor}-${flavour}");
+          disks = {
+            ext4 = self.disk-qemu;
+            erofs = self.disk-qemu-erofs;
+            verity = self.disk-qemu-verity;
+          }
+          // lib.optionalAttrs isx86_64 {
+            xfs = self.disk-qemu-xfs;
+            debug = self.image-qemu-debug.disk;
+          };
+          initrds = {
+            gzip = self.initrd-qemu;
+            zstd = self.initrd-qemu-zstd;
+          };
+        };
     in
     {
       initrd-qemu = initrd { };
@@ -57,26 +78,7 @@ lib.makeScope pkgs.newScope (
         fs = "erofs";
         verity = true;
       };
-      guests-qemu = self.callPackage ./guests-qemu.nix {
-        inherit (packer) arch kuasar-image;
-        kernels = {
-          micro = self.kernel-qemu-micro;
-        }
-        // lib.optionalAttrs isx86_64 { mini = self.kernel-qemu-mini; };
-        disks = {
-          ext4 = self.disk-qemu;
-          erofs = self.disk-qemu-erofs;
-          verity = self.disk-qemu-verity;
-        }
-        // lib.optionalAttrs isx86_64 {
-          xfs = self.disk-qemu-xfs;
-          debug = self.image-qemu-debug.disk;
-        };
-        initrds = {
-          gzip = self.initrd-qemu;
-          zstd = self.initrd-qemu-zstd;
-        };
-      };
+      guests-qemu = guests "qemu" ([ "micro" ] ++ lib.optional isx86_64 "mini");
     }
     # Not everything that answers to nixpkgs' names has NixOS.
     // lib.optionalAttrs (pkgs ? nixos) {
@@ -84,6 +86,8 @@ lib.makeScope pkgs.newScope (
       disk-qemu-nixos = disk { rootfs = self.rootfs-nixos; };
     }
     // lib.optionalAttrs isx86_64 {
+      guests-cloud-hypervisor = guests "cloud-hypervisor" [ "micro" ];
+      guests-stratovirt = guests "stratovirt" [ "micro" ];
       # The micro kernel knows no XFS.
       disk-qemu-xfs = disk { fs = "xfs"; };
       sbom-qemu = self.callPackage ./sbom.nix {
