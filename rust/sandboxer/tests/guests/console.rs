@@ -7,6 +7,7 @@ use tokio::{io::AsyncWriteExt, process::Command, time::timeout};
 use crate::{
     common::TOKEN,
     lab::{DEADLINE, Guests, ROOTS, RootKind, start},
+    vmm::Q35,
 };
 
 /// The tool in a terminal of 31 rows and 97 columns, into which `typed` is typed. Gives what it showed.
@@ -42,7 +43,7 @@ async fn console(pod: &Path, typed: &str) -> String {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_person_gets_a_shell_if_it_was_asked_for() {
-    let Some(guests) = Guests::new(vmm_sandboxer::vmm::Machine::Q35) else { return };
+    let Some(guests) = Guests::new(Q35) else { return };
     let kernels = guests.kernels();
     let debug = RootKind { folder: "debug", ..ROOTS[0] };
     let kernel = kernels.iter().find(|kernel| kernel.name == "micro, vmlinux").unwrap();

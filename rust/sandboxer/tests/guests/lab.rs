@@ -7,17 +7,26 @@ use std::{
     time::Duration,
 };
 
-use vmm_sandboxer::vmm::{Hypervisor, Machine, ReadyGuest, Root, Verity, Vm, VmConfig, qemu::Qemu};
+use vmm_sandboxer::vmm::{Hypervisor, Machine, ReadyGuest, Root, Verity, Vm, VmConfig, VsockHub, qemu::Qemu};
 
-use crate::common::{self, TOKEN};
+use crate::{
+    common::{self, TOKEN},
+    given::{self, Process},
+    vmm::Vmm,
+};
 
-/// Emulation on a busy machine is slow.
-pub(crate) const DEADLINE: Duration = Duration::from_secs(120);
+/// Emulation on a busy machine is slow, and slower where a machine is emulated to have KVM.
+pub(crate) const DEADLINE: Duration = Duration::from_secs(600);
 
-/// What is below `KUASAR_GUESTS`, or another variable for another architecture: `kernels/<name>/` and `roots/<kind>/`.
+/// What is below `KUASAR_GUESTS`, or another variable for another hypervisor or architecture: `kernels/<name>/` and
+/// `roots/<kind>/`.
 pub(crate) struct Guests {
     folder: PathBuf,
-    machine: Machine,
+    vmm: Vmm,
+    /// The hypervisor's program, where it is the test that starts it.
+    program: Option<PathBuf>,
+    /// Where guests of the kernel's vsock call.
+    hub: Option<VsockHub>,
 }
 
 /// A kind of root: how it comes in, and the folder that has it.
@@ -55,6 +64,8 @@ pub(crate) struct Kernel {
     /// Like `micro, vmlinux`.
     pub name: String,
     pub path: PathBuf,
+    /// The form that its hypervisor enters fastest.
+    pub is_first: bool,
     config: String,
 }
 
@@ -65,21 +76,29 @@ impl Kernel {
 }
 
 impl Guests {
-    pub(crate) fn new(machine: Machine) -> Option<Self> {
-        let architecture = machine.architecture();
-        let variable = if machine == Machine::Virt { "KUASAR_GUESTS_AARCH64" } else { "KUASAR_GUESTS" };
+    pub(crate) fn new(vmm: Vmm) -> Option<Self> {
+        let (variable, output) = vmm.guests();
+        let what = format!("no guests of {} on {} to boot", vmm.name(), vmm.architecture());
         let Some(folder) = std::env::var_os(variable).map(PathBuf::from) else {
-            println!(
-                "skipped: {variable} is not given: no guests of {architecture} to boot (nix build \
-                 .#packages.{architecture}-linux.guests-qemu)"
-            );
+            println!("skipped: {variable} is not given: {what} (nix build .#{output})");
             return None;
         };
-        Some(Self { folder, machine })
+        let program = match vmm.program() {
+            None => None,
+            Some(variable) => {
+                let Some(program) = std::env::var_os(variable) else {
+                    println!("skipped: {variable} is not given: {what}, as no registry has the program");
+                    return None;
+                };
+                Some(program.into())
+            }
+        };
+        let hub = (vmm == Vmm::StratoVirt).then(|| VsockHub::listen().unwrap());
+        Some(Self { folder, vmm, program, hub })
     }
 
-    pub(crate) fn architecture(&self) -> &'static str {
-        self.machine.architecture()
+    pub(crate) fn vmm(&self) -> Vmm {
+        self.vmm
     }
 
     /// The kinds of roots that the machine can have.
@@ -94,7 +113,7 @@ impl Guests {
     }
 
     fn has_pmem(&self) -> bool {
-        self.machine != Machine::Virt
+        self.vmm != Vmm::Qemu(Machine::Virt)
     }
 
     /// Every form of every kernel, in the order of their names.
@@ -102,15 +121,17 @@ impl Guests {
         let entries = fs::read_dir(self.folder.join("kernels")).unwrap();
         let mut folders: Vec<_> = entries.map(|entry| entry.unwrap().path()).collect();
         folders.sort();
+        let forms = self.vmm.forms();
         let form = |folder: &PathBuf, form: &str| {
             let path = folder.join(form);
             let name = folder.file_name().unwrap().to_string_lossy().into_owned();
             let config = fs::read_to_string(folder.join("config")).unwrap();
-            path.exists().then(|| Kernel { name: format!("{name}, {form}"), path, config })
+            let is_first = forms.first() == Some(&form);
+            path.exists().then(|| Kernel { name: format!("{name}, {form}"), path, is_first, config })
         };
         let kernels: Vec<_> = folders
             .iter()
-            .flat_map(|folder| ["vmlinux", "bzImage", "Image"].map(|name| form(folder, name)))
+            .flat_map(|folder| forms.iter().map(move |name| form(folder, name)))
             .flatten()
             .collect();
         assert!(!kernels.is_empty(), "{} has no kernels", self.folder.display());
@@ -127,8 +148,22 @@ impl Guests {
     pub(crate) fn config(&self, kernel: &Kernel, kind: RootKind) -> VmConfig {
         let file = self.root(kind);
         let verity = verity(&file.with_file_name("verity.toml"));
-        let config = common::config(self.machine, kernel.path.clone(), file.clone(), file, kind.root);
+        let config = common::config(self.vmm.machine(), kernel.path.clone(), file.clone(), file, kind.root);
         VmConfig { verity, ..config }
+    }
+
+    /// Starts a VM of this kernel and this root.
+    pub(crate) async fn start(&self, kernel: &Kernel, kind: RootKind) -> Booted {
+        let config = self.config(kernel, kind);
+        let Some(program) = &self.program else { return start(config).await };
+        let dir = common::pod_folder();
+        let process = given::start(
+            self.vmm,
+            &VmConfig { path: program.clone(), ..config },
+            dir.path(),
+            self.hub.as_ref(),
+        );
+        Booted { vm: Running::Given(process.into()), dir }
     }
 }
 
@@ -141,30 +176,51 @@ fn verity(path: &Path) -> Option<Verity> {
     Some(verity.try_into().unwrap())
 }
 
+/// A VM, by whom it was started.
+pub(crate) enum Running {
+    Daemon(Arc<dyn Vm>),
+    Given(Box<Process>),
+}
+
 /// A VM, and the pod's folder that it has.
 pub(crate) struct Booted {
-    pub vm: Arc<dyn Vm>,
+    pub vm: Running,
     pub dir: tempfile::TempDir,
 }
 
-/// Starts a VM.
+/// Starts a VM of QEMU.
 pub(crate) async fn start(config: VmConfig) -> Booted {
     let dir = common::pod_folder();
     let spec = common::spec(dir.path());
     let qemu = Qemu::new(config);
     qemu.preflight().await.unwrap();
-    Booted { vm: qemu.start(spec).await.unwrap(), dir }
+    Booted { vm: Running::Daemon(qemu.start(spec).await.unwrap()), dir }
 }
 
 impl Booted {
     /// What the guest's agent says when it calls. The call must be kept: a guest that loses its host ends.
     pub(crate) async fn ready(&self) -> ReadyGuest {
-        match self.vm.ready(DEADLINE).await {
+        match self.called().await {
             Ok(mut guest) => {
                 guest.give_token(TOKEN).await.unwrap();
                 guest
             }
             Err(error) => panic!("{error}"),
+        }
+    }
+
+    /// The agent's call, or why there is none.
+    pub(crate) async fn called(&self) -> Result<ReadyGuest, String> {
+        match &self.vm {
+            Running::Daemon(vm) => vm.ready(DEADLINE).await.map_err(|error| error.to_string()),
+            Running::Given(process) => process.ready(self.dir.path()).await,
+        }
+    }
+
+    fn pid(&self) -> u32 {
+        match &self.vm {
+            Running::Daemon(vm) => vm.pid(),
+            Running::Given(process) => process.pid(),
         }
     }
 
@@ -180,7 +236,7 @@ impl Booted {
 
     /// Processor time that the VMM has used: unlike the clock's, no other process of the machine adds to it.
     pub(crate) fn busy(&self) -> Duration {
-        let threads = fs::read_dir(format!("/proc/{}/task", self.vm.pid())).unwrap();
+        let threads = fs::read_dir(format!("/proc/{}/task", self.pid())).unwrap();
         let nanoseconds = threads.filter_map(|thread| {
             let text = fs::read_to_string(thread.ok()?.path().join("schedstat")).ok()?;
             text.split(' ').next()?.parse::<u64>().ok()
@@ -190,7 +246,7 @@ impl Booted {
 
     /// KiB of a mapping of the VMM whose name contains `name`: its resident pages, or (`Pss`) its part of them.
     pub(crate) fn mapped(&self, name: &str, field: &str) -> u64 {
-        let smaps = fs::read_to_string(format!("/proc/{}/smaps", self.vm.pid())).unwrap();
+        let smaps = fs::read_to_string(format!("/proc/{}/smaps", self.pid())).unwrap();
         let (mut sum, mut wanted) = (0, false);
         for line in smaps.lines() {
             let mut words = line.split_whitespace();
@@ -206,6 +262,9 @@ impl Booted {
     }
 
     pub(crate) async fn stop(self) {
-        self.vm.stop(true, Duration::from_secs(10)).await.unwrap();
+        match self.vm {
+            Running::Daemon(vm) => vm.stop(true, Duration::from_secs(10)).await.unwrap(),
+            Running::Given(process) => process.stop().await,
+        }
     }
 }

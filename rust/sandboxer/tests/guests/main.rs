@@ -1,27 +1,30 @@
 //! Boots every kernel with every kind of root. Needs `KUASAR_GUESTS`, what `nix build .#guests-qemu` makes; says "skipped"
-//! without; `KUASAR_GUESTS_AARCH64` is the same of the other architecture. `KUASAR_BLESS=1` writes docs/guest-matrix.md instead of
-//! comparing with it.
+//! without; `KUASAR_GUESTS_AARCH64` is the same of the other architecture, `vmm.rs` has the variables of other hypervisors.
+//! `KUASAR_BLESS=1` writes docs/guest-matrix.md instead of comparing with it.
 
 #![allow(clippy::unwrap_used, clippy::panic, reason = "a test ends where it fails")]
 
 #[path = "../common/mod.rs"]
 mod common;
 mod console;
+mod given;
 mod lab;
 mod table;
+mod vmm;
 
 use std::{
     fs::{self, File},
     os::unix::fs::FileExt,
 };
 
-use lab::{Booted, DEADLINE, Guests, Kernel, ROOTS, RootKind, start};
+use lab::{Booted, Guests, Kernel, ROOTS, RootKind, Running, start};
 use table::Row;
+use vmm::{Q35, Vmm};
 use vmm_sandboxer::vmm::{Machine, Root};
 
 /// Name of the memory that is the guest's, in `/proc/PID/smaps`.
 const GUEST_MEMORY: &str = "memfd:";
-/// How often each guest is booted for a figure that is written down.
+/// How often each guest of QEMU is booted for a figure that is written down; in a machine that is emulated to have KVM, once.
 const BLESSED_BOOTS: usize = 3;
 
 fn named(roots: &[RootKind], name: &str) -> RootKind {
@@ -36,7 +39,7 @@ fn find<'a>(kernels: &'a [Kernel], name: &str) -> &'a Kernel {
 async fn floor(guests: &Guests, kernel: &Kernel, boots: usize) -> f64 {
     let mut busy = Vec::new();
     for _ in 0..boots {
-        let booted = start(guests.config(kernel, guests.floor())).await;
+        let booted = guests.start(kernel, guests.floor()).await;
         booted.said("INIT UP").await;
         busy.push(booted.busy().as_secs_f64());
         booted.stop().await;
@@ -53,7 +56,7 @@ async fn row(guests: &Guests, kernel: &Kernel, kind: RootKind, floor: f64, boots
     println!("booting {}, {}", kernel.name, kind.name);
     let (mut busy, mut memory, mut mounted) = (Vec::new(), 0, String::new());
     for _ in 0..boots {
-        let booted = start(guests.config(kernel, kind)).await;
+        let booted = guests.start(kernel, kind).await;
         let guest = booted.ready().await;
         busy.push(booted.busy().as_secs_f64());
         mounted = without_sizes(&guest.ready.root);
@@ -61,7 +64,7 @@ async fn row(guests: &Guests, kernel: &Kernel, kind: RootKind, floor: f64, boots
         booted.stop().await;
     }
     Row {
-        architecture: guests.architecture(),
+        vmm: guests.vmm(),
         kernel: kernel.name.clone(),
         kernel_bytes: fs::metadata(&kernel.path).unwrap().len(),
         root: kind.name.into(),
@@ -80,25 +83,39 @@ fn without_sizes(options: &str) -> String {
 
 /// Whether the table has this combination. What a kernel is packed in says nothing of roots: one will do.
 fn wanted(kernel: &Kernel, kind: RootKind) -> bool {
-    kernel.has(kind.needs) && (!kernel.name.ends_with("bzImage") || kind.name == ROOTS[0].name)
+    kernel.has(kind.needs) && (kernel.is_first || kind.name == ROOTS[0].name)
 }
 
 #[tokio::test(flavor = "multi_thread")]
 #[ignore = "boots some twenty guests, one after another: its figures are of a machine that does nothing else"]
 async fn every_kernel_boots_every_root_that_it_knows() {
-    boot_all(Machine::Q35).await;
+    boot_all(Q35).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 #[ignore = "needs guests that `make check` does not build"]
 async fn every_kernel_of_aarch64_boots_every_root_that_it_knows() {
-    boot_all(Machine::Virt).await;
+    boot_all(Vmm::Qemu(Machine::Virt)).await;
 }
 
-async fn boot_all(machine: Machine) {
-    let Some(guests) = Guests::new(machine) else { return };
+#[tokio::test(flavor = "multi_thread")]
+#[ignore = "needs Cloud Hypervisor, KVM, and guests that `make check` does not build"]
+async fn every_kernel_of_cloud_hypervisor_boots_every_root_that_it_knows() {
+    boot_all(Vmm::CloudHypervisor).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+#[ignore = "needs StratoVirt, KVM, vhost-vsock, and guests that `make check` does not build"]
+async fn every_kernel_of_stratovirt_boots_every_root_that_it_knows() {
+    boot_all(Vmm::StratoVirt).await;
+}
+
+async fn boot_all(vmm: Vmm) {
+    let Some(guests) = Guests::new(vmm) else { return };
     let blessed = std::env::var("KUASAR_BLESS").is_ok_and(|given| given == "1");
-    let boots = if blessed { BLESSED_BOOTS } else { 1 };
+    let boots = if blessed && vmm.program().is_none() { BLESSED_BOOTS } else { 1 };
+    let file = concat!(env!("CARGO_MANIFEST_DIR"), "/../../docs/guest-matrix.md");
+    let text = || fs::read_to_string(file).unwrap_or_default();
     let mut rows = Vec::new();
     for kernel in guests.kernels() {
         let floor = floor(&guests, &kernel, boots).await;
@@ -108,34 +125,34 @@ async fn boot_all(machine: Machine) {
             assert_eq!(row.mounted.contains("dax=always"), dax, "{row:?}");
             assert!(kind.root == Root::Initrd || row.mounted.contains(" ro"), "{row:?}");
             rows.push(row);
+            if blessed {
+                fs::write(file, table::replace(&text(), vmm, &rows)).unwrap();
+            }
         }
     }
-    let file = concat!(env!("CARGO_MANIFEST_DIR"), "/../../docs/guest-matrix.md");
-    let text = fs::read_to_string(file).unwrap_or_default();
-    let new = table::replace(&text, machine.architecture(), &rows);
     if blessed {
-        fs::write(file, new).unwrap();
         return;
     }
-    let (known, found) = (table::shape(&text), table::shape(&new));
+    let (known, found) = (table::shape(&text()), table::shape(&table::replace(&text(), vmm, &rows)));
     assert_eq!(known, found, "docs/guest-matrix.md has other rows; KUASAR_BLESS=1 writes it anew");
 }
 
 /// On a host of either architecture.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_guest_of_aarch64_comes_up() {
-    let Some(guests) = Guests::new(Machine::Virt) else { return };
+    let Some(guests) = Guests::new(Vmm::Qemu(Machine::Virt)) else { return };
     let kernels = guests.kernels();
     let booted = start(guests.config(find(&kernels, "micro, Image"), named(&ROOTS, "initrd, gzip"))).await;
     let guest = booted.ready().await;
     println!("{:?}", guest.ready);
-    assert!(booted.vm.can_hot_attach(), "disks of a running pod");
+    let Running::Daemon(vm) = &booted.vm else { panic!("not the daemon's") };
+    assert!(vm.can_hot_attach(), "disks of a running pod");
     booted.stop().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_changed_byte_of_a_checked_root_stops_the_boot() {
-    let Some(guests) = Guests::new(Machine::Q35) else { return };
+    let Some(guests) = Guests::new(Q35) else { return };
     let kernels = guests.kernels();
     for root in ["EROFS on virtio-blk, dm-verity", "EROFS on pmem, dm-verity"] {
         let mut config = guests.config(find(&kernels, "micro, vmlinux"), named(&ROOTS, root));
@@ -148,7 +165,7 @@ async fn a_changed_byte_of_a_checked_root_stops_the_boot() {
 
         flip(copy.path());
         let booted = start(config).await;
-        let error = booted.vm.ready(DEADLINE).await.unwrap_err().to_string();
+        let error = booted.called().await.unwrap_err();
         println!("{error}");
         assert!(error.contains("the VM has ended"), "{error}");
         assert!(error.contains("data block") && error.contains("is corrupted"), "{error}");
@@ -175,7 +192,7 @@ fn flip(image: &std::path::Path) {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_second_guest_shares_the_image_with_the_first() {
-    let Some(guests) = Guests::new(Machine::Q35) else { return };
+    let Some(guests) = Guests::new(Q35) else { return };
     let kernels = guests.kernels();
     for root in ["ext4 on pmem", "EROFS on pmem", "XFS on pmem"] {
         let kernel = find(&kernels, "mini, vmlinux");
