@@ -13,8 +13,12 @@ use tonic::transport::{Channel, Endpoint};
 pub use generated::*;
 use runtime_service_client::RuntimeServiceClient;
 
+use crate::suite::patient;
+
 /// Deadline of every call. A pod starts in seconds under emulation; this is for a call that hangs.
 pub const DEADLINE: Duration = Duration::from_secs(120);
+/// Time for a command in a container.
+const EXEC: Duration = Duration::from_secs(60);
 
 /// What CRI answers: a value, or containerd's error with its message.
 pub type Answer<T> = Result<T, tonic::Status>;
@@ -44,7 +48,7 @@ impl Cri {
     pub async fn connect(socket: &Path) -> Result<Self> {
         let url = format!("unix://{}", socket.display());
         let channel = Endpoint::try_from(url)?
-            .timeout(DEADLINE)
+            .timeout(patient(DEADLINE))
             .connect()
             .await
             .with_context(|| format!("connecting to containerd at {}", socket.display()))?;
@@ -191,7 +195,7 @@ impl Cri {
         let request = ExecSyncRequest {
             container_id: id.to_owned(),
             cmd: command.iter().map(|&word| word.to_owned()).collect(),
-            timeout: 60,
+            timeout: i64::try_from(patient(EXEC).as_secs()).unwrap_or(i64::MAX),
         };
         let answer = self.client().exec_sync(request).await?.into_inner();
         Ok(Output {
@@ -233,6 +237,7 @@ impl Cri {
     /// # Errors
     /// As containerd says, or when it is still running at the deadline.
     pub async fn ended(&self, id: &str, deadline: Duration) -> Answer<ContainerStatus> {
+        let deadline = patient(deadline);
         let end = tokio::time::Instant::now() + deadline;
         loop {
             let status = self.status(id).await?;

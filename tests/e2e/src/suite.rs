@@ -58,6 +58,11 @@ pub fn with_lab(handlers: &'static [&'static str], cases: Vec<Case<Lab>>) -> Exi
     with_lab_for(deadline(), handlers, cases)
 }
 
+/// A usual wait, longer where the cases are given longer: what is slow there is every single answer.
+pub(crate) fn patient(usual: Duration) -> Duration {
+    usual.mul_f64(deadline().as_secs_f64() / DEADLINE.as_secs_f64()).max(usual)
+}
+
 /// The same, with a containerd that differs.
 #[must_use]
 pub fn with_lab_of(
