@@ -35,8 +35,8 @@ Made by `KUASAR_BLESS=1 cargo test --test guests -- --ignored every_kernel`, wit
 again and compares the rows, not the figures.
 
 - **boot**: processor time of the VMM from its start to READY, as a multiple of that of the same kernel with an empty init (the floor:
-  ext4, on pmem where there is pmem, else on virtio-blk); median of three, under QEMU. On a machine with other work the last tenth is noise;
-  so it is of one boot in a machine that is itself emulated, as for the other hypervisors.
+  ext4, on pmem where there is pmem, else on virtio-blk); median of three under QEMU, where on a machine with other work the last
+  tenth is noise. Under the other hypervisors it is of one boot, in an emulated machine with much other work beside it: half of it may be.
 - **guest memory**: pages of the guest's memory that the host had to give it by then. What a guest reads from pmem is not in it:
   that is the host's page cache, which all guests of an image share.
 - dm-verity reads what it checks into the guest's own page cache: such a root has no DAX, on pmem or not.
