@@ -119,9 +119,13 @@ const REQUIRED_V1: [&str; 5] = ["cpu", "devices", "freezer", "memory", "pids"];
 /// PID 1 with 1024, at most 4096.
 const MAX_FILES: u64 = 1 << 20;
 
-/// What containers of a Kubernetes node find set there; and that none of the agent's log lines are left out.
-const SYSCTLS: [(&str, &str); 3] =
-    [("vm/overcommit_memory", "1"), ("kernel/keys/root_maxkeys", "1000000"), ("kernel/printk_devkmsg", "on")];
+/// What containers of a Kubernetes node find set there; and that none of the agent's log lines are left out, which the kernel
+/// takes with the end of its line only (kernel/printk/printk.c, `devkmsg_sysctl_set_loglvl`).
+const SYSCTLS: [(&str, &str); 3] = [
+    ("vm/overcommit_memory", "1"),
+    ("kernel/keys/root_maxkeys", "1000000"),
+    ("kernel/printk_devkmsg", "on\n"),
+];
 
 /// Mounts what is needed to say READY.
 ///

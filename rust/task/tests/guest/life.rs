@@ -13,7 +13,8 @@ use crate::{
 };
 
 pub(crate) async fn life(pod: &Pod) {
-    let script = "echo out; echo err >&2; hostname; ip addr show net0; ip route; ulimit -n; cat /proc/1/cgroup; exit 42";
+    let script = "echo out; echo err >&2; hostname; cat /proc/sys/kernel/printk_devkmsg
+        ip addr show net0; ip route; ulimit -n; cat /proc/1/cgroup; exit 42";
     let at = Instant::now();
     let pid = pod.create("c1", &["sh", "-c", script], false, false).await.unwrap();
     step("  create", at);
@@ -39,7 +40,7 @@ pub(crate) async fn life(pod: &Pod) {
     assert_eq!(waiting.await.unwrap().unwrap().exit_status, 42);
     assert_eq!(pod.wait("c1", "").await.unwrap(), 42);
     let out = String::from_utf8(join(stdout).await).unwrap();
-    assert!(out.starts_with("out\nweb-0\n"), "{out}");
+    assert!(out.starts_with("out\nweb-0\non\n"), "and no line of the agent's log is left out: {out}");
     assert!(out.contains("inet 10.0.2.15/24") && out.contains("mtu 1400"), "{out}");
     assert!(out.contains("default via 10.0.2.2 dev net0"), "{out}");
     assert!(out.ends_with("\n1048576\n0::/\n"), "files, and its own cgroup namespace: {out}");
