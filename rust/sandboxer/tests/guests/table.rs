@@ -36,7 +36,7 @@ again and compares the rows, not the figures.
 
 - **boot**: processor time of the VMM from its start to READY, as a multiple of that of the same kernel with an empty init (the floor:
   ext4, on pmem where there is pmem, else on virtio-blk); median of three under QEMU, where on a machine with other work the last
-  tenth is noise. Under the other hypervisors it is of one boot, in an emulated machine with much other work beside it: half of it may be.
+  tenth is noise. Under the other hypervisors it is of one boot, in a machine that is emulated itself: a third of it may be.
 - **guest memory**: pages of the guest's memory that the host had to give it by then. What a guest reads from pmem is not in it:
   that is the host's page cache, which all guests of an image share.
 - dm-verity reads what it checks into the guest's own page cache: such a root has no DAX, on pmem or not.
