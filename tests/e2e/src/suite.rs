@@ -35,6 +35,12 @@ macro_rules! cases {
     };
 }
 
+/// Cases that are left out where something is missing, and say what.
+#[must_use]
+pub fn unless<T>(missing: Option<String>, cases: Vec<Case<T>>) -> Vec<Case<T>> {
+    cases.into_iter().map(|case| Case { skip: missing.clone(), ..case }).collect()
+}
+
 /// The runtime handler under test. `KUASAR_HANDLER=runc` is for the lab's own sake: it runs what makes sense without a
 /// VM, and tells a fault of the lab from one of ours.
 #[must_use]
@@ -55,7 +61,7 @@ pub fn is_full() -> bool {
 /// Runs cases that share a lab. Returns what `main` returns.
 #[must_use]
 pub fn with_lab(handlers: &'static [&'static str], cases: Vec<Case<Lab>>) -> ExitCode {
-    with_lab_for(deadline(), handlers, cases)
+    in_lab(deadline(), Containerd::given(), handlers, cases)
 }
 
 /// A usual wait, longer where the cases are given longer: what is slow there is every single answer.
@@ -63,33 +69,16 @@ pub(crate) fn patient(usual: Duration) -> Duration {
     usual.mul_f64(deadline().as_secs_f64() / DEADLINE.as_secs_f64()).max(usual)
 }
 
-/// The same, with a containerd that differs.
-#[must_use]
-pub fn with_lab_of(
-    containerd: Containerd,
-    handlers: &'static [&'static str],
-    cases: Vec<Case<Lab>>,
-) -> ExitCode {
-    in_lab(deadline(), containerd, handlers, cases)
-}
-
 /// [`DEADLINE`], or what a machine that is slower or busier than most is given.
-fn deadline() -> Duration {
+#[must_use]
+pub fn deadline() -> Duration {
     let given = std::env::var("KUASAR_CASE_SECONDS").ok().and_then(|seconds| seconds.parse().ok());
     given.map_or(DEADLINE, Duration::from_secs)
 }
 
-/// The same, with so much time for each case.
+/// [`with_lab`], with so much time for each case, and with this containerd.
 #[must_use]
-pub fn with_lab_for(
-    deadline: Duration,
-    handlers: &'static [&'static str],
-    cases: Vec<Case<Lab>>,
-) -> ExitCode {
-    in_lab(deadline, Containerd::given(), handlers, cases)
-}
-
-fn in_lab(
+pub fn in_lab(
     deadline: Duration,
     containerd: Containerd,
     handlers: &'static [&'static str],

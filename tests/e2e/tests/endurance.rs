@@ -9,7 +9,7 @@ use anyhow::{Context, Result, ensure};
 use kuasar_e2e::{
     cases,
     image::BUSYBOX,
-    lab::{Lab, QEMU, QEMU_STREAM},
+    lab::{Containerd, Lab, QEMU, QEMU_STREAM},
     leaks::Snapshot,
     paths::RELAY,
     suite,
@@ -34,8 +34,9 @@ const SHOWN_EVERY: usize = 100;
 
 fn main() -> ExitCode {
     let deadline = Duration::from_secs(if suite::is_full() { 2 * 3600 } else { 900 });
-    suite::with_lab_for(
+    suite::in_lab(
         deadline,
+        Containerd::given(),
         &[QEMU],
         cases![
             many_execs_in_one_container,

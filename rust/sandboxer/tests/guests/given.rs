@@ -67,8 +67,8 @@ impl Process {
             },
             ended = child.wait() => format!("the hypervisor ended: {}", ended.unwrap()),
         };
-        let said = |name: &str| fs::read(dir.join("log").join(name)).unwrap_or_default();
-        let said = |name| String::from_utf8_lossy(&said(name)).into_owned();
+        let log = |name: &str| fs::read(dir.join("log").join(name)).unwrap_or_default();
+        let said = |name| String::from_utf8_lossy(&log(name)).into_owned();
         Err(format!("{why}\n{}\n{}", said("vmm.log"), said("console.log")))
     }
 

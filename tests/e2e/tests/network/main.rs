@@ -27,10 +27,7 @@ use traffic::{
 };
 
 fn main() -> ExitCode {
-    let mut all = cases![the_kernel_moves_the_frames];
-    for case in &mut all {
-        case.skip = vhost_missing();
-    }
+    let mut all = suite::unless(vhost_missing(), cases![the_kernel_moves_the_frames]);
     all.extend(cases![
         ports_are_forwarded_over_cri,
         ports_are_forwarded_on_both_loopbacks,

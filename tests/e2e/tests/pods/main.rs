@@ -78,7 +78,8 @@ use volumes::{
 
 fn main() -> ExitCode {
     let containerd = Containerd { thin_pool: thin_pool::missing().is_none(), ..Containerd::given() };
-    suite::with_lab_of(
+    suite::in_lab(
+        suite::deadline(),
         containerd,
         &[QEMU, QEMU_9P, QEMU_INITRD],
         cases![
@@ -145,39 +146,34 @@ fn main() -> ExitCode {
 }
 
 fn disk_cases() -> Vec<Case<Lab>> {
-    let mut cases = cases![
-        a_disk_is_a_device_of_the_container,
-        the_file_system_of_a_disk_is_a_volume,
-        a_vm_ends_with_its_disks,
-        a_root_is_an_image_file,
-    ];
-    for case in &mut cases {
-        case.skip = disks::missing();
-    }
-    let mut mapped = cases![a_root_is_a_device_of_the_mapper];
-    for case in &mut mapped {
-        case.skip = thin_pool::missing();
-    }
-    cases.extend(mapped);
+    let mut cases = suite::unless(
+        disks::missing(),
+        cases![
+            a_disk_is_a_device_of_the_container,
+            the_file_system_of_a_disk_is_a_volume,
+            a_vm_ends_with_its_disks,
+            a_root_is_an_image_file,
+        ],
+    );
+    cases.extend(suite::unless(thin_pool::missing(), cases![a_root_is_a_device_of_the_mapper]));
     cases
 }
 
 fn layer_cases() -> Vec<Case<Lab>> {
-    let mut cases = cases![a_root_is_made_of_erofs_layers, a_root_of_more_erofs_layers_than_slots];
-    for case in &mut cases {
-        case.skip = layers::missing();
-    }
-    cases
+    suite::unless(
+        layers::missing(),
+        cases![a_root_is_made_of_erofs_layers, a_root_of_more_erofs_layers_than_slots],
+    )
 }
 
 /// Those that `make check` has no time for.
 fn long_cases() -> Vec<Case<Lab>> {
-    let mut cases = cases![containerd_dies_in_every_phase, containerd_dies_in_every_phase_over_streams];
-    for case in &mut cases {
-        case.skip = (!suite::is_full())
-            .then(|| "it takes long, and runs in `make check-all` (KUASAR_ENDURANCE=full)".to_owned());
-    }
-    cases
+    let missing = (!suite::is_full())
+        .then(|| "it takes long, and runs in `make check-all` (KUASAR_ENDURANCE=full)".to_owned());
+    suite::unless(
+        missing,
+        cases![containerd_dies_in_every_phase, containerd_dies_in_every_phase_over_streams],
+    )
 }
 
 /// A command that keeps a container alive and ends at once when asked to, as soon as there is a file `/up`.
