@@ -49,11 +49,11 @@ lib.makeScope pkgs.newScope (
         );
       # The roots are any hypervisor's.
       guests =
-        hypervisor: flavours:
+        hypervisor:
         self.callPackage ./guests.nix {
           inherit (packer) arch kuasar-image;
           inherit hypervisor;
-          kernels = lib.genAttrs flavours (flavour: self."kernel-${hypervisor}-${flavour}");
+          kernels = lib.genAttrs [ "micro" "mini" ] (type: self."kernel-${hypervisor}-${type}");
           disks = {
             ext4 = self.disk-qemu;
             erofs = self.disk-qemu-erofs;
@@ -78,7 +78,7 @@ lib.makeScope pkgs.newScope (
         fs = "erofs";
         verity = true;
       };
-      guests-qemu = guests "qemu" ([ "micro" ] ++ lib.optional isx86_64 "mini");
+      guests-qemu = guests "qemu";
     }
     # Not everything that answers to nixpkgs' names has NixOS.
     // lib.optionalAttrs (pkgs ? nixos) {
@@ -86,8 +86,8 @@ lib.makeScope pkgs.newScope (
       disk-qemu-nixos = disk { rootfs = self.rootfs-nixos; };
     }
     // lib.optionalAttrs isx86_64 {
-      guests-cloud-hypervisor = guests "cloud-hypervisor" [ "micro" ];
-      guests-stratovirt = guests "stratovirt" [ "micro" ];
+      guests-cloud-hypervisor = guests "cloud-hypervisor";
+      guests-stratovirt = guests "stratovirt";
       # The micro kernel knows no XFS.
       disk-qemu-xfs = disk { fs = "xfs"; };
       sbom-qemu = self.callPackage ./sbom.nix {

@@ -12,6 +12,7 @@
   perl,
   xz,
   zstd,
+  # Null: the kernel serves any.
   hypervisor,
   flavour,
   lists,
@@ -44,7 +45,7 @@ let
 in
 stdenv.mkDerivation (
   {
-    pname = "kernel-${hypervisor}-${flavour}";
+    pname = "kernel-${lib.optionalString (hypervisor != null) "${hypervisor}-"}${flavour}";
     inherit (linux_6_12) version src;
 
     strictDeps = true;
@@ -82,7 +83,9 @@ stdenv.mkDerivation (
 
     passthru = { inherit lists fragments; };
     meta = {
-      description = "Guest kernel \"${flavour}\" for ${hypervisor}: ${
+      description = "Guest kernel \"${flavour}\" for ${
+        if hypervisor == null then "any hypervisor" else hypervisor
+      }: ${
         if isx86_64 then "vmlinux (entered by PVH), bzImage" else "Image"
       }, config";
       license = lib.licenses.gpl2Only;

@@ -1,5 +1,4 @@
-# The guest kernels: every type for every hypervisor. Names whose fragments come out equal are one derivation, called after
-# the first of the hypervisors.
+# The guest kernels: every type for every hypervisor. Mini is one derivation with a name for each.
 {
   lib,
   callPackage,
@@ -12,11 +11,6 @@ let
     "cloud-hypervisor"
     "stratovirt"
   ];
-  flavours = [
-    "micro"
-    "mini"
-  ];
-
   # A line of a list is the name of a fragment or a comment.
   fragmentOf =
     line:
@@ -33,24 +27,17 @@ let
   kernelOf =
     flavour: hypervisor:
     let
-      lists = [
-        "${flavour}-${cpu}.list"
-        "${hypervisor}-${cpu}.list"
-      ];
+      # Mini has what any of them wants; to micro each adds its own.
+      lists = [ "${flavour}-${cpu}.list" ] ++ lib.optional (hypervisor != null) "${hypervisor}-${cpu}.list";
     in
     {
       inherit flavour hypervisor lists;
       fragments = lib.sort (a: b: a < b) (lib.unique (lib.concatMap fragmentsOf lists));
     };
-  named =
-    flavour: hypervisor:
-    let
-      kernel = kernelOf flavour hypervisor;
-      same = lib.filter (other: other.fragments == kernel.fragments) (map (kernelOf flavour) hypervisors);
-    in
-    {
-      name = "kernel-${hypervisor}-${flavour}";
-      value = callPackage ./kernel.nix (lib.head same);
-    };
+  mini = callPackage ./kernel.nix (kernelOf "mini" null);
+  named = hypervisor: {
+    "kernel-${hypervisor}-micro" = callPackage ./kernel.nix (kernelOf "micro" hypervisor);
+    "kernel-${hypervisor}-mini" = mini;
+  };
 in
-lib.listToAttrs (lib.concatMap (flavour: map (named flavour) hypervisors) flavours)
+builtins.foldl' (all: hypervisor: all // named hypervisor) { } hypervisors

@@ -17,7 +17,9 @@ HYPERVISORS = ["qemu", "cloud-hypervisor", "stratovirt"]
 
 
 def lists(flavour, hypervisor="qemu", cpu="x86_64"):
-    return [CONFIGS / f"{flavour}-{cpu}.list", CONFIGS / f"{hypervisor}-{cpu}.list"]
+    """As pkgs/kernels.nix takes them: mini has what any hypervisor wants."""
+    of_hypervisor = [CONFIGS / f"{hypervisor}-{cpu}.list"] if flavour == "micro" else []
+    return [CONFIGS / f"{flavour}-{cpu}.list", *of_hypervisor]
 
 
 QEMU_LISTS = lists("micro")
