@@ -24,7 +24,11 @@ lib.makeScope pkgs.newScope (
 
     checks = import ./checks.nix { inherit pkgs self; };
   }
-  // pkgs.callPackage ./kernels.nix { inherit (self) callPackage; }
+  // pkgs.callPackage ./kernels.nix {
+    inherit (self) callPackage;
+    # The long-term release that the fragments are written for.
+    linux = pkgs.linux_6_12;
+  }
   // (
     let
       packer = {

@@ -7,11 +7,12 @@
   bison,
   elfutils,
   flex,
-  linux_6_12,
   openssl,
   perl,
   xz,
   zstd,
+  # Whose version and sources.
+  linux,
   # Null: the kernel serves any.
   hypervisor,
   flavour,
@@ -46,7 +47,7 @@ in
 stdenv.mkDerivation (
   {
     pname = "kernel-${lib.optionalString (hypervisor != null) "${hypervisor}-"}${flavour}";
-    inherit (linux_6_12) version src;
+    inherit (linux) version src;
 
     strictDeps = true;
     nativeBuildInputs = [

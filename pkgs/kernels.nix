@@ -1,10 +1,12 @@
-# The guest kernels: every type for every hypervisor. Mini is one derivation with a name for each.
+# The guest kernels: a name for every type and every hypervisor. A hypervisor that adds nothing shares the derivation of all.
 {
   lib,
   callPackage,
   stdenv,
+  linux,
 }:
 let
+  folder = ../kernel-configs;
   cpu = stdenv.hostPlatform.parsed.cpu.name;
   hypervisors = [
     "qemu"
@@ -21,22 +23,25 @@ let
   fragmentsOf =
     list:
     lib.concatMap fragmentOf (
-      builtins.split "\n" (builtins.readFile (../kernel-configs + "/${list}"))
+      builtins.split "\n" (builtins.readFile (folder + "/${list}"))
     );
 
   kernelOf =
     flavour: hypervisor:
     let
-      # Mini has what any of them wants; to micro each adds its own.
       lists = [ "${flavour}-${cpu}.list" ] ++ lib.optional (hypervisor != null) "${hypervisor}-${cpu}.list";
     in
-    {
-      inherit flavour hypervisor lists;
+    callPackage ./kernel.nix {
+      inherit flavour hypervisor linux lists;
       fragments = lib.sort (a: b: a < b) (lib.unique (lib.concatMap fragmentsOf lists));
     };
-  mini = callPackage ./kernel.nix (kernelOf "mini" null);
+  # One for all, with a name for each.
+  mini = kernelOf "mini" null;
+  micro = kernelOf "micro" null;
   named = hypervisor: {
-    "kernel-${hypervisor}-micro" = callPackage ./kernel.nix (kernelOf "micro" hypervisor);
+    "kernel-${hypervisor}-micro" =
+      # What there is no list of adds nothing.
+      if builtins.pathExists (folder + "/${hypervisor}-${cpu}.list") then kernelOf "micro" hypervisor else micro;
     "kernel-${hypervisor}-mini" = mini;
   };
 in
