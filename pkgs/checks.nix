@@ -2,6 +2,7 @@
 { pkgs, self }:
 let
   inherit (pkgs) lib runCommand file;
+  twice = import ./twice.nix { inherit runCommand; };
 
   # A program that starts, is static where it runs in the guest or once per pod, and tells nothing of where it was built.
   program =
@@ -118,4 +119,11 @@ in
 }
 // lib.mapAttrs (_: imageIsGood) (
   lib.filterAttrs (name: _: lib.hasPrefix "image-" name) self
+)
+# All that goes into a guest but its kernel, which takes as long as all the rest: `rebuild-check` builds that again, and the daemon.
+// lib.mapAttrs' (name: package: lib.nameValuePair "twice-${name}" (twice name package)) (
+  {
+    inherit (self) kuasar-image vmm-task runc-guest;
+  }
+  // lib.filterAttrs (name: _: builtins.match "(rootfs|disk-qemu|initrd-qemu|sbom-qemu|image-qemu).*" name != null && !lib.hasSuffix "nixos" name) self
 )

@@ -21,6 +21,8 @@ let
     filterAttrs =
       keep: set:
       builtins.removeAttrs set (filter (name: !keep name set.${name}) (builtins.attrNames set));
+    nameValuePair = name: value: { inherit name value; };
+    mapAttrs' = f: set: builtins.listToAttrs (mapAttrsToList f set);
     optionalAttrs = cond: set: if cond then set else { };
     optional = cond: item: if cond then [ item ] else [ ];
     optionalString = cond: text: if cond then text else "";
@@ -104,6 +106,12 @@ let
           };
       };
     hasPrefix = prefix: text: builtins.substring 0 (builtins.stringLength prefix) text == prefix;
+    hasSuffix =
+      suffix: text:
+      let
+        end = builtins.stringLength text - builtins.stringLength suffix;
+      in
+      end >= 0 && builtins.substring end (-1) text == suffix;
 
     licenses = {
       asl20.spdxId = "Apache-2.0";

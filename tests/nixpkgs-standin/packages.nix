@@ -96,6 +96,7 @@ let
               pname = args.pname or args.name;
               version = args.version or "";
               src = args.src or null;
+              overrideAttrs = more: mkDerivation (args // more args);
             };
         in
         drv;

@@ -28,7 +28,7 @@ Every kernel with every kind of root that it knows, each booted until its agent 
 aarch64: virt) by software emulation on an x86_64 machine, with the pod's folder shared by virtiofs. Under Cloud Hypervisor, and StratoVirt
 (its machine microvm), which the daemon has no driver for yet, with KVM in an emulated machine (`tests/lab/machine`), and nothing shared.
 
-Made by `KUASAR_BLESS=1 cargo test --test guests -- --ignored every_kernel`, with `KUASAR_GUESTS` the result of `nix build .#guests-qemu` and
+Made by `KUASAR_BLESS=1 cargo test --test guests -- --ignored --test-threads=1 every_kernel`, with `KUASAR_GUESTS` the result of `nix build .#guests-qemu` and
 `KUASAR_GUESTS_AARCH64` that of `nix build .#packages.aarch64-linux.guests-qemu`; the other hypervisors' rows by
 `KUASAR_BLESS=1 KUASAR_LOGS=$PWD/docs tests/lab/check hypervisors`, with `KUASAR_CLOUD_HYPERVISOR` (here 53.0) and `KUASAR_STRATOVIRT`
 (here of April 2026: 2.5.0 has no virtio-pmem) their programs, built without optimization. Without `KUASAR_BLESS` the test boots them all
@@ -36,7 +36,7 @@ again and compares the rows, not the figures.
 
 - **boot**: processor time of the VMM from its start to READY, as a multiple of that of the same kernel with an empty init (the floor:
   ext4, on pmem where there is pmem, else on virtio-blk); median of three under QEMU, where on a machine with other work the last
-  tenth is noise. Under the other hypervisors it is of one boot, in a machine that is emulated itself: a third of it may be.
+  tenth is noise. Under the other hypervisors it is of one boot, in a machine that is emulated itself: half of it may be.
 - **guest memory**: pages of the guest's memory that the host had to give it by then. What a guest reads from pmem is not in it:
   that is the host's page cache, which all guests of an image share.
 - dm-verity reads what it checks into the guest's own page cache: such a root has no DAX, on pmem or not.
