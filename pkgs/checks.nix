@@ -45,30 +45,42 @@ let
         test "$(ls)" = "$(jq -r '.parts | keys[]' manifest.json | cat - <(echo manifest.json) | LC_ALL=C sort)"
         jsonschema -i manifest.json ${./manifest.schema.json}
         # A schema that takes everything would say the same.
-        for wrong in 'del(.parts.vmlinux.sha256)' '.root[0].mode = 493' '.parts.vmlinux.size = -1' '.more = 1'; do
+        for wrong in 'del(.parts.vmlinux.sha256)' '.root[0].mode = 493' '.parts.vmlinux.size = -1' '.more = 1' \
+          'del(.root[] | select(.kind == "file") | .sha256)' 'del(.root[] | select(.kind == "link") | .target)' \
+          '(.root[] | select(.kind == "folder")) += {size: 1}'; do
           jq "$wrong" manifest.json >"$NIX_BUILD_TOP/wrong.json"
           ! jsonschema -i "$NIX_BUILD_TOP/wrong.json" ${./manifest.schema.json} 2>/dev/null || { echo "the schema takes $wrong" >&2; exit 1; }
         done
-        # Every file of the root is in the list, and no other.
-        diff <(cd ${image.disk.rootfs} && find . -mindepth 1 -printf '/%P\n' | LC_ALL=C sort) <(jq -r '.root[].path' manifest.json)
+        # Every file of the root is in the list as it is, and no other.
+        diff <(cd ${image.disk.rootfs} && find . -mindepth 1 -printf '/%P %y %m %l\n' | LC_ALL=C sort) \
+          <(jq -r '.root[] | "\(.path) \({file: "f", folder: "d", link: "l"}[.kind]) \(.mode) \(.target // "")"' manifest.json | LC_ALL=C sort)
+        (cd ${image.disk.rootfs} && jq -r '.root[] | select(.kind == "file") | "\(.sha256)  .\(.path)"' ${image}/manifest.json | sha256sum --quiet -c)
         # Every component is named once, and every dependency is a component.
         jq -e '[.components[]."bom-ref"] as $refs | ($refs | length) > 100 and ($refs | unique | length) == ($refs | length)
           and ([.dependencies[].dependsOn[]] - $refs == [])
-          and ([.components[].name] | contains(${
+          and ${
             builtins.toJSON (
               [
                 "linux"
                 "runc"
+                "libseccomp"
+                "go-std"
                 "vmm-task"
                 "ttrpc"
+                "rust-std"
               ]
               ++ map (package: package.pname) (image.disk.rootfs.packages or [ ])
             )
-          }))' sbom.cdx.json
+          } - [.components[].name] == []' sbom.cdx.json
+        ! jq -r '.components[].name' sbom.cdx.json | grep -E '^(windows|wasi)'
         kuasar-image verify kuasar.img
         ${lib.optionalString image.disk.verity ''
           hash=$(sed -n 's/^root_hash = "\(.*\)"$/\1/p' config.toml)
           kuasar-image verify --root-hash "$hash" kuasar.img
+        ''}
+        ${lib.optionalString (!image.disk.rootfs ? shell) ''
+          # Two programs, and nothing to run a script with.
+          test "$(jq -r '.root[] | select(.kind == "file") | .path' manifest.json | tr '\n' ' ')" = '/bin/runc /sbin/init '
         ''}
         # As large as its content, with 2 % and half a MiB for tables and an XFS log of 6.5 MiB, rounded to 2 MiB.
         size=$(stat -Lc %s kuasar.img)

@@ -1,9 +1,12 @@
-# What a guest image is made from, as a CycloneDX bill of materials: the agent and its crates, runc and its modules, the
-# kernel. No clock and no serial number: equal inputs give equal bytes.
+# What a guest image is made from, as a CycloneDX bill of materials: the agent and its crates, runc and its modules, what both
+# are linked with, the kernel. No clock and no serial number: equal inputs give equal bytes.
 {
   lib,
+  go,
   jq,
+  pkgsStatic,
   runCommand,
+  rustc,
   runc-guest,
   vmm-task,
   workspace,
@@ -16,7 +19,7 @@ let
   crateRef =
     crate: "pkg:cargo/${crate.name}@${builtins.replaceStrings [ "+" ] [ "%2B" ] crate.version}";
   crates = workspace.crates vmm-task.pname;
-  component =
+  componentOf =
     crate:
     {
       type = if crate.name == vmm-task.pname then "application" else "library";
@@ -34,7 +37,31 @@ let
     };
   linux = "pkg:generic/linux@${kernel.version}";
   runc = "pkg:golang/github.com/opencontainers/runc@v${runc-guest.version}";
-  packageRef = package: "pkg:generic/${package.pname}@${package.version}";
+  # Both programs are static: these are in them.
+  libc = packageRef pkgsStatic.stdenv.cc.libc;
+  libseccomp = packageRef pkgsStatic.libseccomp;
+  rustStd = packageRef std.rust;
+  goStd = packageRef std.go;
+  std = {
+    rust = {
+      pname = "rust-std";
+      inherit (rustc) version;
+    };
+    go = {
+      pname = "go-std";
+      inherit (go) version;
+    };
+  };
+  component = type: package: {
+    inherit type;
+    bom-ref = packageRef package;
+    purl = packageRef package;
+    name = package.pname;
+    inherit (package) version;
+  };
+  packageRef =
+    package:
+    "pkg:generic/${package.pname}@${builtins.replaceStrings [ "+" ] [ "%2B" ] package.version}";
   image = "pkg:generic/image-${hypervisor}@${vmm-task.version}";
   bom = {
     bomFormat = "CycloneDX";
@@ -62,14 +89,14 @@ let
         inherit (runc-guest) version;
       }
     ]
-    ++ map (package: {
-      type = "application";
-      bom-ref = packageRef package;
-      purl = packageRef package;
-      name = package.pname;
-      inherit (package) version;
-    }) packages
-    ++ map component crates;
+    ++ map (component "library") [
+      pkgsStatic.stdenv.cc.libc
+      pkgsStatic.libseccomp
+      std.rust
+      std.go
+    ]
+    ++ map (component "application") packages
+    ++ map componentOf crates;
     dependencies = [
       {
         ref = image;
@@ -83,7 +110,12 @@ let
     ]
     ++ map (crate: {
       ref = crateRef crate;
-      dependsOn = map crateRef crate.dependencies;
+      dependsOn =
+        map crateRef crate.dependencies
+        ++ lib.optionals (crate.name == vmm-task.pname) [
+          libc
+          rustStd
+        ];
     }) crates;
   };
 in
@@ -104,8 +136,17 @@ runCommand "sbom-${hypervisor}"
     sed -nE 's/^# ([^ ]+) (v[^ ]+)$/\1 \2/p' ${runc-guest.src}/vendor/modules.txt >modules
     jq -R 'split(" ") | "pkg:golang/\(.[0])@\(.[1] | gsub("\\+"; "%2B"))" as $ref
       | {type: "library", "bom-ref": $ref, purl: $ref, name: .[0], version: .[1]}' modules |
-      jq -s --sort-keys --slurpfile bom "$bomPath" --arg runc ${lib.escapeShellArg runc} '. as $modules | $bom[0]
+      jq -s --sort-keys --slurpfile bom "$bomPath" --arg runc ${lib.escapeShellArg runc} \
+        --argjson linked ${
+          lib.escapeShellArg (
+            builtins.toJSON [
+              libc
+              libseccomp
+              goStd
+            ]
+          )
+        } '. as $modules | $bom[0]
         | .components += $modules
-        | .dependencies += [{ref: $runc, dependsOn: [$modules[].purl]}, ($modules[] | {ref: .purl, dependsOn: []})]' \
+        | .dependencies += [{ref: $runc, dependsOn: ([$modules[].purl] + $linked)}, ($modules[] | {ref: .purl, dependsOn: []})]' \
         >"$out/sbom.cdx.json"
   ''

@@ -39,7 +39,9 @@ let
     let
       manifest = manifests.${memberOf.${package.name}};
       asked = (manifest.dependencies or { }) // (manifest.build-dependencies or { });
-      all = map locked (package.dependencies or [ ]);
+      # Cargo.lock says nothing of targets; these are of other systems only.
+      isForeign = dependency: builtins.match "(windows.*|wasi.*|r-efi)" dependency.name != null;
+      all = lib.filter (dependency: !isForeign dependency) (map locked (package.dependencies or [ ]));
     in
     if package ? source || !(memberOf ? ${package.name}) then
       all
@@ -60,7 +62,7 @@ in
 {
   inherit (cargo.workspace.package) version;
 
-  # The crate and every crate it is built from, on whatever machine: name, version, checksum, dependencies.
+  # The crate and every crate it is built from on Linux: name, version, checksum, dependencies.
   crates =
     crate:
     map

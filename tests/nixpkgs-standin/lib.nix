@@ -24,6 +24,7 @@ let
     nameValuePair = name: value: { inherit name value; };
     mapAttrs' = f: set: builtins.listToAttrs (mapAttrsToList f set);
     optionalAttrs = cond: set: if cond then set else { };
+    optionals = cond: items: if cond then items else [ ];
     optional = cond: item: if cond then [ item ] else [ ];
     optionalString = cond: text: if cond then text else "";
     concatStrings = concatStringsSep "";

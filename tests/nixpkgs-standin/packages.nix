@@ -108,6 +108,7 @@ let
         };
         cc = hostTool "gcc" // {
           targetPrefix = lib.optionalString isCross "${cpu}-linux-gnu-"; # as Debian calls them
+          libc = hostTool "glibc" // { version = inputs.debian.libc6-dev; };
         };
       };
 
@@ -197,6 +198,9 @@ let
           "/usr/sbin/bridge"
         ];
 
+        libseccomp = hostTool "libseccomp" // { version = inputs.debian.libseccomp-dev; };
+        rustc = hostTool "rustc" // { version = inputs.compilers.rustc; };
+        go = hostTool "go" // { version = inputs.compilers.go; };
         python3Packages.jsonschema = hostTool "python3-jsonschema";
 
         # Not of nixpkgs: the daemon's configuration for a machine where guests die in KVM and vhost-vsock is missing.
@@ -218,7 +222,6 @@ let
         "file"
         "flex"
         "jq"
-        "libseccomp"
         "openssl"
         "perl"
         "pkg-config"
