@@ -67,10 +67,10 @@ async fn a_person_gets_a_shell_if_it_was_asked_for() {
     assert!(said.contains("console: the VM refuses: wrong token"), "{said}");
     fs::write(on.dir.path().join("token"), TOKEN).unwrap();
     // The first size has been seen when the file is there; the shell reads the second command after the resize.
-    let typed =
-        "stty size; touch /run/kuasar/state/typed; read line\nresize.x\nstty size; cat /proc/1/comm; exit\n";
+    let typed = "stty size; touch /run/kuasar/state/typed; read line\nresize.x\nstty size; \
+        ip -brief link show lo; strace -V; ss -V; exit\n";
     let said = console(on.dir.path(), typed).await;
-    for wanted in ["31 97", "50 132"] {
+    for wanted in ["31 97", "50 132", "<LOOPBACK", "strace -- version", "ss utility"] {
         assert!(said.contains(wanted), "{wanted:?} is not in {said}");
     }
     let said = console(&on.dir.path().with_file_name("no-such-pod"), "").await;

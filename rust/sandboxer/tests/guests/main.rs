@@ -200,7 +200,9 @@ async fn a_second_guest_shares_the_image_with_the_first() {
         let image = config.image.clone().unwrap();
         let name = image.to_str().unwrap();
         let first = start(config.clone()).await;
-        let _first = first.ready().await;
+        let guest = first.ready().await;
+        // Without DAX each guest copies what it reads into memory of its own, and maps the image as well.
+        assert!(guest.ready.root.contains("dax=always"), "{root}: {}", guest.ready.root);
         let alone = first.mapped(name, "Pss");
         let second = start(config).await;
         let _second = second.ready().await;
