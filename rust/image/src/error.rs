@@ -35,7 +35,7 @@ pub enum Error {
         package: &'static str,
     },
     /// A tool this crate runs failed.
-    #[error("{tool} failed while making the image: {detail}")]
+    #[error("{tool} failed: {detail}")]
     Tool {
         /// Name of the program.
         tool: &'static str,
@@ -48,6 +48,9 @@ pub enum Error {
     /// `SOURCE_DATE_EPOCH` makes no sense.
     #[error("SOURCE_DATE_EPOCH is {0:?}; it must be seconds since 1970, at most 4294967295")]
     Epoch(String),
+    /// No root hash of a dm-verity tree.
+    #[error("root hash {0:?}: it must be 64 hexadecimal digits, as `build --verity` prints them")]
+    RootHash(String),
     /// A file is not what it is said to be.
     #[error("{}: {reason}", path.display())]
     Format {

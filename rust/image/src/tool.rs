@@ -46,11 +46,16 @@ impl Tool {
 
     /// The error that quotes what it said.
     pub(crate) fn failed(self, output: &Output) -> Error {
+        self.failed_with(format!("{}: {}", output.status, self.said(output)))
+    }
+
+    /// What it said, but for its banner.
+    pub(crate) fn said(self, output: &Output) -> String {
         let text = [output.stderr.as_slice(), output.stdout.as_slice()].concat();
         let text = String::from_utf8_lossy(&text);
         let banner = format!("{} ", self.name);
         let lines: Vec<_> = text.lines().filter(|l| !l.starts_with(&banner)).take(10).collect();
-        self.failed_with(format!("{}: {}", output.status, lines.join("; ")))
+        lines.join("; ")
     }
 
     pub(crate) fn failed_with(self, detail: String) -> Error {

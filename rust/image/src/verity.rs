@@ -70,19 +70,23 @@ pub(crate) fn append(image: &File, path: &Path, offset: u64, data: u64, epoch: u
 /// Checks every block of a disk image against a root hash.
 ///
 /// # Errors
-/// When a block or the tree differs, the image has none, or `veritysetup` is missing.
+/// When a block or the tree differs, the image has none, the hash is no hash, or `veritysetup` is missing.
 pub fn check(path: &Path, root_hash: &str) -> Result<()> {
+    if root_hash.len() != 64 || !root_hash.bytes().all(|b| b.is_ascii_hexdigit()) {
+        return Err(Error::RootHash(root_hash.to_owned()));
+    }
     let image = File::open(path).map_err(Error::io("open", path))?;
-    let none = || Error::Format {
-        path: path.to_owned(),
-        reason: "has no dm-verity tree behind its file system".into(),
-    };
-    let data = report::verity_offset(&image, path)?.ok_or_else(none)?;
+    let wrong = |reason: String| Error::Format { path: path.to_owned(), reason };
+    let data = report::verity_offset(&image, path)?
+        .ok_or_else(|| wrong("has no dm-verity tree behind its file system".into()))?;
     let (alone, _) = extract(&image, path, disk::FS_OFFSET, data, size(data))?;
     let name = alone.path().file_name().unwrap_or_default();
     let mut command = command(alone.path(), 0)?;
     command.arg("verify").arg(format!("--hash-offset={data}")).arg(name).arg(name).arg(root_hash);
-    VERITYSETUP.run(&mut command).map(drop)
+    let output = VERITYSETUP.output(&mut command)?;
+    let said = VERITYSETUP.said(&output);
+    let changed = || wrong(format!("is not what this root hash stands for: {said} (veritysetup)"));
+    if output.status.success() { Ok(()) } else { Err(changed()) }
 }
 
 /// The file system, and what is behind it, in a file of its own.

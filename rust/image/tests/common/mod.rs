@@ -100,3 +100,39 @@ pub(crate) fn root(root: &Path, reverse: bool) {
     }
     steps.iter().for_each(|step| step());
 }
+
+/// A label as `parted mklabel gpt mkpart` makes it, at `base`, for a disk that ends at `end`.
+pub(crate) fn gpt(image: &mut [u8], base: usize, end: usize, start: u64) {
+    let crc = |bytes: &[u8]| {
+        let mut crc = flate2::Crc::new();
+        crc.update(bytes);
+        crc.sum().to_le_bytes()
+    };
+    let sectors = ((end - base) / 512) as u64;
+    image[base + 450] = 0xee;
+    image[base + 454..base + 458].copy_from_slice(&1_u32.to_le_bytes());
+    image[base + 458..base + 462].copy_from_slice(&((sectors - 1) as u32).to_le_bytes());
+    image[base + 510..base + 512].copy_from_slice(&[0x55, 0xaa]);
+    let mut entry = [0; 128];
+    entry[..16].copy_from_slice(&[7; 16]);
+    entry[32..40].copy_from_slice(&start.to_le_bytes());
+    entry[40..48].copy_from_slice(&(sectors - 34).to_le_bytes());
+    for (at, letter) in "primary".encode_utf16().enumerate() {
+        entry[56 + at * 2..58 + at * 2].copy_from_slice(&letter.to_le_bytes());
+    }
+    image[base + 1024..base + 1152].copy_from_slice(&entry);
+    let entries_crc = crc(&image[base + 1024..base + 1024 + 128 * 128]);
+    let mut header = [0; 92];
+    header[..8].copy_from_slice(b"EFI PART");
+    header[8..16].copy_from_slice(&[0, 0, 1, 0, 92, 0, 0, 0]);
+    header[24..32].copy_from_slice(&1_u64.to_le_bytes());
+    header[32..40].copy_from_slice(&(sectors - 1).to_le_bytes());
+    header[40..48].copy_from_slice(&34_u64.to_le_bytes());
+    header[48..56].copy_from_slice(&(sectors - 34).to_le_bytes());
+    header[72..80].copy_from_slice(&2_u64.to_le_bytes());
+    header[80..88].copy_from_slice(&[128, 0, 0, 0, 128, 0, 0, 0]);
+    header[88..92].copy_from_slice(&entries_crc);
+    let own = crc(&header);
+    header[16..20].copy_from_slice(&own);
+    image[base + 512..base + 604].copy_from_slice(&header);
+}
