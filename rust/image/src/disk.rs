@@ -215,21 +215,19 @@ pub fn partition(size: u64, table: u64) -> Partition {
     }
 }
 
-/// Tells why a file of `size` bytes cannot be an image.
-///
-/// # Errors
-/// Too small, too large, or no multiple of 2 MiB.
-pub fn check_size(size: u64) -> Result<()> {
-    let reason = if size <= FS_OFFSET {
-        "leaves no room for a file system behind the first 3 MiB"
+/// Why a file of `size` bytes cannot be an image: too small, too large, or no multiple of 2 MiB.
+pub(crate) fn size_problem(size: u64) -> Option<&'static str> {
+    if size <= FS_OFFSET {
+        Some("leaves no room for a file system behind the first 3 MiB")
     } else if !size.is_multiple_of(DAX_OFFSET) {
-        "is no multiple of 2 MiB, which DAX needs"
-    } else if size > MAX_SIZE {
-        "is beyond the 2 TiB of an MBR"
+        Some("is no multiple of 2 MiB, which DAX needs")
     } else {
-        return Ok(());
-    };
-    Err(Error::Size(format!("{size} bytes {reason}")))
+        (size > MAX_SIZE).then_some("is beyond the 2 TiB of an MBR")
+    }
+}
+
+fn check_size(size: u64) -> Result<()> {
+    size_problem(size).map_or(Ok(()), |problem| Err(Error::Size(format!("{size} bytes {problem}"))))
 }
 
 fn write_tables(file: &File, path: &Path, size: u64) -> Result<()> {

@@ -92,13 +92,13 @@ pub fn examine(path: &Path) -> Result<Report> {
     let file = File::open(path).map_err(Error::io("open", path))?;
     let image = FileSource { file: &file, size: meta.len() };
     let start: [u8; 6] = source::block(&image, 0).map_err(Error::io("read", path))?;
-    let Some(packing) = archive::packing(&start) else {
+    if !archive::is_initrd(&start) {
         return disk_image(&image).map_err(Error::io("read", path));
-    };
+    }
     let mut report = Report::default();
     report.note("file", "kind", "initrd");
     report.note("file", "size", format!("{} bytes", image.size));
-    archive::examine(&file, path, packing, &mut report)?;
+    archive::judge(&file, &mut report)?;
     Ok(report)
 }
 
@@ -110,8 +110,8 @@ pub fn disk_image(image: &dyn Source) -> std::io::Result<Report> {
     let mut report = Report::default();
     let size = image.size();
     report.note("file", "kind", "disk image");
-    let verdict = disk::check_size(size).err().map(|e| e.to_string()).unwrap_or_default();
-    report.check("file", "size", format!("{size} bytes"), verdict.is_empty(), &verdict);
+    let problem = disk::size_problem(size);
+    report.check("file", "size", format!("{size} bytes"), problem.is_none(), problem.unwrap_or_default());
     if size <= disk::FS_OFFSET {
         return Ok(report);
     }
