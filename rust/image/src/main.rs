@@ -11,7 +11,7 @@ use kuasar_image::disk::{self, Content, FileSystem, Options};
 use kuasar_image::{MIB, report};
 
 /// Builds, inspects and verifies guest images. Equal root file systems give equal bytes; every time stamp is
-/// SOURCE_DATE_EPOCH (seconds since 1970; 0 when unset).
+/// SOURCE_DATE_EPOCH (seconds since 1970; 0 when unset, but 1 in ext4, whose tools take 0 for "now").
 #[derive(Parser)]
 #[command(name = "kuasar-image", version)]
 struct Cli {

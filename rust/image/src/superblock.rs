@@ -9,6 +9,11 @@ const NEEDS_RECOVERY: u32 = 0x4;
 /// ext4: the superblock has a checksum.
 const METADATA_CSUM: u32 = 0x400;
 
+/// EROFS: content is packed: ZERO_PADDING, COMPR_CFGS (BIG_PCLUSTER), ZTAILPACKING, FRAGMENTS (DEDUPE).
+const PACKED: u32 = 0x33;
+/// EROFS: content lies in other devices. With COMPR_CFGS, the bit is COMPR_HEAD2.
+const DEVICE_TABLE: u32 = 0x8;
+
 /// A file system whose content can be listed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Known {
@@ -127,9 +132,13 @@ impl Part<'_> {
         self.note("inodes", u64_at(16));
         self.note("root inode", u16::from_le_bytes(field(start, 1024 + 14)));
         let (compat, incompat) = (u32_at(8), u32_at(80));
-        // Bits 0 and 2: packed data, and pieces of files. Such pages cannot be mapped.
+        let problem = if incompat & PACKED != 0 {
+            "content is packed: DAX cannot map it"
+        } else {
+            "content lies in other files"
+        };
         let features = format!("compat {compat:#x}, incompat {incompat:#x}");
-        self.check("features", features, incompat & 0b1 == 0, "content is packed: DAX cannot map it");
+        self.check("features", features, incompat & (PACKED | DEVICE_TABLE) == 0, problem);
         self.name(1024 + 48, &field::<16>(start, 1024 + 64));
         self.note("made at", format!("{} s since 1970", u64_at(24)));
         if compat & 1 != 0 {

@@ -95,9 +95,12 @@ fn an_image_with_a_dax_header_is_as_good_as_ours() {
     assert!(!lines.iter().any(|line| line.contains("WRONG")), "{}", lines.join("\n"));
     good(tool().arg("verify").arg(&image));
 
-    // One byte of its superblock, and it is not.
-    File::options().write(true).open(&image).unwrap().write_all_at(&[4], 4096 + 72).unwrap();
+    // One byte of each superblock, and it is not.
+    let file = File::options().write(true).open(&image).unwrap();
+    file.write_all_at(&[4], 4096 + 72).unwrap();
+    file.write_all_at(b"x", FS + 1024 + 120).unwrap();
     let error = bad(tool().arg("verify").arg(&image));
+    assert!(error.contains("file system, at 3 MiB: checksum is 0x"), "{error}");
     assert!(error.contains("PFN superblock, at 4096: mode is 4: must be 1"), "{error}");
     assert!(error.contains("checksum is 0x685b032be3943830: must be "), "{error}");
 }
