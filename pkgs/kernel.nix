@@ -82,7 +82,7 @@ stdenv.mkDerivation (
     '';
     dontFixup = true; # nothing in it runs on the host
 
-    passthru = { inherit lists fragments; };
+    passthru = { inherit flavour lists fragments; };
     meta = {
       description = "Guest kernel \"${flavour}\" for ${
         if hypervisor == null then "any hypervisor" else hypervisor

@@ -45,4 +45,4 @@ let
     "kernel-${hypervisor}-mini" = mini;
   };
 in
-builtins.foldl' (all: hypervisor: all // named hypervisor) { } hypervisors
+lib.foldl' (all: hypervisor: all // named hypervisor) { } hypervisors

@@ -1,4 +1,5 @@
-# What the daemon needs to start a pod with QEMU, in one folder. Its variants differ in kernel, disk and initrd.
+# What a hypervisor needs to start a pod, in one folder: with a configuration for the daemon where it drives that hypervisor.
+# Variants differ in kernel, disk and initrd.
 {
   lib,
   stdenv,
@@ -10,6 +11,9 @@
   virtiofsd,
   vmm-task,
   runc-guest,
+  hypervisor,
+  # How the result is checked: a function of it.
+  check,
   kernel,
   initrd,
   disk,
@@ -21,6 +25,23 @@
   vsock,
 }:
 let
+  inherit (stdenv.hostPlatform) isx86_64;
+  cpu = stdenv.hostPlatform.parsed.cpu.name;
+  isDriven = hypervisor == "qemu";
+  kernels = if isx86_64 then [ "vmlinux" "bzImage" ] else [ "Image" ];
+  parts =
+    kernels
+    ++ [
+      "kernel.config"
+      "kuasar.img"
+      "kuasar.initrd"
+      "sbom.cdx.json"
+    ]
+    ++ lib.optional isDriven "config.toml"
+    # What of it the daemon's configuration would have.
+    ++ lib.optional (!isDriven && disk.verity) "verity.toml";
+  # QEMU has no virtio-pmem for aarch64, and a root that is checked block by block has no DAX.
+  root = if isx86_64 && !disk.verity then "pmem" else "blk";
   # Relative paths are relative to the file itself: the folder can be moved as a whole.
   config = ''
     [sandbox]
@@ -29,19 +50,19 @@ let
     relay_path = "${lib.getExe containerd-shim-kuasar-vmm-v1}"
 
     [hypervisor]
-    path = "${lib.getExe' qemu "qemu-system-${stdenv.hostPlatform.parsed.cpu.name}"}"
+    path = "${lib.getExe' qemu "qemu-system-${cpu}"}"
     accel = "${accel}"
-    machine_type = "q35"
+    machine_type = "${if isx86_64 then "q35" else "virt"}"
     vcpus = 1
     memory_in_mb = 512
-    kernel_path = "vmlinux"
+    kernel_path = "${lib.head kernels}"
     image_path = "kuasar.img"
     initrd_path = "kuasar.initrd"
     ${
       lib.optionalString (
         disk.rootfs ? shell
       ) "kernel_params = \"task.debug_shell=${disk.rootfs.shell}\"\n"
-    }root = "${if disk.verity then "blk" else "pmem"}"
+    }root = "${root}"
     share_fs = "virtiofs"
     vsock = "${vsock}"
 
@@ -72,13 +93,11 @@ let
       (source runc-guest.src // { inherit (runc-guest) version; })
     ];
   };
-  about = builtins.toJSON {
-    vmlinux = kernelAbout;
-    bzImage = kernelAbout;
-    "kernel.config" = kernelAbout;
+  about = lib.genAttrs (kernels ++ [ "kernel.config" ]) (_: kernelAbout) // {
     "kuasar.img" = rootAbout // {
       config = { inherit (disk) fs verity; };
     };
+    "verity.toml" = rootAbout;
     "kuasar.initrd" = rootAbout // {
       config.format = "newc, ${initrd.compress}";
     };
@@ -93,36 +112,47 @@ let
       config = { inherit accel vsock; };
     };
   };
-in
-runCommand "image-qemu${suffix}"
+  pname = "image-${hypervisor}${suffix}";
+  image = runCommand pname
   {
-    pname = "image-qemu${suffix}";
+    inherit pname;
     inherit (vmm-task) version;
     nativeBuildInputs = [ jq ];
-    inherit about config;
-    passthru = { inherit disk; };
+    about = builtins.toJSON about;
+    config = lib.optionalString isDriven config;
+    passthru = {
+      inherit disk kernel kernels;
+      tests.good = check image;
+    };
     passAsFile = [
       "config"
       "about"
     ];
     meta = {
-      description = "Everything the daemon needs for pods in QEMU: kernel, disk (${disk.fs}${lib.optionalString disk.verity ", dm-verity"}), initrd, config.toml, manifest.json";
+      description = "Everything for pods in ${hypervisor}: kernel, disk (${disk.fs}${lib.optionalString disk.verity ", dm-verity"}), initrd, ${lib.optionalString isDriven "config.toml, "}manifest.json";
       license = [
         lib.licenses.asl20
         lib.licenses.gpl2Only
       ];
-      platforms = lib.platforms.x86_64;
+      platforms = lib.platforms.linux;
     };
   }
   ''
     mkdir "$out"
     cd "$out"
-    cp ${kernel}/vmlinux ${kernel}/bzImage ${disk}/kuasar.img ${initrd}/kuasar.initrd .
+    cp ${lib.concatMapStringsSep " " (name: "${kernel}/${name}") kernels} ${disk}/kuasar.img ${initrd}/kuasar.initrd .
     cp ${kernel}/config kernel.config
     cp ${sbom}/sbom.cdx.json .
-    cp "$configPath" config.toml
-    ${lib.optionalString disk.verity "(echo && cat ${disk}/verity.toml) >>config.toml"}
-    for part in vmlinux bzImage kernel.config kuasar.img kuasar.initrd sbom.cdx.json config.toml; do
+    ${
+      if isDriven then
+        ''
+          cp "$configPath" config.toml
+          ${lib.optionalString disk.verity "(echo && cat ${disk}/verity.toml) >>config.toml"}
+        ''
+      else
+        lib.optionalString disk.verity "cp ${disk}/verity.toml ."
+    }
+    for part in ${toString parts}; do
       sum=$(sha256sum <"$part")
       jq -n --slurpfile about "$aboutPath" --arg part "$part" --arg sha256 "''${sum%% *}" --argjson size "$(stat -Lc %s "$part")" \
         '{($part): ({$sha256, $size} + $about[0][$part])}'
@@ -140,4 +170,6 @@ runCommand "image-qemu${suffix}"
         d: {kind: "folder"},
         l: {kind: "link", target: .[4]}
       }[.[1]]' | jq -s --sort-keys --slurpfile parts "$NIX_BUILD_TOP/parts" '{root: .} + $parts[0]' >manifest.json
-  ''
+  '';
+in
+image
