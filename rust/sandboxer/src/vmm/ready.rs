@@ -260,8 +260,14 @@ mod tests {
 
     #[tokio::test]
     async fn a_hub_listens_as_long_as_it_is_held() {
-        // Without vsock in the kernel there is nothing to try; other daemons on this host may have ports.
-        let Ok(hub) = VsockHub::listen() else { return };
+        // Other daemons on this host may have ports.
+        let hub = match VsockHub::listen() {
+            Ok(hub) => hub,
+            Err(error) if error.raw_os_error() == Some(nix::libc::EAFNOSUPPORT) => {
+                return println!("skipped: guests' calls over vsock: the kernel of this machine has none");
+            }
+            Err(error) => panic!("listening on the host's vsock: {error}"),
+        };
         let (port, listener) = (hub.port, ReadyListener::vhost(&hub, 77));
         drop(hub);
         let next = VsockHub::listen().unwrap();
