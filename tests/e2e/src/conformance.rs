@@ -6,6 +6,8 @@ use anyhow::{Context, Result, bail};
 
 const FIRST: &str = "spec";
 const LAST: &str = "reason";
+/// What stands before the words of a failure in its reason. A runtime that is broken fails, too, but says something else.
+const SAYS: &str = "It says \"";
 
 /// What became of a spec.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -143,7 +145,15 @@ impl Table {
         if outcome.state != State::Passes && row.reason.is_empty() {
             return Verdict::Wrong(format!("it {}, and the table has no reason", says(outcome.state)));
         }
-        Verdict::AsExpected
+        match (outcome.state, row.words()) {
+            (State::Fails, None) => {
+                Verdict::Wrong(format!("it fails, and the reason does not end with what it says: {SAYS}…\"."))
+            }
+            (State::Fails, Some(words)) if !outcome.message.contains(words) => {
+                Verdict::Wrong(format!("it fails for another reason: it does not say \"{words}\""))
+            }
+            _ => Verdict::AsExpected,
+        }
     }
 
     /// Whether an outcome differs from what the table has seen, or is a failure that it has not seen: it may be the machine's.
@@ -152,7 +162,11 @@ impl Table {
         let index = self.columns.iter().position(|name| name == column);
         let row = self.rows.iter().find(|row| row.spec == outcome.spec);
         match index.and_then(|index| row?.cells.get(index)).filter(|cell| !cell.is_empty()) {
-            Some(cell) => cell != outcome.state.word(),
+            Some(cell) if cell == outcome.state.word() => {
+                let words = row.and_then(Row::words).unwrap_or_default();
+                outcome.state == State::Fails && !outcome.message.contains(words)
+            }
+            Some(_) => true,
             None => outcome.state == State::Fails,
         }
     }
@@ -209,6 +223,12 @@ fn says(state: State) -> &'static str {
 }
 
 impl Row {
+    /// A part of what the suite says when the spec fails for the row's reason.
+    fn words(&self) -> Option<&str> {
+        let (_, words) = self.reason.split_once(SAYS)?;
+        words.split_once('"').map(|(words, _)| words).filter(|words| !words.is_empty())
+    }
+
     fn parse(line: &str, columns: usize) -> Result<Self> {
         let mut cells = cells(line);
         if cells.len() != columns + 2 {
@@ -233,10 +253,31 @@ mod tests {
 
     const COLUMN: &str = "runc, containerd 2.1";
     const TEXT: &str = "# Title\n\n| spec | runc, containerd 2.1 | reason |\n|---|---|---|\n\
-                        | a | passes |  |\n| b Uid\\|Username | fails | no such thing |\n\nAfter.\n";
+                        | a | passes |  |\n| b Uid\\|Username | fails | no such thing. It says \"no thing\". |\n\nAfter.\n";
 
     fn outcome(spec: &str, state: State) -> Outcome {
-        Outcome { spec: spec.into(), state, message: String::new(), seconds: 0.0 }
+        saying(spec, state, "rpc error: no thing here")
+    }
+
+    fn saying(spec: &str, state: State, message: &str) -> Outcome {
+        Outcome { spec: spec.into(), state, message: message.into(), seconds: 0.0 }
+    }
+
+    #[test]
+    fn a_failure_for_another_reason_is_wrong_and_in_doubt() {
+        let table = Table::parse(TEXT).unwrap();
+        let of = |message| saying("b Uid|Username", State::Fails, message);
+        assert_eq!(table.judge(COLUMN, &of("x: no thing")), Verdict::AsExpected);
+        assert!(!table.doubts(COLUMN, &of("x: no thing")));
+        let Verdict::Wrong(why) = table.judge(COLUMN, &of("connection refused")) else {
+            panic!("it is taken")
+        };
+        assert_eq!(why, "it fails for another reason: it does not say \"no thing\"");
+        assert!(table.doubts(COLUMN, &of("connection refused")));
+        // And a reason without words excuses nothing.
+        let table = Table::parse(&TEXT.replace("It says", "It may say")).unwrap();
+        let Verdict::Wrong(why) = table.judge(COLUMN, &of("no thing")) else { panic!("it is taken") };
+        assert!(why.contains("does not end with what it says"), "{why}");
     }
 
     #[test]
@@ -294,7 +335,7 @@ mod tests {
                 "| spec | runc, containerd 2.1 | kuasar, containerd 2.1 | reason |",
                 "|---|---|---|---|",
                 "| a | passes | passes |  |",
-                "| b Uid\\|Username | fails |  | no such thing |",
+                "| b Uid\\|Username | fails |  | no such thing. It says \"no thing\". |",
                 "| c |  | fails |  |",
             ]
         );
