@@ -65,7 +65,8 @@ pub fn with_lab(handlers: &'static [&'static str], cases: Vec<Case<Lab>>) -> Exi
 }
 
 /// A usual wait, longer where the cases are given longer: what is slow there is every single answer.
-pub(crate) fn patient(usual: Duration) -> Duration {
+#[must_use]
+pub fn patient(usual: Duration) -> Duration {
     usual.mul_f64(deadline().as_secs_f64() / DEADLINE.as_secs_f64()).max(usual)
 }
 
@@ -102,7 +103,7 @@ where
     T: Shared,
     F: FnOnce(Machine) -> Result<T>,
 {
-    run(DEADLINE, cases, |_, machine| make(machine))
+    run(self::deadline(), cases, |_, machine| make(machine))
 }
 
 /// What cases share, and how it ends.

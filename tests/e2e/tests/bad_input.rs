@@ -16,7 +16,7 @@ use kuasar_e2e::{
     lab::{self, daemon_config},
     machine::Machine,
     paths::Paths,
-    suite::{self, Shared},
+    suite::{self, Shared, patient},
 };
 use tokio::{
     process::{Child, Command},
@@ -96,7 +96,7 @@ impl Desk {
 
 /// What a program says to standard error when it refuses; it must end, and must not listen.
 async fn refused(command: &mut Command, folder: &Path) -> Result<String> {
-    let ran = timeout(SOON, command.output()).await;
+    let ran = timeout(patient(SOON), command.output()).await;
     let output = ran.ok().context("it did not refuse, it is running")??;
     let said = String::from_utf8_lossy(&output.stderr).trim().to_owned();
     ensure!(!output.status.success(), "it ended as if all were well: {said}");
@@ -226,7 +226,7 @@ async fn listening(desk: &Desk, folder: &Path) -> Result<Child> {
 async fn a_second_daemon(desk: Arc<Desk>) -> Result<()> {
     let folder = desk.folder("two")?;
     let mut first = listening(&desk, &folder).await?;
-    let second = timeout(SOON, desk.daemon(&folder, &folder.join("config.toml")).output()).await;
+    let second = timeout(patient(SOON), desk.daemon(&folder, &folder.join("config.toml")).output()).await;
     let second = second.ok().context("the second daemon is running")??;
     let said = String::from_utf8_lossy(&second.stderr).into_owned();
     ensure!(!second.status.success(), "the second daemon ended as if all were well: {said}");

@@ -17,7 +17,7 @@ use tokio::{
     time::{Instant, sleep, timeout},
 };
 
-use crate::machine::Machine;
+use crate::{machine::Machine, suite::patient};
 
 /// Time for a program of the lab to listen, and to end. In an emulated machine four of them load at once.
 pub(super) const PATIENCE: Duration = Duration::from_secs(60);
@@ -54,7 +54,7 @@ pub(super) fn spawn(machine: &Machine, name: &str, command: &mut Command) -> Res
 /// # Errors
 /// With the end of its log.
 pub async fn listening(child: &mut Child, socket: &Path, log: &Path) -> Result<()> {
-    let end = Instant::now() + PATIENCE;
+    let end = Instant::now() + patient(PATIENCE);
     loop {
         if tokio::net::UnixStream::connect(socket).await.is_ok() {
             return Ok(());
@@ -76,7 +76,7 @@ pub async fn listening(child: &mut Child, socket: &Path, log: &Path) -> Result<(
 pub async fn end(name: &str, child: &mut Child) -> Result<()> {
     let Some(id) = child.id() else { return Ok(()) };
     let _ = kill(Pid::from_raw(i32::try_from(id)?), Signal::SIGTERM);
-    if timeout(PATIENCE, child.wait()).await.is_ok() {
+    if timeout(patient(PATIENCE), child.wait()).await.is_ok() {
         return Ok(());
     }
     child.kill().await.with_context(|| format!("killing {name}"))?;

@@ -7,7 +7,7 @@ use kuasar_e2e::{
     cri::PodSandboxState,
     image::BUSYBOX,
     lab::{Lab, Pod},
-    suite::handler,
+    suite::{handler, patient},
 };
 use nix::{
     sys::signal::{Signal, kill},
@@ -45,7 +45,7 @@ fn kill_process(pod: &Pod<'_>, path: &str) -> Result<()> {
 
 /// The pod is told dead, its network given back while its namespace and its `eth0` are still there, and then removed.
 async fn ends_clean(lab: &Lab, pod: Pod<'_>, netns: &Netns) -> Result<()> {
-    let end = Instant::now() + SOON;
+    let end = Instant::now() + patient(SOON);
     loop {
         let state = lab.cri.pod_status(&pod.id).await?.0.state();
         let left = ours(netns).await?;
@@ -80,7 +80,7 @@ pub(crate) async fn a_killed_daemon_gives_the_network_back(lab: Arc<Lab>) -> Res
     kill_process(&pod, "/vm/vmm/pid")?;
     lab.restart_daemon(handler()).await?;
     // containerd tries again to reach it after at most 3 s.
-    let end = Instant::now() + SOON;
+    let end = Instant::now() + patient(SOON);
     while let Err(status) = lab.cri.pod_status(&pod.id).await {
         ensure!(Instant::now() < end, "the pod has no status: {}", status.message());
         sleep(Duration::from_millis(200)).await;

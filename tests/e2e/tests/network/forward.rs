@@ -10,7 +10,7 @@ use anyhow::{Context, Result, ensure};
 use kuasar_e2e::{
     image::BUSYBOX,
     lab::{Lab, Pod},
-    suite::handler,
+    suite::{handler, patient},
     websocket::Forwarded,
 };
 use tokio::{task::JoinSet, time::sleep};
@@ -37,7 +37,7 @@ async fn one_sided(pod: &Pod<'_>) -> Result<String> {
 
 /// Asks until the server is up.
 async fn answered(netns: &Netns, to: SocketAddr, question: &[u8]) -> Result<Vec<u8>> {
-    let end = Instant::now() + SOON;
+    let end = Instant::now() + patient(SOON);
     loop {
         match netns.ask(to, question.to_vec()).await {
             Ok(answer) => return Ok(answer),

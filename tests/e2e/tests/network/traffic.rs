@@ -7,6 +7,7 @@ use kuasar_e2e::{
     cri::{DnsConfig, LinuxContainerResources, Mount, PortMapping},
     image::BUSYBOX,
     lab::{Lab, NET_DUAL, Pod, container, run},
+    suite::patient,
 };
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
@@ -34,7 +35,7 @@ pub(crate) async fn serve(pod: &Pod<'_>) -> Result<String> {
 
 /// Fetches that page; the server needs a moment to listen.
 pub(crate) async fn get(address: &str) -> Result<String> {
-    let end = Instant::now() + SOON;
+    let end = Instant::now() + patient(SOON);
     loop {
         let attempt = async {
             let mut stream = TcpStream::connect(address).await?;
@@ -164,7 +165,7 @@ async fn datagrams(lab: &Lab, id: &str) -> Result<()> {
     let answering = async {
         let mut buffer = vec![0; 8192];
         let (length, from) =
-            timeout(SOON, server.recv_from(&mut buffer)).await.context("no datagram came")??;
+            timeout(patient(SOON), server.recv_from(&mut buffer)).await.context("no datagram came")??;
         ensure!(
             length == 4000 && buffer.get(..length).is_some_and(|b| b.ends_with(b"question")),
             "{length} bytes"
@@ -202,7 +203,7 @@ async fn frames_are_larger_than_the_mtu(lab: &Lab, pod: &Pod<'_>, id: &str) -> R
 
 /// Sends a lot to whoever connects, and receives as much, all of it zeroes, at the same time.
 async fn exchange(server: TcpListener) -> Result<()> {
-    let (stream, _) = timeout(SOON, server.accept()).await.context("the pod does not connect")??;
+    let (stream, _) = timeout(patient(SOON), server.accept()).await.context("the pod does not connect")??;
     let (mut from_pod, mut to_pod) = stream.into_split();
     let sending = async {
         to_pod.write_all(&vec![7; LARGE]).await?;

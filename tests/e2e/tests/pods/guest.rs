@@ -10,7 +10,7 @@ use kuasar_e2e::{
     cri::{Capability, PodSandboxState},
     image::BUSYBOX,
     lab::{self, Lab, Pod, folder_of},
-    suite::handler,
+    suite::{handler, patient},
 };
 use tokio::{
     io::{AsyncBufReadExt, AsyncWriteExt, BufReader},
@@ -55,7 +55,8 @@ pub(crate) async fn a_guest_is_reached_any_number_of_times(lab: Arc<Lab>) -> Res
             guest.read_line(&mut answer).await?;
             anyhow::Ok(answer)
         };
-        let answer = timeout(SOON, talk).await.with_context(|| format!("call {call} has no answer"))??;
+        let answer =
+            timeout(patient(SOON), talk).await.with_context(|| format!("call {call} has no answer"))??;
         ensure!(answer.starts_with("OK "), "call {call} was answered by {answer:?}");
     }
     let out = lab.cri.exec(&id, &["echo", "here"]).await?;
@@ -100,7 +101,7 @@ async fn qmp(pod: &Pod<'_>, command: &str) -> Result<()> {
         qemu.write_all(format!("{{\"execute\":\"{command}\"}}\n").as_bytes()).await?;
         loop {
             let mut line = String::new();
-            timeout(SOON, qemu.read_line(&mut line)).await.context("QEMU does not answer")??;
+            timeout(patient(SOON), qemu.read_line(&mut line)).await.context("QEMU does not answer")??;
             ensure!(!line.is_empty() && !line.contains("\"error\""), "{command}: QEMU says {line:?}");
             if line.contains("\"return\"") {
                 break;
@@ -134,7 +135,7 @@ pub(crate) async fn a_wrong_clock_is_put_right(lab: Arc<Lab>) -> Result<()> {
         ensure!(wrong > 3000, "the clock was not set, it differs by {wrong} s");
         lab.kill_daemon(handler()).await?;
         lab.restart_daemon(handler()).await?;
-        let end = Instant::now() + SOON;
+        let end = Instant::now() + patient(SOON);
         loop {
             let left = difference(&lab, &id).await?;
             if left <= 1 {
@@ -154,7 +155,7 @@ pub(crate) async fn a_kernel_panic_is_the_reason_of_a_pods_end(lab: Arc<Lab>) ->
     let pod = lab.run(config, handler()).await?;
     let id = pod.container("idle", BUSYBOX, IDLE).await?;
     qmp(&pod, "inject-nmi").await?;
-    let end = Instant::now() + SOON;
+    let end = Instant::now() + patient(SOON);
     let info = loop {
         let (status, info) = lab.cri.pod_status(&pod.id).await?;
         if status.state() == PodSandboxState::SandboxNotready {

@@ -6,7 +6,7 @@ use anyhow::{Context, Result, anyhow, ensure};
 use kuasar_e2e::{
     image::BUSYBOX,
     lab::{Lab, QEMU_STREAM},
-    suite::handler,
+    suite::{handler, patient},
 };
 use nix::pty::{Winsize, openpty};
 use tokio::{
@@ -48,11 +48,11 @@ pub(crate) async fn exec_reads_stdin_to_its_end(lab: Arc<Lab>) -> Result<()> {
         let mut back = vec![0; sent.len()];
         // All of it comes back before the end is sent: `ctr` forgets an end that it reads before its Exec is answered.
         let echo = async { tokio::try_join!(stdin.write_all(&sent), stdout.read_exact(&mut back)) };
-        timeout(SOON, echo).await.map_err(|_| anyhow!("{name}: cat does not echo"))??;
+        timeout(patient(SOON), echo).await.map_err(|_| anyhow!("{name}: cat does not echo"))??;
         ensure!(back == sent, "{name}: what came back is something else");
         drop(stdin);
         // `cat` ends only when its standard input does.
-        let out = timeout(SOON, child.wait_with_output()).await;
+        let out = timeout(patient(SOON), child.wait_with_output()).await;
         let out = out.map_err(|_| anyhow!("{name}: cat never saw the end"))??;
         ensure!(out.status.success(), "{name}: {}: {}", out.status, String::from_utf8_lossy(&out.stderr));
         let mut rest = Vec::new();
@@ -76,9 +76,10 @@ pub(crate) async fn exec_with_a_terminal(lab: Arc<Lab>) -> Result<()> {
         let master = terminal.master.try_clone()?;
         move || read_terminal(master)
     });
-    let status = timeout(SOON, child.wait()).await.map_err(|_| anyhow!("the exec did not end"))??;
+    let status =
+        timeout(patient(SOON), child.wait()).await.map_err(|_| anyhow!("the exec did not end"))??;
     drop(terminal.slave);
-    let text = timeout(SOON, reader).await.map_err(|_| anyhow!("the terminal did not end"))??;
+    let text = timeout(patient(SOON), reader).await.map_err(|_| anyhow!("the terminal did not end"))??;
     ensure!(text.contains("/dev/pts/"), "it had no terminal: {text:?}");
     ensure!(text.contains("33 77"), "its size did not arrive: {text:?}");
     ensure!(text.contains("\r\n"), "it was not a terminal's output: {text:?}");
@@ -152,7 +153,7 @@ async fn ten_mebibytes(lab: &Lab, handler: &str) -> Result<()> {
     let status = lab.cri.ended(&id, Duration::from_secs(120)).await?;
     ensure!(status.exit_code == 0, "the writer ended with {}", status.exit_code);
     // The exit may be known before the last line is in the file, but not by much.
-    let stdout = timeout(SOON, async {
+    let stdout = timeout(patient(SOON), async {
         loop {
             match pod.output("writer") {
                 Ok((stdout, _)) if stdout.len() >= LINES * 64 => return stdout,

@@ -6,7 +6,7 @@ use anyhow::{Context, Result, anyhow, ensure};
 use kuasar_e2e::{
     image::BUSYBOX,
     lab::{Lab, QEMU, QEMU_9P, QEMU_INITRD},
-    suite::handler,
+    suite::{handler, patient},
 };
 use tokio::{
     io::AsyncReadExt,
@@ -17,7 +17,7 @@ use tokio::{
 use super::IDLE;
 
 async fn fetch(address: &str) -> Result<String> {
-    let end = Instant::now() + Duration::from_secs(20);
+    let end = Instant::now() + patient(Duration::from_secs(20));
     loop {
         let attempt = async {
             let mut stream = TcpStream::connect(address).await?;

@@ -7,7 +7,7 @@ use kuasar_e2e::{
     cri::ContainerState,
     image::BUSYBOX,
     lab::{self, Lab, Pod, QEMU_STREAM, run},
-    suite::handler,
+    suite::{handler, patient},
 };
 use tokio::{
     io::AsyncWriteExt,
@@ -132,7 +132,9 @@ pub(crate) async fn the_daemon_dies_in_every_phase(lab: Arc<Lab>) -> Result<()> 
     lab.restart_daemon(handler()).await?;
     let mut stdin = exec.stdin.take().context("no stdin")?;
     stdin.write_all(b"still there\n").await?;
-    let out = timeout(SOON, exec.wait_with_output()).await.context("the exec from before never ended")??;
+    let out = timeout(patient(SOON), exec.wait_with_output())
+        .await
+        .context("the exec from before never ended")??;
     ensure!(out.status.code() == Some(6), "the exec from before ended with {}", out.status);
     ensure!(out.stdout == b"still there\n", "it said {:?}", String::from_utf8_lossy(&out.stdout));
     phases.check().await

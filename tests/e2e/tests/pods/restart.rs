@@ -7,7 +7,7 @@ use kuasar_e2e::{
     cri::{ContainerState, PodSandboxState},
     image::BUSYBOX,
     lab::{self, Lab, Pod, QEMU_STREAM},
-    suite::handler,
+    suite::{handler, patient},
 };
 use nix::{
     sys::signal::{Signal, kill},
@@ -91,7 +91,7 @@ async fn written(pod: &Pod<'_>, least: usize) -> usize {
         if size > last {
             (last, since) = (size, Instant::now());
         }
-        if size >= least || since.elapsed() > SOON {
+        if size >= least || since.elapsed() > patient(SOON) {
             return size;
         }
         sleep(Duration::from_millis(500)).await;
@@ -108,7 +108,7 @@ pub(crate) async fn a_killed_relay_ends_its_pod_and_no_other(lab: Arc<Lab>) -> R
     kill(Pid::from_raw(relay), Signal::SIGKILL).context("killing the relay")?;
     let status = lab.cri.ended(&id, SOON).await?;
     ensure!(status.exit_code != 0, "the container ended with {}", status.exit_code);
-    let end = Instant::now() + Duration::from_secs(30);
+    let end = Instant::now() + patient(Duration::from_secs(30));
     loop {
         let state = lab.cri.pod_status(&pod.id).await?.0.state();
         if state == PodSandboxState::SandboxNotready {
@@ -140,7 +140,7 @@ pub(crate) fn relay_of(pod: &str) -> Result<i32> {
 
 /// What the pod's status says of a guest that does not answer; the daemon asks each guest once a minute.
 async fn silence_of(lab: &Lab, pod: &str) -> Result<String> {
-    let end = Instant::now() + Duration::from_secs(90);
+    let end = Instant::now() + patient(Duration::from_secs(90));
     loop {
         let (status, info) = lab.cri.pod_status(pod).await?;
         ensure!(status.state() == PodSandboxState::SandboxReady, "the pod is {:?}", status.state());

@@ -8,7 +8,7 @@ use kuasar_e2e::{
     image::BUSYBOX,
     lab::{Lab, folder_of},
     leaks, store,
-    suite::handler,
+    suite::{handler, patient},
 };
 use nix::{
     sys::signal::{Signal, kill},
@@ -29,9 +29,10 @@ pub(crate) fn folders() -> Vec<String> {
 }
 
 pub(crate) async fn until(what: &str, is: impl Fn() -> bool) -> Result<()> {
-    let end = Instant::now() + SOON;
+    let soon = patient(SOON);
+    let end = Instant::now() + soon;
     while !is() {
-        ensure!(Instant::now() < end, "{what}: not within {SOON:?}");
+        ensure!(Instant::now() < end, "{what}: not within {soon:?}");
         sleep(Duration::from_millis(100)).await;
     }
     Ok(())
@@ -43,13 +44,11 @@ async fn is_ready(lab: &Lab, id: &str) -> bool {
 }
 
 pub(crate) async fn until_ready(lab: &Lab, id: &str, ready: bool) -> Result<()> {
-    let end = Instant::now() + SOON;
+    let soon = patient(SOON);
+    let end = Instant::now() + soon;
     while is_ready(lab, id).await != ready {
-        ensure!(
-            Instant::now() < end,
-            "the pod is not {} within {SOON:?}",
-            if ready { "ready" } else { "ended" }
-        );
+        let wanted = if ready { "ready" } else { "ended" };
+        ensure!(Instant::now() < end, "the pod is not {wanted} within {soon:?}");
         sleep(Duration::from_millis(100)).await;
     }
     Ok(())
