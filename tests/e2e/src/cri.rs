@@ -223,6 +223,39 @@ impl Cri {
         Ok(self.client().list_container_stats(ListContainerStatsRequest {}).await?.into_inner().stats)
     }
 
+    /// Figures of a pod.
+    ///
+    /// # Errors
+    /// As containerd says.
+    pub async fn pod_stats(&self, id: &str) -> Answer<PodSandboxStats> {
+        let request = PodSandboxStatsRequest { pod_sandbox_id: id.to_owned() };
+        Ok(self.client().pod_sandbox_stats(request).await?.into_inner().stats.unwrap_or_default())
+    }
+
+    /// Figures of all pods of the node, or of one.
+    ///
+    /// # Errors
+    /// As containerd says.
+    pub async fn stats_of_pods(&self, id: Option<&str>) -> Answer<Vec<PodSandboxStats>> {
+        let filter = id.map(|id| PodSandboxStatsFilter { id: id.to_owned() });
+        let request = ListPodSandboxStatsRequest { filter };
+        Ok(self.client().list_pod_sandbox_stats(request).await?.into_inner().stats)
+    }
+
+    /// Changes what a running pod may use.
+    ///
+    /// # Errors
+    /// As containerd says.
+    pub async fn update_pod(&self, id: &str, resources: LinuxContainerResources) -> Answer<()> {
+        let request = UpdatePodSandboxResourcesRequest {
+            pod_sandbox_id: id.to_owned(),
+            overhead: Some(LinuxContainerResources::default()),
+            resources: Some(resources),
+        };
+        self.client().update_pod_sandbox_resources(request).await?;
+        Ok(())
+    }
+
     /// Prepares connections to a port on the pod's loopback; returns the URL at which they are made.
     ///
     /// # Errors

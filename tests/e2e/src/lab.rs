@@ -21,10 +21,11 @@ use tokio::{
     time::{Instant, sleep},
 };
 
-use config::{BRIDGE, VARIANTS, cni_config, containerd_config, scratch_file};
+use config::{BRIDGE, VARIANTS, cni_config, containerd_config, scratch_file, write_base_specs};
 pub use config::{
-    Containerd, NAMESPACE, QEMU, QEMU_9P, QEMU_BLOCKFILE, QEMU_DEVMAPPER, QEMU_EROFS, QEMU_INITRD,
-    QEMU_STREAM, RUNC, SOCKET, daemon_config, folder_of, handlers, socket_of, table,
+    Containerd, NAMESPACE, QEMU, QEMU_9P, QEMU_BLOCKFILE, QEMU_DEVMAPPER, QEMU_EROFS, QEMU_HUGE_PAGES,
+    QEMU_INITRD, QEMU_NATIVE, QEMU_PROFILE, QEMU_STREAM, RUNC, SOCKET, daemon_config, folder_of, handlers,
+    socket_of, table,
 };
 pub use networks::{MACVLAN_MASTER, NET_DUAL, NET_MACVLAN, NET_PTP, NET_RULES, NET_TWO, NET_V6};
 pub use pod::{Pod, container, own_pids};
@@ -40,6 +41,7 @@ use crate::{
     image, leaks,
     machine::Machine,
     paths::Paths,
+    suite::patient,
 };
 
 /// The running lab.
@@ -106,7 +108,7 @@ impl Lab {
 
     /// CRI answers a little later than containerd listens.
     async fn ready(&self) -> Result<()> {
-        let end = Instant::now() + PATIENCE;
+        let end = Instant::now() + patient(PATIENCE);
         loop {
             let why = match self.cri.complaints().await {
                 Ok(list) if list.is_empty() => return Ok(()),
@@ -138,7 +140,7 @@ impl Lab {
         let (handler, keys) = VARIANTS.iter().find(|(name, _)| *name == handler).context("no such daemon")?;
         let mut daemon = start_daemon(&self.machine, &self.paths, handler, keys)?;
         // A killed daemon's socket file is still there; what it serves is known by an answer.
-        let end = Instant::now() + PATIENCE;
+        let end = Instant::now() + patient(PATIENCE);
         while tokio::net::UnixStream::connect(socket_of(handler)).await.is_err() {
             let ended = daemon.child.try_wait().context("looking after the daemon")?;
             if ended.is_some() || Instant::now() >= end {
@@ -157,7 +159,7 @@ impl Lab {
     /// # Errors
     /// When it has not after some time.
     pub async fn ready_again(&self, pod: &str) -> Result<()> {
-        let end = Instant::now() + PATIENCE;
+        let end = Instant::now() + patient(PATIENCE);
         loop {
             let state = self.cri.pod_status(pod).await.map(|(status, _)| status.state());
             match state {
@@ -448,6 +450,7 @@ pub fn write_containerd_config(machine: &Machine, paths: &Paths, settings: &Cont
     let config = machine.root.join("containerd.toml");
     fs::write(&config, containerd_config(machine, paths, settings) + &networks::runtimes(machine))?;
     make_scratch_file(&scratch_file(machine))?;
+    write_base_specs(machine, paths)?;
     Ok(config)
 }
 

@@ -9,6 +9,7 @@
 //! - [`cri`]: the client, one method per call
 //! - [`store`]: containerd's own list of sandboxes
 //! - [`suite`]: test list to exit status
+//! - [`trace`]: where the daemon says that time goes
 //! - [`usage`]: what programs hold
 //! - [`websocket`]: the client side of CRI's streams
 
@@ -21,5 +22,6 @@ pub mod machine;
 pub mod paths;
 pub mod store;
 pub mod suite;
+pub mod trace;
 pub mod usage;
 pub mod websocket;

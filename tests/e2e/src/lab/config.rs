@@ -28,6 +28,12 @@ pub const QEMU_BLOCKFILE: &str = "kuasar-qemu-blockfile";
 pub const QEMU_DEVMAPPER: &str = "kuasar-qemu-devmapper";
 /// [`QEMU`]'s daemon, with roots from the erofs snapshotter, each with an image file of its own to write to.
 pub const QEMU_EROFS: &str = "kuasar-qemu-erofs";
+/// [`QEMU`]'s daemon, with roots from the native snapshotter: plain folders.
+pub const QEMU_NATIVE: &str = "kuasar-qemu-native";
+/// [`QEMU`]'s daemon; to every container's spec containerd adds an AppArmor profile of the operator's own.
+pub const QEMU_PROFILE: &str = "kuasar-qemu-profile";
+/// [`QEMU`]'s daemon; to every container's spec containerd adds a limit of huge pages.
+pub const QEMU_HUGE_PAGES: &str = "kuasar-qemu-huge-pages";
 /// Handler of ordinary containers, to tell a fault of the lab from one of ours.
 pub const RUNC: &str = "runc";
 
@@ -233,9 +239,43 @@ disabled_plugins = [
         ));
         text.push_str(&runtime(QEMU_DEVMAPPER, QEMU, "fifo", "  snapshotter = \"devmapper\"\n"));
     }
+    for handler in BASE_SPECS {
+        let base = format!("  base_runtime_spec = \"{}\"\n", base_spec(machine, handler).display());
+        text.push_str(&runtime(handler, QEMU, "fifo", &base));
+    }
+    text.push_str(&runtime(QEMU_NATIVE, QEMU, "fifo", "  snapshotter = \"native\"\n"));
     text.push_str(&runtime(QEMU_EROFS, QEMU, "fifo", "  snapshotter = \"erofs\"\n"));
     text.push_str(&runtime(QEMU_BLOCKFILE, QEMU, "fifo", "  snapshotter = \"blockfile\"\n"));
     text
+}
+
+/// Handlers that have a spec of their own to begin with.
+const BASE_SPECS: [&str; 2] = [QEMU_PROFILE, QEMU_HUGE_PAGES];
+
+fn base_spec(machine: &Machine, handler: &str) -> PathBuf {
+    machine.root.join(format!("{handler}.json"))
+}
+
+/// Writes those: containerd's own, and what the handler is for.
+pub(super) fn write_base_specs(machine: &Machine, paths: &Paths) -> Result<()> {
+    let output = std::process::Command::new(paths.tool("ctr")).args(["oci", "spec"]).output();
+    let output = output.context("running ctr oci spec")?;
+    for handler in BASE_SPECS {
+        let mut spec: serde_json::Value =
+            serde_json::from_slice(&output.stdout).context("parsing what ctr oci spec says")?;
+        let (part, key, value) = match handler {
+            QEMU_PROFILE => ("/process", "apparmorProfile", serde_json::json!("kuasar-own")),
+            _ => (
+                "/linux/resources",
+                "hugepageLimits",
+                serde_json::json!([{"pageSize": "2MB", "limit": 2 << 20}]),
+            ),
+        };
+        let part = spec.pointer_mut(part).and_then(serde_json::Value::as_object_mut);
+        part.context("a part of containerd's spec is missing")?.insert(key.into(), value);
+        fs::write(base_spec(machine, handler), spec.to_string())?;
+    }
+    Ok(())
 }
 
 /// What the blockfile snapshotter begins with: an empty file system.

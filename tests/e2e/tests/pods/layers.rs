@@ -1,13 +1,14 @@
-//! Roots whose layers are image files: those of containerd's erofs snapshotter.
+//! Roots by snapshotter: layers that are image files, those of containerd's erofs snapshotter; and plain folders.
 
 use std::{fs, path::Path, sync::Arc, time::Duration};
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 use kuasar_e2e::{
     image::BUSYBOX,
-    lab::{self, Containerd, Lab, QEMU, QEMU_EROFS},
+    lab::{self, Containerd, Lab, QEMU, QEMU_EROFS, QEMU_NATIVE, run},
     paths::Paths,
 };
+use tokio::process::Command;
 
 use super::{
     IDLE,
@@ -79,19 +80,72 @@ pub(crate) async fn a_root_of_more_erofs_layers_than_slots(lab: Arc<Lab>) -> Res
     pod.remove().await
 }
 
-/// What these need; without, they are skipped by name.
-pub(crate) fn missing() -> Option<String> {
-    let tools = ["/usr/bin/mkfs.erofs", "/sbin/mkfs.ext4", "/dev/loop-control"];
-    if let Some(tool) = tools.iter().find(|tool| !Path::new(tool).exists()) {
-        return Some(format!("there is no {tool}"));
+/// Of the native snapshotter, which copies layers into a folder for each container: shared as they are.
+pub(crate) async fn roots_that_are_folders(lab: Arc<Lab>) -> Result<()> {
+    shared_roots(&lab, QEMU_NATIVE).await
+}
+
+/// Of a containerd that mounts EROFS layers itself and gives an overlay of them.
+pub(crate) async fn roots_of_mounted_erofs_layers(lab: Arc<Lab>) -> Result<()> {
+    shared_roots(&lab, QEMU_EROFS).await?;
+    // containerd never unmounts the layers of an image, also when it ends.
+    let snapshots = lab.machine.root.join("containerd/io.containerd.snapshotter.v1.erofs/snapshots");
+    let text = fs::read_to_string("/proc/self/mountinfo")?;
+    let points = text.lines().filter_map(|line| line.split(' ').nth(4));
+    let layers: Vec<_> = points.filter(|point| Path::new(point).starts_with(&snapshots)).collect();
+    ensure!(!layers.is_empty(), "containerd has mounted no layers");
+    run(Command::new("umount").args(layers)).await.context("somebody still uses a layer").map(drop)
+}
+
+/// Two containers of one image: each has a root of its own over the shared folder, and on the host it is no other than in it.
+async fn shared_roots(lab: &Lab, handler: &str) -> Result<()> {
+    let pod = lab.pod("roots", handler).await?;
+    let folder = lab::folder_of(QEMU).join(&pod.id).join("shared");
+    for name in ["one", "two"] {
+        let id = pod.container(name, BUSYBOX, IDLE).await?;
+        let script = "grep ' / ' /proc/mounts | cut -d' ' -f3; stat -c %a /; cat /mine; echo mine > /mine && cat /mine";
+        let out = sh(lab, &id, script).await?;
+        ensure!(
+            out.starts_with("0 virtiofs\n755\nmine") && out.contains("can't open '/mine'"),
+            "the root of {name} is {out:?}"
+        );
+        let root = folder.join(&id).join("rootfs");
+        ensure!(fs::read_to_string(root.join("mine"))? == "mine\n", "{} is not its root", root.display());
+        lab.cri.stop(&id, 0).await?;
+        lab.cri.remove(&id).await.map_err(|e| anyhow::anyhow!("removing {name}: {}", e.message()))?;
+        ensure!(!root.exists(), "the root of {name} stays");
     }
-    let version = Paths::find().and_then(|paths| Containerd::given().version(&paths));
-    match version {
-        Ok(version) if version < (2, 2) => Some(format!(
+    pod.remove().await
+}
+
+/// What makes EROFS layers, where there is no such thing.
+fn missing_tool() -> Option<String> {
+    let tools = ["/usr/bin/mkfs.erofs", "/sbin/mkfs.ext4", "/dev/loop-control"];
+    tools.iter().find(|tool| !Path::new(tool).exists()).map(|tool| format!("there is no {tool}"))
+}
+
+/// What those of layers need that are not mounted; without, they are skipped by name.
+pub(crate) fn missing() -> Option<String> {
+    missing_tool().or_else(|| match version()? {
+        version if version < (2, 2) => Some(format!(
             "containerd {}.{} mounts layers itself; KUASAR_CONTAINERD names a newer one",
             version.0, version.1
         )),
-        // What is missing then is told when the lab starts.
         _ => None,
-    }
+    })
+}
+
+/// What those of mounted layers need.
+pub(crate) fn missing_mounted() -> Option<String> {
+    missing_tool().or_else(|| match version()? {
+        version if version >= (2, 2) => {
+            Some(format!("containerd {}.{} does not mount layers; 2.1 does", version.0, version.1))
+        }
+        _ => None,
+    })
+}
+
+/// Of the containerd that is given. What is missing without one is told when the lab starts.
+fn version() -> Option<(u32, u32)> {
+    Paths::find().and_then(|paths| Containerd::given().version(&paths)).ok()
 }

@@ -7,13 +7,10 @@ use std::{
 
 use anyhow::{Context, Result, bail, ensure};
 use kuasar_e2e::{
-    cri::{
-        ContainerState, LinuxContainerResources, LinuxSandboxSecurityContext, NamespaceMode, NamespaceOption,
-        PodSandboxState,
-    },
+    cri::{ContainerState, LinuxContainerResources, PodSandboxState},
     image::{ALIEN, BASH, BUSYBOX},
     lab::{self, Lab, Pod, QEMU, QEMU_INITRD},
-    suite::handler,
+    suite::{handler, patient},
 };
 
 use super::IDLE;
@@ -75,7 +72,7 @@ pub(crate) async fn the_want_of_memory_is_a_reason(lab: Arc<Lab>) -> Result<()> 
     let status = lab.cri.ended(&id, SOON).await?;
     ensure!(status.exit_code == 137, "its exit code is {}", status.exit_code);
     // The reason comes by an event, which may be a moment later than the exit.
-    let until = Instant::now() + SOON;
+    let until = Instant::now() + patient(SOON);
     let mut reason = status.reason;
     while reason != "OOMKilled" && Instant::now() < until {
         tokio::time::sleep(Duration::from_millis(50)).await;
@@ -272,31 +269,4 @@ pub(crate) async fn containers_of_a_pod_share_processes(lab: Arc<Lab>) -> Result
     let seen = lab.cri.exec(&two, &["/bin/ps", "-o", "args"]).await?.stdout;
     ensure!(!seen.contains("4711") && seen.contains("4712"), "{seen}");
     pod.remove().await
-}
-
-pub(crate) async fn a_host_network_pod_is_refused(lab: Arc<Lab>) -> Result<()> {
-    let mut config = lab.pod_config("hostnet")?;
-    let options = NamespaceOption {
-        network: NamespaceMode::Node.into(),
-        pid: NamespaceMode::Container.into(),
-        ..Default::default()
-    };
-    config.linux.get_or_insert_default().security_context =
-        Some(LinuxSandboxSecurityContext { namespace_options: Some(options) });
-    let error =
-        lab.cri.run_pod(&config, QEMU).await.err().context("a pod in the host's network was started")?;
-    let text = error.message().to_lowercase();
-    ensure!(
-        text.contains("host network") || text.contains("hostnetwork"),
-        "it does not name the field: {text}"
-    );
-    ensure!(
-        lab.cri
-            .pods()
-            .await?
-            .iter()
-            .all(|pod| pod.metadata.as_ref().is_none_or(|m| !m.name.starts_with("hostnet"))),
-        "the refused pod is listed"
-    );
-    Ok(())
 }

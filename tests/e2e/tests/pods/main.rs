@@ -1,14 +1,18 @@
 //! Pods over CRI: life, processes, output, images, network. One lab for all; most cases make a pod of their own.
 
+mod cancelled;
 mod common;
+mod devices;
 mod disks;
 mod ends;
+mod figures;
 mod guest;
 mod io;
 mod layers;
 mod life;
 mod network;
 mod phases;
+mod refused;
 mod restart;
 mod sandbox;
 mod security;
@@ -23,6 +27,9 @@ use kuasar_e2e::{
     suite::{self, Case},
 };
 
+use cancelled::a_pod_whose_start_is_cancelled_leaves_nothing;
+use devices::devices_of_every_guest_are_passed;
+use figures::{a_pod_is_resized, figures_of_pods_never_fail};
 use guest::{
     a_guest_is_reached_any_number_of_times, a_kernel_panic_is_the_reason_of_a_pods_end,
     a_pod_has_its_name_sysctls_and_shared_memory, a_wrong_clock_is_put_right,
@@ -34,8 +41,8 @@ use io::{
     two_streams_stay_apart_over_streams,
 };
 use life::{
-    a_command_that_does_not_exist, a_container_restarts_in_a_living_pod, a_host_network_pod_is_refused,
-    a_pod_of_the_least_size_works, an_image_of_another_architecture, containers_of_a_pod_share_processes,
+    a_command_that_does_not_exist, a_container_restarts_in_a_living_pod, a_pod_of_the_least_size_works,
+    an_image_of_another_architecture, containers_of_a_pod_share_processes,
     exec_of_a_command_that_does_not_exist, exit_codes_arrive, pod_life_is_idempotent,
     the_want_of_memory_is_a_reason, two_images_in_one_pod,
 };
@@ -46,6 +53,10 @@ use network::{
 use phases::{
     containerd_dies_in_every_phase, containerd_dies_in_every_phase_over_streams,
     the_daemon_dies_in_every_phase,
+};
+use refused::{
+    containers_with_what_is_the_hosts_are_refused, pods_with_namespaces_of_the_host_are_refused,
+    profiles_and_huge_pages_of_the_host_are_refused,
 };
 use restart::{
     a_hung_guest_holds_nobody_up_and_can_be_removed, a_killed_daemon_finds_its_pods_again,
@@ -58,7 +69,10 @@ use sandbox::{
     a_pods_cpus_are_counted_apart,
 };
 use security::a_container_sees_the_processes_of_its_target;
-use task::{pause_resume_figures_pids_and_limits, the_daemon_traces_where_time_goes};
+use task::{
+    independent_steps_go_on_side_by_side, pause_resume_figures_pids_and_limits,
+    the_daemon_traces_where_time_goes,
+};
 
 use disks::{
     a_disk_is_a_device_of_the_container, a_root_is_a_device_of_the_mapper, a_root_is_an_image_file,
@@ -68,7 +82,10 @@ use ends::{
     a_daemon_killed_while_a_container_is_deleted, a_daemon_killed_while_a_pod_stops,
     a_relay_killed_while_its_pod_ends,
 };
-use layers::{a_root_is_made_of_erofs_layers, a_root_of_more_erofs_layers_than_slots};
+use layers::{
+    a_root_is_made_of_erofs_layers, a_root_of_more_erofs_layers_than_slots, roots_of_mounted_erofs_layers,
+    roots_that_are_folders,
+};
 use volumes::{
     a_root_has_any_number_of_layers, a_vm_without_its_file_server_ends, a_volume_in_memory_has_its_size,
     mounts_of_the_host_arrive_later, shared_memory_is_the_pods, updates_of_a_projected_volume_arrive,
@@ -100,6 +117,7 @@ fn main() -> ExitCode {
             a_kernel_panic_is_the_reason_of_a_pods_end,
             pause_resume_figures_pids_and_limits,
             the_daemon_traces_where_time_goes,
+            independent_steps_go_on_side_by_side,
             exec_reads_stdin_to_its_end,
             exec_with_a_terminal,
             two_streams_stay_apart,
@@ -111,7 +129,12 @@ fn main() -> ExitCode {
             guest_kernel_is_not_the_hosts,
             guest_runs_without_virtiofsd,
             guest_runs_from_the_initrd,
-            a_host_network_pod_is_refused,
+            pods_with_namespaces_of_the_host_are_refused,
+            containers_with_what_is_the_hosts_are_refused,
+            profiles_and_huge_pages_of_the_host_are_refused,
+            devices_of_every_guest_are_passed,
+            figures_of_pods_never_fail,
+            a_pod_whose_start_is_cancelled_leaves_nothing,
             a_killed_daemon_finds_its_pods_again,
             a_daemon_killed_while_a_pod_starts,
             a_daemon_killed_while_a_container_is_made,
@@ -138,6 +161,7 @@ fn main() -> ExitCode {
             a_vm_without_its_file_server_ends,
         ]
         .into_iter()
+        .chain(suite::unless(figures::missing(), cases![a_pod_is_resized]))
         .chain(disk_cases())
         .chain(layer_cases())
         .chain(long_cases())
@@ -160,10 +184,13 @@ fn disk_cases() -> Vec<Case<Lab>> {
 }
 
 fn layer_cases() -> Vec<Case<Lab>> {
-    suite::unless(
+    let mut cases = suite::unless(
         layers::missing(),
         cases![a_root_is_made_of_erofs_layers, a_root_of_more_erofs_layers_than_slots],
-    )
+    );
+    cases.extend(suite::unless(layers::missing_mounted(), cases![roots_of_mounted_erofs_layers]));
+    cases.extend(cases![roots_that_are_folders]);
+    cases
 }
 
 /// Those that `make check` has no time for.

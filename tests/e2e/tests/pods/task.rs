@@ -8,6 +8,7 @@ use kuasar_e2e::{
     image::BUSYBOX,
     lab::{Lab, QEMU, run},
     suite::handler,
+    trace::Spans,
 };
 use tokio::time::sleep;
 
@@ -65,14 +66,20 @@ pub(crate) async fn the_daemon_traces_where_time_goes(lab: Arc<Lab>) -> Result<(
     pod.container("true", BUSYBOX, &["/bin/true"]).await?;
     let id = pod.id.clone();
     pod.remove().await?;
-    let text = std::fs::read_to_string(lab.trace(QEMU)).context("reading the trace")?;
-    let text = format!("{}]", text.trim_end().trim_end_matches(','));
-    let events: Vec<serde_json::Value> = serde_json::from_str(&text).context("parsing the trace")?;
+    let spans = Spans::read(&lab.trace(QEMU))?;
     for name in ["start", "prepare network", "start relay", "wait for guest", "prepare container", "stop"] {
-        let of = |event: &&serde_json::Value| {
-            event["name"] == name && event.pointer("/args/pod").is_some_and(|pod| *pod == *id)
-        };
-        ensure!(events.iter().any(|event| of(&event)), "it does not tell of {name:?}");
+        ensure!(spans.of(&id, name).next().is_some(), "it does not tell of {name:?}");
     }
+    Ok(())
+}
+
+/// What does not depend on each other goes on at the same time, whichever is the faster.
+pub(crate) async fn independent_steps_go_on_side_by_side(lab: Arc<Lab>) -> Result<()> {
+    let pod = lab.pod("beside", QEMU).await?;
+    let id = pod.id.clone();
+    pod.remove().await?;
+    let spans = Spans::read(&lab.trace(QEMU))?;
+    let (network, folder) = (spans.only(&id, "prepare network")?, spans.only(&id, "prepare folder")?);
+    ensure!(network.is_beside(folder), "one waits for the other: {network:?}, {folder:?}");
     Ok(())
 }

@@ -1,0 +1,156 @@
+//! What a VM cannot give: each refused over CRI by one sentence that names what was asked for and the way out. The list is
+//! that of docs/config.md, "What is refused, and where".
+
+use std::{fs, os::unix::net::UnixListener, path::Path, sync::Arc};
+
+use anyhow::{Context, Result, anyhow, bail, ensure};
+use kuasar_e2e::{
+    cri::{
+        ContainerConfig, Device, IdMapping, LinuxSandboxSecurityContext, Mount, NamespaceMode,
+        NamespaceOption, PodSandboxConfig, UserNamespace,
+    },
+    image::BUSYBOX,
+    lab::{self, Lab, Pod, QEMU_HUGE_PAGES, QEMU_PROFILE, own_pids},
+    suite::handler,
+};
+
+use super::IDLE;
+
+/// What must be said: what was asked for and why it cannot be, and what to do.
+type Sentence = [&'static str; 2];
+
+fn with_namespaces(lab: &Lab, options: NamespaceOption) -> Result<PodSandboxConfig> {
+    let mut config = lab.pod_config("refused")?;
+    config.linux.get_or_insert_default().security_context =
+        Some(LinuxSandboxSecurityContext { namespace_options: Some(options) });
+    Ok(config)
+}
+
+fn says(what: &str, text: &str, sentence: Sentence) -> Result<()> {
+    for part in sentence {
+        ensure!(text.contains(part), "of {what} it is not said {part:?}: {text}");
+    }
+    Ok(())
+}
+
+/// Each when the pod is to be made, of which nothing stays.
+pub(crate) async fn pods_with_namespaces_of_the_host_are_refused(lab: Arc<Lab>) -> Result<()> {
+    let node = i32::from(NamespaceMode::Node);
+    let others = super::sandbox::folders();
+    for (what, options, sentence) in [
+        (
+            "hostNetwork",
+            NamespaceOption { network: node, ..own_pids() },
+            ["network is NODE (hostNetwork: true)", "set hostNetwork: false"],
+        ),
+        (
+            "hostPID",
+            NamespaceOption { pid: node, ..own_pids() },
+            ["pid is NODE (hostPID: true)", "set hostPID: false"],
+        ),
+        (
+            "hostIPC",
+            NamespaceOption { ipc: node, ..own_pids() },
+            ["ipc is NODE (hostIPC: true)", "set hostIPC: false"],
+        ),
+    ] {
+        let config = with_namespaces(&lab, options)?;
+        let error = lab.cri.run_pod(&config, handler()).await.err();
+        let error = error.with_context(|| format!("a pod with {what} was started"))?;
+        says(what, error.message(), sentence)?;
+        let name = config.metadata.unwrap_or_default().name;
+        let of_it = |pod: &kuasar_e2e::cri::PodSandbox| pod.metadata.as_ref().is_some_and(|m| m.name == name);
+        ensure!(!lab.cri.pods().await?.iter().any(of_it), "the refused pod with {what} is listed");
+        ensure!(super::sandbox::folders() == others, "the refused pod with {what} has a folder");
+    }
+    Ok(())
+}
+
+/// What containerd says when a container is to be made and started.
+async fn refusal(lab: &Lab, pod: &Pod<'_>, config: ContainerConfig) -> Result<String> {
+    let id = match pod.create(config).await {
+        Ok(id) => id,
+        Err(error) => return Ok(format!("{error:#}")),
+    };
+    match lab.cri.start(&id).await {
+        Ok(()) => bail!("it was started"),
+        Err(status) => Ok(status.message().to_owned()),
+    }
+}
+
+fn idle() -> ContainerConfig {
+    lab::container("refused", BUSYBOX, IDLE)
+}
+
+async fn is_refused(lab: &Lab, pod: Pod<'_>, wanted: Vec<(&str, ContainerConfig, Sentence)>) -> Result<()> {
+    for (what, mut config, sentence) in wanted {
+        config.metadata.get_or_insert_default().name = what.to_owned();
+        let said = refusal(lab, &pod, config).await.with_context(|| what.to_owned())?;
+        says(what, &said, sentence)?;
+        for container in lab.cri.containers(&pod.id).await? {
+            lab.cri.remove(&container.id).await.map_err(|e| anyhow!("removing {what}: {}", e.message()))?;
+        }
+    }
+    pod.remove().await
+}
+
+/// Each when the container is to be made; the pod goes on.
+pub(crate) async fn containers_with_what_is_the_hosts_are_refused(lab: Arc<Lab>) -> Result<()> {
+    let folder = lab.machine.root.join("tmp/sockets");
+    fs::create_dir_all(&folder)?;
+    let socket = folder.join("containerd.sock");
+    let _listens = UnixListener::bind(&socket)?;
+    let device = |path: &str| Device {
+        container_path: path.into(),
+        host_path: path.into(),
+        permissions: "rwm".into(),
+    };
+    let mount = |path: &Path| Mount {
+        container_path: "/there".into(),
+        host_path: path.to_string_lossy().into_owned(),
+        ..Mount::default()
+    };
+    let pod = lab.pod("refuses", handler()).await?;
+    let wanted = vec![
+        (
+            "device",
+            ContainerConfig { devices: vec![device("/dev/net/tun")], ..idle() },
+            ["/dev/net/tun is a device of the host, which the VM does not have", "remove it, or"],
+        ),
+        (
+            "socket",
+            ContainerConfig { mounts: vec![mount(&socket)], ..idle() },
+            ["containerd.sock at /there: it is a socket of the host", "remove the mount"],
+        ),
+    ];
+    is_refused(&lab, pod, wanted).await?;
+
+    let ids = || vec![IdMapping { host_id: 100_000, container_id: 0, length: 65_536 }];
+    let users = UserNamespace { mode: NamespaceMode::Pod.into(), uids: ids(), gids: ids() };
+    let options = NamespaceOption { userns_options: Some(users), ..own_pids() };
+    let pod = lab.run(with_namespaces(&lab, options)?, handler()).await?;
+    let sentence = ["user namespaces are not supported in the VM", "set hostUsers: true"];
+    is_refused(&lab, pod, vec![("users", idle(), sentence)]).await
+}
+
+/// What containerd itself leaves out on a host without AppArmor or the controller of huge pages, and what its
+/// `base_runtime_spec` may say all the same.
+pub(crate) async fn profiles_and_huge_pages_of_the_host_are_refused(lab: Arc<Lab>) -> Result<()> {
+    for (handler, sentence) in [
+        (
+            QEMU_PROFILE,
+            [
+                "kuasar-own is a profile of the host",
+                "set the AppArmor profile to RuntimeDefault or Unconfined",
+            ],
+        ),
+        (
+            QEMU_HUGE_PAGES,
+            ["the VM has no huge pages of 2MB", "remove the hugepages-* limits from the container"],
+        ),
+    ] {
+        let pod = lab.pod("base", handler).await?;
+        is_refused(&lab, pod, vec![("base", idle(), sentence)]).await?;
+    }
+    Ok(())
+}
