@@ -1,23 +1,22 @@
 //! Measures pods beside runc's, on the same containerd in the same run: their memory at a count, and the time of their
-//! starts. It prints figures and passes no judgement.
+//! starts. It prints figures; with `--judge` it compares memory with its goals, too.
 
 use std::{
-    collections::BTreeMap,
     path::{Path, PathBuf},
     process::ExitCode,
     time::{Duration, Instant},
 };
 
-use anyhow::{Context, Result, anyhow, bail};
+use anyhow::{Context, Result, bail, ensure};
 use clap::{Parser, Subcommand};
 use kuasar_e2e::{
     image::BUSYBOX,
     lab::{Lab, QEMU, RUNC},
     machine::{self, Machine},
     paths::{Paths, RELAY},
+    trace::Spans,
     usage::{self, Usage},
 };
-use serde_json::Value;
 
 /// Measures pods beside runc's.
 #[derive(Debug, Parser)]
@@ -33,6 +32,9 @@ enum What {
         /// Pods.
         #[arg(default_value_t = 50)]
         count: usize,
+        /// Fail when a relay takes more than 512 KiB or the daemon more than 15 MB. They are goals of programs built for release.
+        #[arg(long)]
+        judge: bool,
     },
     /// Time of a pod's start and of its first container's.
     Time {
@@ -45,6 +47,10 @@ enum What {
     },
 }
 
+/// Goals, in KiB of Pss: of each relay, and of the daemon (15 MB).
+const RELAY_GOAL: u64 = 512;
+const DAEMON_GOAL: u64 = 15_000_000 / 1024;
+
 const IDLE: &[&str] = &["/bin/sleep", "100000"];
 
 fn main() -> ExitCode {
@@ -56,7 +62,7 @@ async fn run(args: Args, machine: Machine) -> Result<ExitCode> {
     let lab = Lab::start(machine, Paths::find()?, &[QEMU]).await?;
     lab.import_images().await?;
     let done = match &args.what {
-        What::Memory { count } => memory(&lab, *count).await,
+        What::Memory { count, judge } => memory(&lab, *count, *judge).await,
         What::Time { runs, trace } => time(&lab, *runs, trace.as_deref()).await,
     };
     let wrong = lab.stop().await;
@@ -67,8 +73,9 @@ async fn run(args: Args, machine: Machine) -> Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-async fn memory(lab: &Lab, count: usize) -> Result<()> {
+async fn memory(lab: &Lab, count: usize, judge: bool) -> Result<()> {
     println!("memory with {count} pods, a running container in each (Pss, KiB)");
+    let mut wrong = Vec::new();
     for (handler, program, words) in
         [(QEMU, RELAY, &["serve"][..]), (RUNC, "containerd-shim-runc-v2", &["-id"][..])]
     {
@@ -82,24 +89,40 @@ async fn memory(lab: &Lab, count: usize) -> Result<()> {
         println!("\n{handler}: {count} pods in {:.1?}", begun.elapsed());
         tokio::time::sleep(Duration::from_secs(5)).await;
         let shims = usage::processes(program, words)?;
+        ensure!(shims.len() == count, "{count} pods have {} of {program}", shims.len());
         let mut pss = shims.iter().map(|pid| Ok(Usage::of(*pid)?.pss_kib)).collect::<Result<Vec<u64>>>()?;
         pss.sort_unstable();
-        let sum: u64 = pss.iter().sum();
+        let (sum, most) = (pss.iter().sum::<u64>(), pss.last().copied().unwrap_or_default());
         let mean = sum / u64::try_from(pss.len().max(1))?;
         println!(
-            "  {program}: {} of them, mean {mean}, least {}, most {}, together {sum}",
+            "  {program}: {} of them, mean {mean}, least {}, most {most}, together {sum}",
             pss.len(),
             pss.first().copied().unwrap_or_default(),
-            pss.last().copied().unwrap_or_default()
         );
-        for (name, usage) in usage::of_programs(lab).await? {
+        let programs = usage::of_programs(lab).await?;
+        for (name, usage) in &programs {
             println!("  {name}: {usage}");
+        }
+        if handler == QEMU {
+            let daemon = programs.get(QEMU).context("the daemon is not running")?.pss_kib;
+            wrong = beyond_goals(most, daemon);
         }
         for pod in pods {
             pod.remove().await?;
         }
     }
+    for line in &wrong {
+        println!("{line}");
+    }
+    ensure!(!judge || wrong.is_empty(), "with {count} pods: {}", wrong.join("; "));
     Ok(())
+}
+
+/// What takes more than it should.
+fn beyond_goals(relay: u64, daemon: u64) -> Vec<String> {
+    let judged = [("a relay", relay, RELAY_GOAL), ("the daemon", daemon, DAEMON_GOAL)];
+    let beyond = judged.into_iter().filter(|(_, has, goal)| has > goal);
+    beyond.map(|(what, has, goal)| format!("{what} takes {has} KiB, more than its goal of {goal}")).collect()
 }
 
 /// Times of one pod.
@@ -137,8 +160,7 @@ async fn time(lab: &Lab, runs: usize, copy: Option<&Path>) -> Result<()> {
     if let Some(copy) = copy {
         std::fs::copy(&trace, copy).with_context(|| format!("copying the trace to {}", copy.display()))?;
     }
-    let spans = spans(&trace)?;
-    let waits: Vec<f64> = ids.iter().map(|id| spans.total(id, "wait for guest")).collect::<Result<_>>()?;
+    let spans = Spans::read(&trace)?;
     println!("medians of {runs} pods of each kind, alternating");
     let row = |what: &str, of: fn(&Times) -> Duration| {
         let seconds = |all: &[Times]| median(all.iter().map(|times| of(times).as_secs_f64()).collect());
@@ -147,14 +169,43 @@ async fn time(lab: &Lab, runs: usize, copy: Option<&Path>) -> Result<()> {
     };
     row("pod sandbox start", |times| times.pod);
     row("container create and start", |times| times.container);
-    let shares = ours.iter().zip(&waits).map(|(times, wait)| 1.0 - wait / times.pod.as_secs_f64());
-    let share = median(shares.collect()) * 100.0;
-    println!("  of the pod's start, the VM's boot up to READY: {:.3} s", median(waits));
-    println!("  the rest (CNI, containerd, daemon):            {share:.0} %");
+    shares(&spans, &ours, &ids)?;
     println!("where the daemon's part goes (medians, ms; steps may run side by side):");
     for (name, times) in spans.by_name(&ids) {
         println!("  {name:<34} {:8.1}", median(times) * 1000.0);
     }
+    Ok(())
+}
+
+/// Prints which part of the time is whose. Of a pod's start, ours is all but the VMM's and the guest kernel's; of a
+/// container's, where neither is started, it is told from what runc needs in the guest, which is no program of ours.
+fn shares(spans: &Spans, ours: &[Times], ids: &[String]) -> Result<()> {
+    let line = |what: &str, parts: Vec<f64>, of: fn(&Times) -> Duration| {
+        let shares = parts.iter().zip(ours).map(|(part, times)| part / of(times).as_secs_f64());
+        let share = median(shares.collect()) * 100.0;
+        println!("  {what:<72} {:.3} s, {share:.0} %", median(parts));
+    };
+    let totals = |name: &str| ids.iter().map(|id| spans.total(id, name)).collect::<Result<Vec<f64>>>();
+    let left = |parts: &[&[f64]], of: fn(&Times) -> Duration| -> Vec<f64> {
+        let known = |index: usize| parts.iter().filter_map(|part| part.get(index)).sum::<f64>();
+        ours.iter().enumerate().map(|(index, times)| of(times).as_secs_f64() - known(index)).collect()
+    };
+    let (boot, setup) = (totals("wait for guest")?, totals("set guest up")?);
+    println!("of the pod's start:");
+    let host = left(&[&boot, &setup], |times| times.pod);
+    line("not ours: VMM and guest kernel, up to READY (its agent's start in it)", boot.clone(), |times| {
+        times.pod
+    });
+    line("ours, in the guest: what the agent sets up after READY", setup, |times| times.pod);
+    line("ours, on the host: daemon and relay; containerd and CNI are in it", host, |times| times.pod);
+    line("ours together: the start but for what is not ours", left(&[&boot], |times| times.pod), |times| {
+        times.pod
+    });
+    let prepare = totals("prepare container")?;
+    println!("of the container's create and start:");
+    let rest = left(&[&prepare], |times| times.container);
+    line("ours, on the host: the daemon's preparation of it", prepare, |times| times.container);
+    line("the rest: containerd, relay, and in the guest agent and runc", rest, |times| times.container);
     Ok(())
 }
 
@@ -164,53 +215,14 @@ fn median(mut values: Vec<f64>) -> f64 {
     values.get(middle).copied().unwrap_or(f64::NAN)
 }
 
-/// Spans of a trace: pod, name, seconds.
-struct Spans(Vec<(String, String, f64)>);
+#[cfg(test)]
+mod tests {
+    use super::*;
 
-impl Spans {
-    fn total(&self, pod: &str, name: &str) -> Result<f64> {
-        let found: Vec<f64> = self
-            .0
-            .iter()
-            .filter(|(of, what, _)| of == pod && what == name)
-            .map(|(_, _, time)| *time)
-            .collect();
-        if found.is_empty() {
-            return Err(anyhow!("the trace has no {name:?} of pod {pod}"));
-        }
-        Ok(found.iter().sum())
+    #[test]
+    fn what_takes_more_than_its_goal_is_named() {
+        assert!(beyond_goals(512, 14_648).is_empty());
+        assert_eq!(beyond_goals(513, 1), ["a relay takes 513 KiB, more than its goal of 512"]);
+        assert_eq!(beyond_goals(1, 14_649), ["the daemon takes 14649 KiB, more than its goal of 14648"]);
     }
-
-    fn by_name(&self, pods: &[String]) -> BTreeMap<&str, Vec<f64>> {
-        let mut all: BTreeMap<&str, Vec<f64>> = BTreeMap::new();
-        for (pod, name, time) in &self.0 {
-            if pods.contains(pod) && name != "pod" {
-                all.entry(name).or_default().push(*time);
-            }
-        }
-        all
-    }
-}
-
-/// Reads the daemon's trace, whose last bracket is not there.
-fn spans(path: &Path) -> Result<Spans> {
-    let text = std::fs::read_to_string(path).with_context(|| format!("reading {}", path.display()))?;
-    let text = format!("{}]", text.trim_end().trim_end_matches(','));
-    let events: Vec<Value> = serde_json::from_str(&text).context("parsing the trace")?;
-    let mut open: BTreeMap<i64, Vec<(String, String, f64)>> = BTreeMap::new();
-    let mut spans = Vec::new();
-    for event in &events {
-        let text = |key: &str| event[key].as_str().unwrap_or_default().to_owned();
-        let (lane, now) = (event["tid"].as_i64().unwrap_or(0), event["ts"].as_f64().unwrap_or(0.0) / 1e6);
-        let stack = open.entry(lane).or_default();
-        if text("ph") == "B" {
-            let pod = event.pointer("/args/pod").and_then(Value::as_str).map(str::to_owned);
-            let pod = pod.or_else(|| stack.last().map(|(pod, ..)| pod.clone())).unwrap_or_default();
-            stack.push((pod, text("name"), now));
-        } else if let Some(place) = stack.iter().rposition(|(_, name, _)| *name == text("name")) {
-            let (pod, name, began) = stack.remove(place);
-            spans.push((pod, name, now - began));
-        }
-    }
-    Ok(Spans(spans))
 }
