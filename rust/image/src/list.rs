@@ -1,5 +1,7 @@
-//! Finds the largest files of an ext4 or EROFS file system. The bytes may come from anywhere: whatever they claim, the
+//! Finds the largest files of an ext4, EROFS or XFS file system. The bytes may come from anywhere: whatever they claim, the
 //! work is bounded, and what makes no sense is left out.
+
+mod xfs;
 
 use std::collections::BTreeSet;
 use std::io;
@@ -7,12 +9,15 @@ use std::io;
 use crate::pfn::field;
 use crate::source::{self, Source};
 use crate::superblock::Known;
+use xfs::Xfs;
 
 /// Inodes looked at.
 const MAX_INODES: usize = 100_000;
 /// Blocks of folders read.
 const MAX_BLOCKS: usize = 100_000;
 const MAX_DEPTH: usize = 64;
+/// Bytes of a path, escaped.
+const MAX_PATH: usize = 4096;
 const BLOCK: usize = 4096;
 
 /// A file's size and its path, escaped for a terminal.
@@ -25,13 +30,13 @@ pub(crate) fn largest(image: &dyn Source, at: u64, known: Known, count: usize) -
     let volume = match known {
         Known::Ext4 => Ext4::new(image, at)?.map(Volume::Ext4),
         Known::Erofs => Some(Volume::Erofs(Erofs::new(image, at)?)),
-        Known::Xfs => None,
+        Known::Xfs => Xfs::new(image, at)?.map(Volume::Xfs),
     };
     let Some(volume) = volume else { return Ok(files) };
     let mut seen = BTreeSet::new();
     let mut pending = vec![(volume.root(), String::new(), 0)];
     while let Some((number, path, depth)) = pending.pop() {
-        if budget.0 == 0 || depth > MAX_DEPTH || !seen.insert(number) {
+        if budget.0 == 0 || depth > MAX_DEPTH || path.len() > MAX_PATH || !seen.insert(number) {
             continue;
         }
         budget.0 -= 1;
@@ -56,8 +61,9 @@ pub(crate) fn largest(image: &dyn Source, at: u64, known: Known, count: usize) -
 struct Inode {
     mode: u16,
     size: u64,
-    /// As the file system has it: an ext4 inode's block map, an EROFS inode's start.
+    /// As the file system has it: an ext4 inode's block map, the start of the others'.
     raw: [u8; 64],
+    /// ext4's flags, the others' format.
     flags: u32,
     at: u64,
 }
@@ -65,6 +71,7 @@ struct Inode {
 enum Volume<'a> {
     Ext4(Ext4<'a>),
     Erofs(Erofs<'a>),
+    Xfs(Xfs<'a>),
 }
 
 type Names = Vec<(u64, Vec<u8>)>;
@@ -74,6 +81,7 @@ impl Volume<'_> {
         match self {
             Self::Ext4(_) => 2,
             Self::Erofs(erofs) => erofs.root,
+            Self::Xfs(xfs) => xfs.root,
         }
     }
 
@@ -81,6 +89,7 @@ impl Volume<'_> {
         match self {
             Self::Ext4(ext4) => ext4.inode(number),
             Self::Erofs(erofs) => erofs.inode(number),
+            Self::Xfs(xfs) => xfs.inode(number),
         }
     }
 
@@ -89,6 +98,7 @@ impl Volume<'_> {
         match self {
             Self::Ext4(ext4) => ext4.folder(&inode.raw, 0, budget, &mut names)?,
             Self::Erofs(erofs) => erofs.folder(inode, budget, &mut names)?,
+            Self::Xfs(xfs) => xfs.folder(inode, budget, &mut names)?,
         }
         Ok(names)
     }
@@ -160,7 +170,7 @@ impl<'a> Ext4<'a> {
                 (u32_at(4) | u16_at(8) << 32, 1)
             };
             for number in start..start + length.min(32768) {
-                if *budget == 0 {
+                if *budget == 0 || names.len() > MAX_INODES {
                     return Ok(());
                 }
                 *budget -= 1;
@@ -238,7 +248,7 @@ impl<'a> Erofs<'a> {
         // With the second layout, what does not fill a block lies behind the inode.
         let tail = inode.at.saturating_add(if inode.flags & 1 == 0 { 32 } else { 64 } + attributes);
         let mut done = 0;
-        while done < inode.size && *budget > 0 {
+        while done < inode.size && *budget > 0 && names.len() <= MAX_INODES {
             *budget -= 1;
             let length = (inode.size - done).min(block);
             let at = if layout == 2 && length < block { tail } else { start.saturating_add(done) };

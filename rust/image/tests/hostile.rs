@@ -8,6 +8,7 @@ use std::fs;
 
 use kuasar_image::archive;
 use kuasar_image::report::{self, Report};
+use kuasar_image::source::Pieces;
 
 /// Numbers that look random and are the same in every run (splitmix64).
 struct Numbers(u64);
@@ -48,6 +49,35 @@ fn random_tables_superblocks_and_file_systems_are_judged() {
         let report = report::examine(&path).unwrap();
         assert!(report.problems().count() > 0);
         assert!(report.to_string().is_ascii(), "bytes of the image reach the terminal: {report}");
+    }
+}
+
+#[test]
+fn mutated_file_systems_are_walked() {
+    let dir = tempfile::tempdir().unwrap();
+    let (root, path) = (dir.path().join("root"), dir.path().join("image"));
+    common::root(&root, false);
+    for odd in ["bin/big", "etc/a file", "etc/with \"quotes\""] {
+        fs::remove_file(root.join(odd)).unwrap();
+    }
+    let mut numbers = Numbers(3);
+    for fs_name in ["ext4", "erofs", "xfs"] {
+        let mut command = common::tool();
+        command.args(["build", "--arch", "x86_64", "--fs", fs_name, "--rootfs"]);
+        common::good(command.arg(&root).arg("--output").arg(&path));
+        let original = fs::read(&path).unwrap();
+        // What is not empty of its first MiB: superblock, inodes, folders.
+        let used: Vec<usize> = (768..1024).filter(|n| original[n * 4096..][..4096] != [0; 4096]).collect();
+        let mut bytes = original.clone();
+        for _ in 0..300 {
+            let block = used[numbers.below(used.len())] * 4096;
+            for _ in 0..=numbers.below(8) {
+                bytes[block + numbers.below(4096)] = numbers.next() as u8;
+            }
+            let pieces = vec![(0, &bytes[..])];
+            report::disk_image(&Pieces { size: bytes.len() as u64, pieces }).unwrap();
+            bytes[block..block + 4096].copy_from_slice(&original[block..block + 4096]);
+        }
     }
 }
 

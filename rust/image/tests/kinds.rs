@@ -132,7 +132,14 @@ fn xfs_holds_every_file_with_its_mode_and_the_one_time() {
     let image = dir.path().join("image");
     good(make("build", &root, &image, &["--fs", "xfs"]).env("SOURCE_DATE_EPOCH", "1700000000"));
     let lines = inspect(&image);
-    for wanted in ["type xfs", "version 5", "label kuasar", "groups 1"] {
+    for wanted in [
+        "type xfs",
+        "version 5",
+        "label kuasar",
+        "groups 1",
+        "file 1200000 bytes /bin/big",
+        "file 64 bytes /sbin/init",
+    ] {
         has(&lines, wanted);
     }
     let fs_only = alone(&image);

@@ -59,9 +59,26 @@ pub(crate) fn seeds() -> Vec<Vec<u8>> {
     put(&mut erofs, start(5), b"\x24\0\0\0\0\0\0\0\x18\0\x02\0\x26\0\0\0\0\0\0\0\x1b\0\x01\0onetwo");
     put(&mut erofs, start(7), b"verity\0\0\x01\0\0\0\x01");
 
+    // 16 blocks in one group; the root is the first inode of block 1.
     put(&mut xfs, start(3), b"XFSB\0\0\x10\0\0\0\0\0\0\0\0\x10");
-    put(&mut xfs, start(3) + 100, &[0xb4, 0xb5, 0x10]);
-    vec![gpt, ext4, erofs, xfs]
+    put(&mut xfs, start(3) + 56, &[0, 0, 0, 0, 0, 0, 0, 8]);
+    put(&mut xfs, start(3) + 84, &[0, 0, 0, 16]);
+    put(&mut xfs, start(3) + 100, &[0xb4, 0xb5, 0x10, 0, 2, 0]);
+    put(&mut xfs, start(3) + 120, &[12, 12, 9, 3, 4]);
+    put(&mut xfs, start(3) + 216, &[0, 0, 0, 1]);
+    let inode = start(5);
+    put(&mut xfs, inode, b"IN\x41\xed\x03\x01");
+    let mut tree = xfs.clone();
+    put(&mut xfs, inode + 176, b"\x02\0\0\0\0\x08\x03\0\x60one\x01\0\0\0\x09\x03\0\x70two\x02\0\0\0\x0a");
+    // A tree of extents: its node is block 3, whose one extent is block 2.
+    put(&mut tree, inode + 5, &[3]);
+    put(&mut tree, inode + 176, &[0, 1, 0, 1]);
+    put(&mut tree, inode + 180 + 160, &[0, 0, 0, 0, 0, 0, 0, 3]);
+    put(&mut tree, start(7), b"BMA3\0\0\0\x01");
+    put(&mut tree, start(7) + 72 + 13, &[0x40, 0, 1]);
+    put(&mut tree, start(6), b"XDD3");
+    put(&mut tree, start(6) + 64, b"\0\0\0\0\0\0\0\x09\x03one\x01\0\0\x40\0\0\0\0\0\0\0\x08\x03two\x02\0\0\x50");
+    vec![gpt, ext4, erofs, xfs, tree]
 }
 
 pub(crate) fn run(input: &[u8]) {
