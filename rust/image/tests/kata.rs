@@ -1,5 +1,5 @@
 //! Images of Kata's builder (`tools/osbuilder/image-builder/image_builder.sh`), made here with the tools and the options that it
-//! uses: `mkfs.ext4 -q -F -b 4096`, `tune2fs -m 3`, `fsck.ext4 -D -y` for the file system; where it calls `parted mklabel msdos`
+//! uses: `mkfs.ext4 -q -F -b 4096`, `tune2fs -m 3`, `fsck.ext4 -D -y` or `mkfs.erofs -zlz4hc -Enoinline_data` for the file system; where it calls `parted mklabel msdos`
 //! and its `nsdax`, the bytes that these write.
 
 #![allow(clippy::unwrap_used, clippy::indexing_slicing)]
@@ -50,7 +50,7 @@ fn header() -> [u8; 4096] {
 
 /// An image with DAX header; `hashes` of its MiB at the end are a partition of their own (`MEASURED_ROOTFS=yes`).
 fn kata(dir: &Path, hashes: u64) -> PathBuf {
-    let (root, part, image) = (dir.join("root"), dir.join("part"), dir.join("kata-containers.img"));
+    let (root, part) = (dir.join("root"), dir.join("part"));
     common::root(&root, false);
     File::create(&part).unwrap().set_len(SIZE - FS - hashes * MIB).unwrap();
     good(host("mkfs.ext4", &["-q", "-F", "-b", "4096", "-d"], &root).arg(&part));
@@ -58,7 +58,12 @@ fn kata(dir: &Path, hashes: u64) -> PathBuf {
     // 1: it has optimised the folders.
     let checked = host("fsck.ext4", &["-D", "-y", "-f"], &part).output().unwrap();
     assert!(matches!(checked.status.code(), Some(0 | 1)), "{checked:?}");
+    wrap(dir, &part, hashes)
+}
 
+/// Puts tables and header around a file system.
+fn wrap(dir: &Path, part: &Path, hashes: u64) -> PathBuf {
+    let image = dir.join("kata-containers.img");
     let file = File::create(&image).unwrap();
     file.set_len(SIZE).unwrap();
     let sectors = |bytes: u64| u32::try_from(bytes / 512).unwrap();
@@ -69,7 +74,7 @@ fn kata(dir: &Path, hashes: u64) -> PathBuf {
         file.write_all_at(&label(&all[..if hashes > 0 { 2 } else { 1 }], hashes > 0), base).unwrap();
     }
     file.write_all_at(&header(), 4096).unwrap();
-    file.write_all_at(&fs::read(&part).unwrap(), FS).unwrap();
+    file.write_all_at(&fs::read(part).unwrap(), FS).unwrap();
     image
 }
 
@@ -119,5 +124,47 @@ fn a_measured_image_has_a_second_partition() {
         "table 2, at 2 MiB: other entries is 1: there must be one partition only",
     ] {
         assert!(error.contains(wanted), "{wanted:?} is not in {error}");
+    }
+}
+
+#[test]
+fn erofs_is_walked_packed_or_not_with_inodes_of_both_sizes() {
+    let dir = TempDir::new().unwrap();
+    let (root, part) = (dir.path().join("root"), dir.path().join("part"));
+    common::root(&root, false);
+    for n in 0..200 {
+        fs::write(root.join(format!("etc/{n:0>60}")), n.to_string()).unwrap();
+    }
+    let packed = "incompat 0x1: content is packed: DAX cannot map it";
+    for (extended, options, wrong) in [
+        (1, &["-zlz4hc", "-Enoinline_data,force-inode-extended"][..], packed),
+        (0, &["-zlz4hc", "-Enoinline_data,force-inode-compact"], packed),
+        (0, &["-Enoinline_data,force-inode-compact"], ""),
+        // The end of a folder lies behind its inode.
+        (0, &["-Eforce-inode-compact"], ""),
+        (1, &["-Eforce-inode-extended"], ""),
+    ] {
+        good(host("mkfs.erofs", options, &part).arg(&root));
+        let image = wrap(dir.path(), &part, 0);
+        let bytes = fs::read(&part).unwrap();
+        let [low, high] = [bytes[1024 + 14], bytes[1024 + 15]];
+        let inode = usize::from(u16::from_le_bytes([low, high])) * 32;
+        assert_eq!(bytes[inode] & 1, extended, "{options:?}: the size of the root's inode");
+        let lines = inspect(&image);
+        for wanted in
+            ["type erofs", "file 1200000 bytes /bin/big", "file 64 bytes /sbin/init", "file 17 bytes /etc/"]
+        {
+            has(&lines, wanted);
+        }
+        let names: Vec<_> = lines.iter().filter(|line| line.starts_with("file 3 bytes /etc/000")).collect();
+        assert!(names.len() == 2, "{}", lines.join("\n"));
+        let mut verify = tool();
+        verify.arg("verify").arg(&image);
+        if wrong.is_empty() {
+            good(&mut verify);
+        } else {
+            let error = bad(&mut verify);
+            assert!(error.contains(wrong) && error.contains(": 1 of "), "{error}");
+        }
     }
 }
