@@ -4,7 +4,10 @@ use std::{
     io,
     path::PathBuf,
     pin::Pin,
-    sync::{Arc, Weak},
+    sync::{
+        Arc, Weak,
+        atomic::{AtomicBool, Ordering},
+    },
     task::{Context, Poll},
     time::Duration,
 };
@@ -32,6 +35,8 @@ pub(crate) const SANDBOX_SERVICE: &str = "grpc.SandboxService";
 /// The service that the relay offers to containerd and uses in the guest.
 pub(crate) const TASK_SERVICE: &str = "containerd.task.v3.Task";
 
+/// Limit of what containerd asks in passing. It asks node-wide, one container after the other.
+pub(crate) const PROBE_LIMIT: Duration = Duration::from_millis(1800);
 /// Longest wait for one connection to a guest's port, handshake included.
 const DIAL_LIMIT: Duration = Duration::from_secs(10);
 /// How long a guest whose VM nobody watches may be unreachable before it counts as dead.
@@ -91,6 +96,8 @@ pub(crate) struct Guest {
     pub(crate) token: String,
     pub(crate) vm: Arc<Vm>,
     link: Mutex<Link>,
+    /// It left a probe unanswered, and has not answered since.
+    silent: AtomicBool,
 }
 
 #[derive(Default)]
@@ -103,7 +110,7 @@ struct Link {
 
 impl Guest {
     pub(crate) fn new(address: GuestAddress, token: String, vm: Arc<Vm>) -> Self {
-        Self { address, token, vm, link: Mutex::default() }
+        Self { address, token, vm, link: Mutex::default(), silent: AtomicBool::new(false) }
     }
 
     /// Connects to a port of the guest.
@@ -142,6 +149,31 @@ impl Guest {
             answer = bounded => answer,
             () = self.vm.dead() => Err(CallError::Dead),
         }
+    }
+
+    /// A call that is not worth waiting for a silent guest: of all such calls only the first one does, and then one that
+    /// stays open until the guest answers.
+    pub(crate) async fn probe(self: &Arc<Self>, call: Call) -> Result<Vec<u8>, CallError> {
+        if self.silent.load(Ordering::Relaxed) {
+            return Err(CallError::Timeout(call.limit.unwrap_or(PROBE_LIMIT)));
+        }
+        let answer = self.call(call).await;
+        if matches!(answer, Err(CallError::Timeout(_))) && !self.silent.swap(true, Ordering::Relaxed) {
+            log!("the guest is silent: until it answers, what it said last has to do");
+            let guest = Arc::clone(self);
+            tokio::spawn(async move {
+                if !matches!(guest.call(check(None)).await, Err(CallError::Dead)) {
+                    log!("the guest answers again");
+                    guest.silent.store(false, Ordering::Relaxed);
+                }
+            });
+        }
+        answer
+    }
+
+    /// Whether the guest is hung.
+    pub(crate) async fn is_silent(self: &Arc<Self>) -> bool {
+        matches!(self.probe(check(Some(PROBE_LIMIT))).await, Err(CallError::Timeout(_)))
     }
 
     async fn call_until_answered(&self, call: Call) -> Result<Vec<u8>, CallError> {
@@ -209,6 +241,12 @@ impl Guest {
             }
         }
     }
+}
+
+/// Asks the guest whether it is there.
+fn check(limit: Option<Duration>) -> Call {
+    let (payload, metadata) = (Vec::new(), Vec::new());
+    Call { service: SANDBOX_SERVICE, method: "Check", payload, metadata, limit, repeatable: true }
 }
 
 /// A connection whose mark tells when the ttrpc client dropped it.

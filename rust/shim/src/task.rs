@@ -22,7 +22,7 @@ use ttrpc::{
 
 use crate::{
     answer::{Answer, decode, encode, guest_error, not_found, response},
-    guest::{Call, CallError, Guest, SANDBOX_SERVICE, TASK_SERVICE},
+    guest::{Call, CallError, Guest, PROBE_LIMIT, TASK_SERVICE},
     host::Host,
     log::log,
     registry::{Container, Phase, Process, Registry, lock},
@@ -35,10 +35,7 @@ pub(crate) const EXIT_KILLED: u32 = 137;
 pub(crate) const WORK_LIMIT: Duration = Duration::from_secs(120);
 /// Limit of other calls that bring none.
 const CALL_LIMIT: Duration = Duration::from_secs(60);
-/// Limit of what containerd asks in passing. It asks node-wide, one container after the other.
-const PROBE_LIMIT: Duration = Duration::from_millis(1800);
-
-/// How long a guest may take to kill a container before it is asked whether it is there at all.
+/// How long a guest may take to send a signal before it is asked whether it is there at all.
 const KILL_LIMIT: Duration = Duration::from_secs(10);
 const SIGKILL: u32 = 9;
 /// How long an exit waits for containerd to read the process's streams to their ends.
@@ -204,40 +201,31 @@ impl Relay {
 
     async fn kill(&self, request: Request) -> Answer {
         let (container, process, exec) = self.process(&request.payload)?;
-        let finished =
-            || not_found(&format!("killing {}: process already finished", name(&container, &exec)));
+        let doing = format!("killing {}", name(&container, &exec));
+        let finished = || not_found(&format!("{doing}: process already finished"));
         if process.life.exit().is_some() {
             return Err(finished());
         }
-        if !exec.is_empty() || decode::<KillRequest>(&request.payload)?.signal != SIGKILL {
+        if !exec.is_empty() {
             return self.forward("Kill", request).await;
         }
-        let call = Call { limit: Some(KILL_LIMIT), repeatable: true, ..work("Kill", request) };
-        let doing = format!("killing {}", name(&container, &exec));
+        let last = decode::<KillRequest>(&request.payload)?.signal == SIGKILL;
+        let call = Call { limit: Some(KILL_LIMIT), repeatable: last, ..work("Kill", request) };
         match self.guest.call(call).await {
-            Ok(payload) => Ok(payload),
             Err(CallError::Dead) => Err(finished()),
-            Err(e @ CallError::Timeout(_)) if self.guest_is_silent().await => {
+            Err(e @ CallError::Timeout(_)) if self.guest.is_silent().await => {
+                if !last {
+                    // An error would end containerd's StopContainer; without one, SIGKILL follows after the grace period.
+                    log!("{doing}: {e}, nor does it answer anything else: SIGKILL will end its VM");
+                    return Ok(Vec::new());
+                }
                 log!("{doing}: {e}, nor does it answer anything else: killing the VM");
                 self.guest.vm.kill().map_err(|e| get_status(Code::INTERNAL, format!("{doing}: {e}")))?;
                 let gone = timeout(KILL_LIMIT, process.life.ended()).await;
                 gone.map(|_| Vec::new()).map_err(|_| guest_error(&doing, e))
             }
-            Err(e) => Err(guest_error(&doing, e)),
+            answer => answer.map_err(|e| guest_error(&doing, e)),
         }
-    }
-
-    /// Whether the guest is hung: then a pod with it could never be stopped, for containerd kills the containers first.
-    async fn guest_is_silent(&self) -> bool {
-        let call = Call {
-            service: SANDBOX_SERVICE,
-            method: "Check",
-            payload: Vec::new(),
-            metadata: Vec::new(),
-            limit: Some(PROBE_LIMIT),
-            repeatable: true,
-        };
-        matches!(self.guest.call(call).await, Err(CallError::Timeout(_)))
     }
 
     /// Never empty: containerd forgets a task without processes when it restarts, exit code and all.
@@ -245,7 +233,7 @@ impl Relay {
         let container = self.named(&request.payload)?;
         if container.init.life.exit().is_none() {
             let call = Call { limit: Some(probe(&request)), repeatable: true, ..work("Pids", request) };
-            match self.guest.call(call).await {
+            match self.guest.probe(call).await {
                 Ok(payload) if !payload.is_empty() => return Ok(payload),
                 Ok(_) | Err(CallError::Status(_)) => {}
                 Err(e) => log!("Pids of container {}: {e}", container.id),
@@ -259,7 +247,7 @@ impl Relay {
     async fn stats(&self, request: Request) -> Answer {
         let container = self.named(&request.payload)?;
         let call = Call { limit: Some(probe(&request)), repeatable: true, ..work("Stats", request) };
-        match self.guest.call(call).await {
+        match self.guest.probe(call).await {
             Ok(payload) => {
                 *lock(&container.stats) = Some(payload.clone());
                 Ok(payload)

@@ -59,8 +59,8 @@ pub struct Guest {
     pub start_error: Mutex<Option<String>>,
     /// What is said to stream connections instead of `OK`.
     pub stream_error: Mutex<Option<String>>,
-    /// Stats, Pids and Kill never answer.
-    pub hangs: AtomicBool,
+    /// Stats, Pids, Kill and Check do not answer for as long as this is so.
+    pub hangs: watch::Sender<bool>,
     /// What happened in it; the number of each is its place, counted from 1.
     pub events: watch::Sender<Vec<String>>,
     /// Ends with a change, and all connections with it.
@@ -213,9 +213,7 @@ impl TaskService {
     }
 
     async fn maybe_hang(&self) {
-        if self.0.hangs.load(Ordering::SeqCst) {
-            std::future::pending::<()>().await;
-        }
+        self.0.hangs.subscribe().wait_for(|hangs| !hangs).await.unwrap();
     }
 }
 

@@ -7,6 +7,7 @@ mod disks;
 mod ends;
 mod figures;
 mod guest;
+mod hung;
 mod io;
 mod layers;
 mod life;
@@ -35,6 +36,7 @@ use guest::{
     a_pod_has_its_name_sysctls_and_shared_memory, a_wrong_clock_is_put_right,
     nobody_calls_a_guest_that_is_not_up,
 };
+use hung::a_container_of_a_hung_guest_is_stopped;
 use io::{
     exec_reads_stdin_to_its_end, exec_with_a_terminal, execs_of_many_sizes_over_streams,
     ten_mebibytes_of_log_are_complete, ten_mebibytes_of_log_over_streams, two_streams_stay_apart,
@@ -150,6 +152,7 @@ fn main() -> ExitCode {
             a_log_is_complete_across_a_restart_over_streams,
             a_killed_relay_ends_its_pod_and_no_other,
             a_hung_guest_holds_nobody_up_and_can_be_removed,
+            a_container_of_a_hung_guest_is_stopped,
             volumes_are_what_was_asked_for,
             updates_of_a_projected_volume_arrive,
             mounts_of_the_host_arrive_later,
