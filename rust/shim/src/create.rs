@@ -46,8 +46,8 @@ impl Relay {
         let create: CreateTaskRequest = decode(&request.payload)?;
         check_id("container id", &create.id)?;
         if !create.checkpoint.is_empty() {
-            let text =
-                format!("creating container {}: checkpoints cannot be restored in a microVM", create.id);
+            let why = "its microVM has no CRIU; create it without one";
+            let text = format!("container {} cannot be restored from a checkpoint: {why}", create.id);
             return Err(get_status(Code::UNIMPLEMENTED, text));
         }
         let container = Arc::new(Container::new(&create));

@@ -138,7 +138,11 @@ impl Relay {
             // containerd sends it after failed creates, at restarts and, some day, after each Delete. Only the sandbox's
             // end ends a relay.
             "Shutdown" => Ok(Vec::new()),
-            "Checkpoint" => Err(get_status(Code::UNIMPLEMENTED, "checkpoints of containers in a microVM")),
+            "Checkpoint" => self.named(&request.payload).and_then(|container| {
+                let why = "its microVM has no CRIU; stop it and start another";
+                let text = format!("container {} cannot be checkpointed: {why}", container.id);
+                Err(get_status(Code::UNIMPLEMENTED, text))
+            }),
             "CloseIO" => {
                 let (_, process, _) = self.process(&request.payload)?;
                 if decode::<CloseIORequest>(&request.payload)?.stdin {

@@ -147,10 +147,13 @@ async fn failures_leave_nothing_and_say_why() {
     let answer = pod.task.update(context::Context::default(), &update).await;
     assert_eq!(code(answer), (Code::INVALID_ARGUMENT, "update of c1 refused".into()));
     let checkpoint = api::CheckpointTaskRequest { id: CID.into(), ..Default::default() };
-    assert_eq!(
-        code(pod.task.checkpoint(context::Context::default(), &checkpoint).await).0,
-        Code::UNIMPLEMENTED
-    );
+    let refused = "container c1 cannot be checkpointed: its microVM has no CRIU; stop it and start another";
+    let answer = pod.task.checkpoint(context::Context::default(), &checkpoint).await;
+    assert_eq!(code(answer), (Code::UNIMPLEMENTED, refused.into()));
+    let restore = api::CreateTaskRequest { checkpoint: "/it".into(), ..pod.create_request("c2", "") };
+    let refused =
+        "container c2 cannot be restored from a checkpoint: its microVM has no CRIU; create it without one";
+    assert_eq!(create(&restore).await, (Code::UNIMPLEMENTED, refused.into()));
     // One more than at the start: the connection to the guest.
     pod.fds_settle_at(before + 1).await;
 }
