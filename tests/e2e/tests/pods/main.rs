@@ -72,8 +72,8 @@ use sandbox::{
 };
 use security::a_container_sees_the_processes_of_its_target;
 use task::{
-    independent_steps_go_on_side_by_side, pause_resume_figures_pids_and_limits,
-    the_daemon_traces_where_time_goes,
+    a_checkpoint_is_refused, a_paused_container_can_be_ended, independent_steps_go_on_side_by_side,
+    pause_resume_figures_pids_and_limits, the_daemon_traces_where_time_goes,
 };
 
 use disks::{
@@ -118,6 +118,8 @@ fn main() -> ExitCode {
             a_guest_is_reached_any_number_of_times,
             a_kernel_panic_is_the_reason_of_a_pods_end,
             pause_resume_figures_pids_and_limits,
+            a_paused_container_can_be_ended,
+            a_checkpoint_is_refused,
             the_daemon_traces_where_time_goes,
             independent_steps_go_on_side_by_side,
             exec_reads_stdin_to_its_end,

@@ -12,7 +12,7 @@ use kuasar_e2e::{
 };
 use tokio::time::sleep;
 
-use super::IDLE;
+use super::{IDLE, restart::SOON};
 
 const COUNTER: &[&str] = &["/bin/sh", "-c", "i=0; while :; do i=$((i+1)); echo $i > /count; sleep 0.1; done"];
 
@@ -82,4 +82,35 @@ pub(crate) async fn independent_steps_go_on_side_by_side(lab: Arc<Lab>) -> Resul
     let (network, folder) = (spans.only(&id, "prepare network")?, spans.only(&id, "prepare folder")?);
     ensure!(network.is_beside(folder), "one waits for the other: {network:?}, {folder:?}");
     Ok(())
+}
+
+pub(crate) async fn a_checkpoint_is_refused(lab: Arc<Lab>) -> Result<()> {
+    let pod = lab.pod("checkpoint", handler()).await?;
+    let id = pod.container("idle", BUSYBOX, IDLE).await?;
+    let refused =
+        format!("container {id} cannot be checkpointed: its microVM has no CRIU; stop it and start another");
+    let out = lab.ctr().args(["tasks", "checkpoint", &id]).output().await?;
+    let said = String::from_utf8_lossy(&out.stderr);
+    ensure!(!out.status.success() && said.contains(&refused), "a checkpoint gave {out:?}");
+    let out = lab.cri.exec(&id, &["echo", "here"]).await?;
+    ensure!(out.stdout == "here\n", "an exec afterwards gave {out:?}");
+    pod.remove().await
+}
+
+/// SIGTERM does not reach what stands still; SIGKILL does.
+pub(crate) async fn a_paused_container_can_be_ended(lab: Arc<Lab>) -> Result<()> {
+    let pod = lab.pod("still", handler()).await?;
+    let (killed, stopped) =
+        (pod.container("killed", BUSYBOX, COUNTER).await?, pod.container("stopped", BUSYBOX, IDLE).await?);
+    for id in [&killed, &stopped] {
+        ctr(&lab, &["tasks", "pause", id]).await?;
+    }
+    ctr(&lab, &["tasks", "kill", "-s", "SIGKILL", &killed]).await?;
+    lab.cri.stop(&stopped, 2).await.context("stopping a paused container")?;
+    for id in [&killed, &stopped] {
+        let code = lab.cri.ended(id, SOON).await.context("a paused container never ends")?.exit_code;
+        ensure!(code == 137, "a paused container ended with {code}");
+        lab.cri.remove(id).await?;
+    }
+    pod.remove().await
 }
