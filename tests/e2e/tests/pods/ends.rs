@@ -1,23 +1,23 @@
-//! A part that dies while a container or a pod is being ended.
+//! A part that dies while a container or a pod is being ended; and a relay that dies in every other phase of a container.
 
 use std::{future::Future, sync::Arc, time::Duration};
 
 use anyhow::{Context, Result, ensure};
 use kuasar_e2e::{
     image::BUSYBOX,
-    lab::{Lab, Pod},
+    lab::{Lab, Pod, run},
     suite::handler,
 };
 use nix::{
     sys::signal::{Signal, kill},
     unistd::Pid,
 };
-use tokio::time::sleep;
+use tokio::time::{sleep, timeout};
 
 use super::{
     IDLE,
     restart::{SOON, relay_of},
-    sandbox::{folders, until},
+    sandbox::{folders, until, until_ready},
 };
 
 async fn after<T>(millis: u64, work: impl Future<Output = T>) -> T {
@@ -88,4 +88,48 @@ pub(crate) async fn a_relay_killed_while_its_pod_ends(lab: Arc<Lab>) -> Result<(
         ends(&lab, pod, &others).await.with_context(|| format!("the relay died after {millis} ms"))?;
     }
     Ok(())
+}
+
+/// A relay that dies takes its pod with it, whatever goes on there: everything ends, and says so in time.
+pub(crate) async fn a_relay_killed_in_every_phase(lab: Arc<Lab>) -> Result<()> {
+    let others = folders();
+    for millis in [5, 40, 120, 300] {
+        let what = format!("the relay died {millis} ms after a container was wanted");
+        let pod = lab.pod("relayless-made", handler()).await?;
+        let made = pod.container("idle", BUSYBOX, IDLE);
+        let (made, died) = tokio::join!(timeout(SOON, made), after(millis, kill_relay(&pod.id)));
+        died?;
+        // Whether it fails depends on how far it came.
+        if let Ok(id) = made.with_context(|| format!("{what}, and that never came to an end"))? {
+            lab.cri.ended(&id, SOON).await.with_context(|| what.clone())?;
+        }
+        gone(&lab, pod, &others).await.context(what)?;
+    }
+
+    let pod = lab.pod("relayless-exec", handler()).await?;
+    let id = pod.container("idle", BUSYBOX, IDLE).await?;
+    let exec = lab.cri.exec(&id, &["sleep", "1000"]);
+    let (exec, died) = tokio::join!(timeout(SOON, exec), after(1000, kill_relay(&pod.id)));
+    died?;
+    let exec = exec.context("an exec whose relay died never ends")?;
+    ensure!(exec.as_ref().map_or(true, |out| out.code != 0), "an exec whose relay died gave {exec:?}");
+    lab.cri.ended(&id, SOON).await.context("a container with an exec whose relay died")?;
+    gone(&lab, pod, &others).await.context("the relay died during an exec")?;
+
+    let pod = lab.pod("relayless-paused", handler()).await?;
+    let id = pod.container("idle", BUSYBOX, IDLE).await?;
+    run(lab.ctr().args(["tasks", "pause", &id])).await?;
+    kill_relay(&pod.id).await?;
+    lab.cri.ended(&id, SOON).await.context("a paused container whose relay died")?;
+    gone(&lab, pod, &others).await.context("the relay of a paused container died")
+}
+
+async fn kill_relay(pod: &str) -> Result<()> {
+    kill(Pid::from_raw(relay_of(pod)?), Signal::SIGKILL).context("killing the relay")
+}
+
+/// Its pod is not ready any more, and can be removed.
+async fn gone(lab: &Lab, pod: Pod<'_>, others: &[String]) -> Result<()> {
+    until_ready(lab, &pod.id, false).await?;
+    ends(lab, pod, others).await
 }

@@ -82,7 +82,7 @@ use disks::{
 };
 use ends::{
     a_daemon_killed_while_a_container_is_deleted, a_daemon_killed_while_a_pod_stops,
-    a_relay_killed_while_its_pod_ends,
+    a_relay_killed_in_every_phase, a_relay_killed_while_its_pod_ends,
 };
 use layers::{
     a_root_is_made_of_erofs_layers, a_root_of_more_erofs_layers_than_slots, roots_of_mounted_erofs_layers,
@@ -145,6 +145,7 @@ fn main() -> ExitCode {
             a_daemon_killed_while_a_pod_stops,
             a_daemon_killed_while_a_container_is_deleted,
             a_relay_killed_while_its_pod_ends,
+            a_relay_killed_in_every_phase,
             the_daemon_dies_in_every_phase,
             a_killed_vm_is_a_pod_that_is_not_ready_and_says_why,
             a_pod_that_containerd_forgot_is_collected,
