@@ -1,5 +1,6 @@
 //! Pods over CRI: life, processes, output, images, network. One lab for all; most cases make a pod of their own.
 
+mod begins;
 mod cancelled;
 mod common;
 mod devices;
@@ -76,6 +77,7 @@ use task::{
     pause_resume_figures_pids_and_limits, the_daemon_traces_where_time_goes,
 };
 
+use begins::{a_containerd_killed_while_a_container_is_made, a_containerd_killed_while_a_pod_starts};
 use disks::{
     a_disk_is_a_device_of_the_container, a_root_is_a_device_of_the_mapper, a_root_is_an_image_file,
     a_vm_ends_with_its_disks, the_file_system_of_a_disk_is_a_volume,
@@ -146,6 +148,8 @@ fn main() -> ExitCode {
             a_daemon_killed_while_a_container_is_deleted,
             a_relay_killed_while_its_pod_ends,
             a_relay_killed_in_every_phase,
+            a_containerd_killed_while_a_pod_starts,
+            a_containerd_killed_while_a_container_is_made,
             the_daemon_dies_in_every_phase,
             a_killed_vm_is_a_pod_that_is_not_ready_and_says_why,
             a_pod_that_containerd_forgot_is_collected,
