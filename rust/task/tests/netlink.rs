@@ -120,6 +120,45 @@ fn a_pod_s_network_is_made() {
     assert!(!ip("-6 route show").contains("default"));
 }
 
+#[test]
+fn peers_metrics_and_links_without_arp() {
+    if !namespace() {
+        return;
+    }
+    let mut network = Network::new().unwrap();
+    let mut eth0 = link("eth0", "02:00:00:00:00:01", &[]);
+    let address = |ip: &str, peer: &str| api::IPAddress {
+        address: ip.into(),
+        mask: if ip.contains(':') { "128".into() } else { "32".into() },
+        peer: peer.into(),
+        ..Default::default()
+    };
+    let interface = api::Interface {
+        name: "eth0".into(),
+        hwAddr: "02:00:00:00:00:01".into(),
+        IPAddresses: vec![address("10.1.0.2", "10.1.0.1"), address("fd00::2", "fd00::1")],
+        ..Default::default()
+    };
+    eth0.addresses = plan::Link::try_from(&interface).unwrap().addresses;
+    eth0.noarp = true;
+    // Again: nothing of it is removed or refused.
+    for _ in 0..2 {
+        network.configure_links(std::slice::from_ref(&eth0)).unwrap();
+        let shown = ip("addr show dev eth0");
+        assert!(shown.contains("NOARP") && shown.contains("inet 10.1.0.2 peer 10.1.0.1/32"), "{shown}");
+        assert!(shown.contains("inet6 fd00::2 peer fd00::1/128"), "{shown}");
+    }
+    eth0.noarp = false;
+    network.configure_links(&[eth0]).unwrap();
+    assert!(!ip("link show dev eth0").contains("NOARP"));
+    // RTAX_LOCK, RTAX_MTU, RTAX_INITCWND.
+    let mut limited = route("10.9.0.0/16", "10.1.0.1", "eth0");
+    limited.metrics = [(1, 1 << 2), (2, 1300), (11, 20)].into();
+    network.add_routes(&routes(&[limited])).unwrap();
+    let shown = ip("route show 10.9.0.0/16");
+    assert!(shown.contains("mtu lock 1300") && shown.contains("initcwnd 20"), "{shown}");
+}
+
 /// A link that nobody asked for gives its name away, and nothing else.
 #[test]
 fn a_link_in_the_way_stays_up() {

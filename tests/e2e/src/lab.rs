@@ -27,7 +27,9 @@ pub use config::{
     QEMU_INITRD, QEMU_NATIVE, QEMU_PROFILE, QEMU_STREAM, RUNC, SOCKET, daemon_config, folder_of, handlers,
     socket_of, table,
 };
-pub use networks::{MACVLAN_MASTER, NET_DUAL, NET_MACVLAN, NET_PTP, NET_RULES, NET_TWO, NET_V6};
+pub use networks::{
+    MACVLAN_MASTER, NET_DUAL, NET_MACVLAN, NET_PTP, NET_RARE, NET_RULES, NET_TAP, NET_TUN, NET_TWO, NET_V6,
+};
 pub use pod::{Pod, container, own_pids};
 use program::{PATIENCE, log_of, spawn, tail};
 pub use program::{end, listening, run};

@@ -3,9 +3,11 @@
 //! Each veth stays where it is, name and addresses included, because CNI and pod statistics look for it there. A tap is
 //! put beside it and every frame that arrives at one is sent out of the other by `tc` (an ingress qdisc with a filter
 //! that matches everything and redirects). Taps vanish with the VMM that holds them; the rest vanishes with the namespace
-//! or by [`remove`]. The namespace's loopback is what `kubectl port-forward` connects to; see [`forward`].
+//! or by [`remove`]. A tap that CNI left there is opened as it is, and outlives the VMM; see [`existing`]. The namespace's
+//! loopback is what `kubectl port-forward` connects to; see [`forward`].
 
 mod bpf;
+mod existing;
 mod forward;
 mod read;
 mod redirect;
@@ -57,6 +59,9 @@ pub struct NetworkRecord {
     pub taps: Vec<String>,
     /// Links that got an ingress qdisc, by name.
     pub redirected: Vec<String>,
+    /// The namespace's kernel would answer ARP for the addresses of CNI's own taps again.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub quiet: bool,
 }
 
 /// Why a pod's network could not be made or removed.
@@ -176,12 +181,21 @@ async fn add_nic(
     network: &mut PodNetwork,
 ) -> Result<(), NetworkError> {
     let mtu = u32::try_from(link.interface.mtu).unwrap_or(u32::MAX);
-    let tap = format!("kua{}", link.index);
-    let fds = tap::create(&tap, queues).map_err(NetworkError::io(format!("creating the tap {tap}")))?;
-    network.record.taps.push(tap.clone());
-    let tap_index = tap::configure(handle, &tap, mtu).await?;
-    redirect::both_ways(handle, (&link.interface.name, link.index), (&tap, tap_index)).await?;
-    network.record.redirected.push(link.interface.name.clone());
+    let (tap, fds) = if let Some(tun) = link.tap {
+        if !network.record.quiet {
+            network.record.quiet = existing::keep_quiet()?;
+        }
+        (link.interface.name.clone(), existing::open(&link.interface.name, tun.many, queues)?)
+    } else {
+        let tap = format!("kua{}", link.index);
+        let fds = tap::queues(&tap, queues.max(1), queues > 1);
+        let fds = fds.map_err(NetworkError::io(format!("creating the tap {tap}")))?;
+        network.record.taps.push(tap.clone());
+        let tap_index = tap::configure(handle, &tap, mtu).await?;
+        redirect::both_ways(handle, (&link.interface.name, link.index), (&tap, tap_index)).await?;
+        network.record.redirected.push(link.interface.name.clone());
+        (tap, fds)
+    };
     network.nics.push(Nic {
         id: format!("net{}", link.index),
         tap,
@@ -194,6 +208,9 @@ async fn add_nic(
 }
 
 async fn remove_here(handle: &rtnetlink::Handle, record: &NetworkRecord) -> Result<(), NetworkError> {
+    if record.quiet {
+        existing::speak_up()?;
+    }
     for name in &record.taps {
         if let Some(link) = read::link_by_name(handle, name).await? {
             let deleted = handle.link().del(link.header.index).execute().await;

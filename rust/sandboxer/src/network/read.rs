@@ -11,20 +11,28 @@ use netlink_packet_route::{
     address::{AddressAttribute, AddressMessage, AddressScope},
     link::{InfoKind, LinkAttribute, LinkFlags, LinkInfo, LinkMessage},
     neighbour::{NeighbourAddress, NeighbourAttribute, NeighbourMessage, NeighbourState},
-    route::{RouteAddress, RouteAttribute, RouteFlags, RouteHeader, RouteMessage, RouteProtocol, RouteType},
+    route::{
+        RouteAddress, RouteAttribute, RouteFlags, RouteHeader, RouteMessage, RouteMetric, RouteProtocol,
+        RouteType,
+    },
     rule::{RuleAttribute, RuleMessage},
 };
 use nix::libc;
-use rtnetlink::{IpVersion, RouteMessageBuilder};
+use rtnetlink::{IpVersion, RouteMessageBuilder, packet_core::Nla};
 use tokio_stream::{Stream, StreamExt};
 
-use super::NetworkError;
+use super::{
+    NetworkError,
+    existing::{self, Tun},
+};
 
 /// A link that the VM gets.
 #[derive(Debug)]
 pub(super) struct Link {
     pub(super) index: u32,
     pub(super) interface: Interface,
+    /// It is a tap itself.
+    pub(super) tap: Option<Tun>,
 }
 
 /// All that the VM gets.
@@ -40,7 +48,8 @@ pub(super) async fn pod(handle: &rtnetlink::Handle) -> Result<Pod, NetworkError>
     let messages = all(handle.link().get().execute(), "reading the pod's links").await?;
     let addresses = all(handle.address().get().execute(), "reading the pod's addresses").await?;
     let mut links = Vec::new();
-    for message in &messages {
+    let bridges = existing::bridges(&messages);
+    for message in messages.iter().filter(|message| !existing::is_behind(message, &bridges)) {
         let addresses = addresses.iter().filter(|address| address.header.index == message.header.index);
         links.extend(link(message, addresses)?);
     }
@@ -106,13 +115,14 @@ fn link<'a>(
         return Ok(None);
     }
     let mut interface = Interface { IPAddresses: addresses, ..Interface::default() };
-    let mut kind = None;
+    let (mut kind, mut tap, mut own) = (None, None, &[][..]);
     for attribute in &message.attributes {
         match attribute {
             LinkAttribute::IfName(name) => interface.name.clone_from(name),
             LinkAttribute::Mtu(mtu) => interface.mtu = u64::from(*mtu),
-            LinkAttribute::Address(address) => interface.hwAddr = hardware_address(address),
+            LinkAttribute::Address(address) => own = address,
             LinkAttribute::LinkInfo(infos) => {
+                tap = Tun::of(infos).filter(|tun| tun.tap);
                 kind = infos.iter().find_map(|info| match info {
                     LinkInfo::Kind(kind) => Some(kind.clone()),
                     _ => None,
@@ -121,18 +131,25 @@ fn link<'a>(
             _ => {}
         }
     }
+    interface.hwAddr =
+        hardware_address(&if tap.is_some() { existing::guest_address(own) } else { own.to_owned() });
     match kind {
-        Some(kind @ (InfoKind::Veth | InfoKind::MacVlan | InfoKind::MacVtap)) => {
-            interface.type_ = kind.to_string();
+        Some(kind)
+            if tap.is_some() || matches!(kind, InfoKind::Veth | InfoKind::MacVlan | InfoKind::MacVtap) =>
+        {
+            interface.type_ = if tap.is_some() { "tap".to_owned() } else { kind.to_string() };
             interface.device.clone_from(&interface.name);
             interface.raw_flags = flags.bits() & u32::try_from(libc::IFF_NOARP).unwrap_or(0);
-            Ok(Some(Link { index: message.header.index, interface }))
+            Ok(Some(Link { index: message.header.index, interface, tap }))
         }
         other => {
-            let kind = other.map_or_else(|| "physical".to_owned(), |kind| kind.to_string());
+            let kind = match other {
+                Some(InfoKind::Tun) => "tun (packets without ethernet)".to_owned(),
+                other => other.map_or_else(|| "physical".to_owned(), |kind| kind.to_string()),
+            };
             Err(NetworkError::Unsupported(format!(
-                "the pod's link {} is of kind {kind}, which cannot be given to a VM; use a CNI plugin that makes veth or macvlan \
-                 links (bridge, ptp, macvlan)",
+                "the pod's link {} is of kind {kind}, which cannot be given to a VM; use a CNI plugin that makes veth, macvlan or \
+                 tap links (bridge, ptp, macvlan, tap)",
                 interface.name
             )))
         }
@@ -164,16 +181,17 @@ fn address(message: &AddressMessage) -> Option<IPAddress> {
         AddressAttribute::Local(address) => Some(*address),
         _ => None,
     });
-    let address = local.or_else(|| {
-        message.attributes.iter().find_map(|attribute| match attribute {
-            AddressAttribute::Address(address) => Some(*address),
-            _ => None,
-        })
-    })?;
+    let other = message.attributes.iter().find_map(|attribute| match attribute {
+        AddressAttribute::Address(address) => Some(*address),
+        _ => None,
+    });
+    let address = local.or(other)?;
+    let peer = other.filter(|other| *other != address).map(|peer| peer.to_string());
     Some(IPAddress {
         family: family(address).into(),
         address: address.to_string(),
         mask: message.header.prefix_len.to_string(),
+        peer: peer.unwrap_or_default(),
         ..IPAddress::default()
     })
 }
@@ -201,6 +219,14 @@ fn route(message: &RouteMessage, links: &[Link]) -> Result<Option<Route>, Networ
             RouteAttribute::PrefSource(address) => route.source = text(address)?,
             RouteAttribute::Priority(metric) => route.metric = *metric,
             RouteAttribute::Oif(index) => link = Some(*index),
+            RouteAttribute::Metrics(metrics) => {
+                for metric in metrics {
+                    match value(metric) {
+                        Some(value) => drop(route.metrics.insert(u32::from(metric.kind()), value)),
+                        None => unsupported = Some("a congestion control of its own".into()),
+                    }
+                }
+            }
             RouteAttribute::MultiPath(_) => unsupported = Some("several next hops".into()),
             RouteAttribute::Via(_) => unsupported = Some("a gateway of another family".into()),
             RouteAttribute::Encap(_) => unsupported = Some("an encapsulation".into()),
@@ -221,6 +247,15 @@ fn route(message: &RouteMessage, links: &[Link]) -> Result<Option<Route>, Networ
         route.metric = 0;
     }
     Ok(Some(route))
+}
+
+/// All metrics are numbers, but for the name of a congestion control.
+fn value(metric: &RouteMetric) -> Option<u32> {
+    let mut value = [0; 4];
+    (metric.value_len() == value.len() && !matches!(metric, RouteMetric::CcAlgo(_))).then(|| {
+        metric.emit_value(&mut value);
+        u32::from_ne_bytes(value)
+    })
 }
 
 /// Rules beyond the kernel's own three choose among tables that the guest does not have.

@@ -19,9 +19,10 @@ nix::ioctl_write_ptr_bad!(
     libc::ifreq
 );
 
-/// Creates a tap in the thread's network namespace. It exists as long as one of its queues is open.
-pub(super) fn create(name: &str, queues: u32) -> io::Result<Vec<OwnedFd>> {
-    (0..queues.max(1)).map(|_| open_queue(name, queues > 1)).collect()
+/// Opens queues of a tap in the thread's network namespace; `many`: of one for several. One that is not there is created, and
+/// exists as long as one of its queues is open.
+pub(super) fn queues(name: &str, queues: u32, many: bool) -> io::Result<Vec<OwnedFd>> {
+    (0..queues).map(|_| open_queue(name, many)).collect()
 }
 
 fn open_queue(name: &str, many: bool) -> io::Result<OwnedFd> {

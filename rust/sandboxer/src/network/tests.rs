@@ -1,6 +1,9 @@
 //! In real network namespaces, with real veth pairs, taps and `tc`.
 
+mod taps;
+
 use std::{
+    collections::BTreeMap,
     io::{Read, Write},
     os::fd::AsFd,
     process::Command,
@@ -56,7 +59,10 @@ impl Netns {
         ip(&format!("-n {pod} addr add 10.77.0.5/24 dev eth0"));
         ip(&format!("-n {pod} addr add fd77::5/64 dev eth0 nodad"));
         ip(&format!("-n {pod} route add default via 10.77.0.1"));
-        ip(&format!("-n {pod} route add 192.0.2.0/24 via 10.77.0.9 src 10.77.0.5 metric 7"));
+        ip(&format!(
+            "-n {pod} route add 192.0.2.0/24 via 10.77.0.9 src 10.77.0.5 metric 7 mtu lock 1300 initcwnd 20"
+        ));
+        ip(&format!("-n {pod} addr add 10.79.0.5 peer 10.79.0.1/32 dev eth0"));
         ip(&format!("-n {pod} route add 169.254.1.1/32 dev eth0 scope link"));
         ip(&format!("-n {pod} -6 route add default via fd77::1"));
         ip(&format!("-n {pod} neigh add 10.77.0.1 lladdr 02:00:00:00:00:01 nud permanent dev eth0"));
@@ -95,9 +101,9 @@ async fn a_veth_becomes_a_network_card_and_messages() {
     assert_eq!((interface.name.as_str(), interface.mtu), ("eth0", 1400));
     assert_eq!(interface.hwAddr, "02:00:00:00:00:05");
     let mut addresses: Vec<_> =
-        interface.IPAddresses.iter().map(|a| format!("{}/{}", a.address, a.mask)).collect();
+        interface.IPAddresses.iter().map(|a| format!("{}/{} {}", a.address, a.mask, a.peer)).collect();
     addresses.sort();
-    assert_eq!(addresses, ["10.77.0.5/24", "fd77::5/64"]);
+    assert_eq!(addresses, ["10.77.0.5/24 ", "10.79.0.5/32 10.79.0.1", "fd77::5/64 "]);
 
     let routes: Vec<_> = network
         .routes
@@ -116,6 +122,13 @@ async fn a_veth_becomes_a_network_card_and_messages() {
             " via fd77::1 src  metric 0 scope 0",
         ]
     );
+    // RTAX_LOCK (a bit for each that is), RTAX_MTU, RTAX_INITCWND.
+    let metrics: BTreeMap<u32, u32> = network
+        .routes
+        .iter()
+        .flat_map(|route| route.metrics.iter().map(|(kind, value)| (*kind, *value)))
+        .collect();
+    assert_eq!(metrics, BTreeMap::from([(1, 1 << 2), (2, 1300), (11, 20)]));
     let neighbours: Vec<_> =
         network.neighbours.iter().map(|n| (n.address.as_str(), n.hwAddr.as_str())).collect();
     assert_eq!(neighbours, [("10.77.0.1", "02:00:00:00:00:01")]);
@@ -133,6 +146,11 @@ async fn a_veth_becomes_a_network_card_and_messages() {
 async fn frames_pass_both_ways() {
     let Some(netns) = Netns::with_eth0() else { return };
     let network = prepare(&netns.path(), 1).await.unwrap();
+    exchange(&netns, &network).await;
+    remove(&network.record).await.unwrap();
+}
+
+async fn exchange(netns: &Netns, network: &PodNetwork) {
     let queue = network.nics[0].queues[0].try_clone().unwrap();
 
     let host = Path::new(NETNS_PATH).join(&netns.host);
@@ -141,11 +159,16 @@ async fn frames_pass_both_ways() {
         rustix::thread::move_into_link_name_space(host.as_fd(), Some(LinkNameSpaceType::Network)).unwrap();
         let udp = std::net::UdpSocket::bind("10.77.0.1:4000").unwrap();
         udp.set_broadcast(true).unwrap();
-        udp.set_read_timeout(Some(Duration::from_secs(5))).unwrap();
-        udp.send_to(b"to the guest", "10.77.0.255:4001").unwrap();
+        udp.set_read_timeout(Some(Duration::from_millis(100))).unwrap();
         let mut buffer = [0; 64];
-        let (length, from) = udp.recv_from(&mut buffer).unwrap();
-        (buffer[..length].to_vec(), from.to_string())
+        // Again and again: a bridge forwards to a port only some time after that has a carrier.
+        for _ in 0..50 {
+            udp.send_to(b"to the guest", "10.77.0.255:4001").unwrap();
+            if let Ok((length, from)) = udp.recv_from(&mut buffer) {
+                return (buffer[..length].to_vec(), from.to_string());
+            }
+        }
+        panic!("nothing came from the guest");
     });
     let from_guest = tokio::task::spawn_blocking(move || {
         let mut queue = File::from(queue);
@@ -172,7 +195,6 @@ async fn frames_pass_both_ways() {
     timeout(Duration::from_secs(10), from_guest).await.unwrap().unwrap();
     let (bytes, from) = udp.join().unwrap();
     assert_eq!((bytes.as_slice(), from.as_str()), (&b"from guest"[..], "10.77.0.5:4001"));
-    remove(&network.record).await.unwrap();
 }
 
 #[tokio::test]
@@ -200,6 +222,10 @@ async fn what_a_vm_cannot_have_is_refused_by_name_and_nothing_is_left() {
         (
             "link add eth1 up address 02:00:00:00:00:05 type veth peer name other",
             "the pod's links eth0 and eth1 both have the hardware address 02:00:00:00:00:05, by which",
+        ),
+        (
+            "route add 198.51.100.0/24 via 10.77.0.1 congctl reno",
+            "the pod's route 198.51.100.0/24 has a congestion control of its own",
         ),
         ("route add blackhole 198.51.100.0/24", "the pod's route 198.51.100.0/24 has type BlackHole"),
         ("rule add from 10.77.0.5 table 100", "the pod has a routing rule for table 100"),

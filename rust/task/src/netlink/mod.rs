@@ -5,21 +5,21 @@ pub mod socket;
 
 use std::{io, net::IpAddr};
 
-use netlink_packet_core::{NLM_F_CREATE, NLM_F_REPLACE};
+use netlink_packet_core::{DefaultNla, NLM_F_CREATE, NLM_F_REPLACE};
 use netlink_packet_route::{
     AddressFamily, RouteNetlinkMessage,
     address::{AddressAttribute, AddressFlags, AddressHeaderFlags, AddressMessage, AddressScope},
     link::{LinkAttribute, LinkFlags, LinkMessage},
     neighbour::{NeighbourAddress, NeighbourAttribute, NeighbourMessage, NeighbourState},
     route::{
-        RouteAddress, RouteAttribute, RouteFlags, RouteHeader, RouteMessage, RouteProtocol, RouteScope,
-        RouteType,
+        RouteAddress, RouteAttribute, RouteFlags, RouteHeader, RouteMessage, RouteMetric, RouteProtocol,
+        RouteScope, RouteType,
     },
 };
 use rustix::io::Errno;
 
 use self::{
-    plan::{Link, Neighbour, Route},
+    plan::{Address, Link, Neighbour, Route},
     socket::Socket,
 };
 use crate::error::TaskError;
@@ -228,8 +228,8 @@ impl Network {
                 done => done?,
             }
         }
-        for (address, bits) in &link.addresses {
-            let message = address_message(index, *address, *bits);
+        for address in &link.addresses {
+            let message = address_message(index, address);
             self.set(RouteNetlinkMessage::NewAddress(message), NLM_F_CREATE | NLM_F_REPLACE)?;
         }
         Ok(())
@@ -280,33 +280,32 @@ const fn neighbour_address(address: IpAddr) -> NeighbourAddress {
     }
 }
 
-fn address_message(index: u32, address: IpAddr, bits: u8) -> AddressMessage {
+fn address_message(index: u32, address: &Address) -> AddressMessage {
     let mut message = AddressMessage::default();
     message.header.index = index;
-    message.header.family = family(address);
-    message.header.prefix_len = bits;
-    message.attributes.push(AddressAttribute::Address(address));
-    match address {
-        IpAddr::V4(_) => message.attributes.push(AddressAttribute::Local(address)),
-        // Nobody else has it: it is the pod's. Duplicate detection would keep it unusable for seconds.
-        IpAddr::V6(_) => {
-            message.header.flags = AddressHeaderFlags::Nodad;
-            message.attributes.push(AddressAttribute::Flags(AddressFlags::Nodad));
-        }
+    message.header.family = family(address.ip);
+    message.header.prefix_len = address.bits;
+    message.attributes.push(AddressAttribute::Address(address.peer.unwrap_or(address.ip)));
+    message.attributes.push(AddressAttribute::Local(address.ip));
+    // Nobody else has it: it is the pod's. Duplicate detection would keep it unusable for seconds.
+    if address.ip.is_ipv6() {
+        message.header.flags = AddressHeaderFlags::Nodad;
+        message.attributes.push(AddressAttribute::Flags(AddressFlags::Nodad));
     }
     message
 }
 
-fn address_of(message: &AddressMessage) -> Option<(IpAddr, u8)> {
-    let mut found = None;
+fn address_of(message: &AddressMessage) -> Option<Address> {
+    let (mut local, mut other) = (None, None);
     for attribute in &message.attributes {
         match attribute {
-            AddressAttribute::Local(address) => found = Some(*address),
-            AddressAttribute::Address(address) => found = found.or(Some(*address)),
+            AddressAttribute::Local(address) => local = Some(*address),
+            AddressAttribute::Address(address) => other = Some(*address),
             _ => {}
         }
     }
-    found.map(|address| (address, message.header.prefix_len))
+    let ip = local.or(other)?;
+    Some(Address { ip, bits: message.header.prefix_len, peer: other.filter(|other| *other != ip) })
 }
 
 fn route_message(route: &Route, index: u32) -> RouteMessage {
@@ -334,6 +333,12 @@ fn route_message(route: &Route, index: u32) -> RouteMessage {
         .extend(route.source.map(|source| RouteAttribute::PrefSource(RouteAddress::from(source))));
     message.attributes.push(RouteAttribute::Oif(index));
     message.attributes.extend(route.metric.map(RouteAttribute::Priority));
+    if !route.metrics.is_empty() {
+        let metric = |(kind, value): &(u16, u32)| {
+            RouteMetric::Other(DefaultNla::new(*kind, value.to_ne_bytes().to_vec()))
+        };
+        message.attributes.push(RouteAttribute::Metrics(route.metrics.iter().map(metric).collect()));
+    }
     message
 }
 

@@ -20,10 +20,21 @@ pub struct Link {
     pub name: String,
     /// Its MTU in bytes; `None` leaves it.
     pub mtu: Option<u32>,
-    /// Its addresses with their prefix lengths.
-    pub addresses: Vec<(IpAddr, u8)>,
+    /// Its addresses.
+    pub addresses: Vec<Address>,
     /// It does no ARP.
     pub noarp: bool,
+}
+
+/// An address of a link.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Address {
+    /// It.
+    pub ip: IpAddr,
+    /// How many bits of it, or of the peer, are the network's.
+    pub bits: u8,
+    /// The other end's, if it is another.
+    pub peer: Option<IpAddr>,
 }
 
 /// A route as it shall be.
@@ -43,6 +54,8 @@ pub struct Route {
     pub flags: u32,
     /// Metric; `None` is the kernel's default.
     pub metric: Option<u32>,
+    /// `RTAX_*` and their values.
+    pub metrics: Vec<(u16, u32)>,
 }
 
 /// A permanent neighbour.
@@ -63,8 +76,12 @@ impl TryFrom<&api::Interface> for Link {
         let name = if from.name.is_empty() { &from.device } else { &from.name };
         let refuse = |why: String| refused("interface", name, &why);
         let addresses = from.IPAddresses.iter().map(|ip| {
-            let address = address(&ip.address).map_err(&refuse)?;
-            Ok((address, prefix(&ip.mask, address).map_err(&refuse)?))
+            let (own, peer) = (address(&ip.address).map_err(&refuse)?, optional(&ip.peer).map_err(&refuse)?);
+            let bits = prefix(&ip.mask, own).map_err(&refuse)?;
+            if peer.is_some_and(|peer| peer.is_ipv4() != own.is_ipv4()) {
+                return Err(refuse(format!("{own} and its peer {} are of two families", ip.peer)));
+            }
+            Ok(Address { ip: own, bits, peer })
         });
         Ok(Self {
             mac: mac(&from.hwAddr).map_err(refuse)?,
@@ -102,6 +119,7 @@ impl TryFrom<&api::Route> for Route {
                 .map_err(|_| refuse(format!("scope {} is above 255", from.scope)))?,
             flags: from.flags,
             metric: (from.metric != 0).then_some(from.metric),
+            metrics: metrics(from).map_err(refuse)?,
         })
     }
 }
@@ -137,6 +155,24 @@ fn address(text: &str) -> Result<IpAddr, String> {
 
 fn optional(text: &str) -> Result<Option<IpAddr>, String> {
     if text.is_empty() { Ok(None) } else { address(text).map(Some) }
+}
+
+/// The last one that is a number, `RTAX_FASTOPEN_NO_COOKIE` of `linux/rtnetlink.h`, and the one that is not, `RTAX_CC_ALGO`.
+const RTAX_LAST: u16 = 17;
+const RTAX_CC_ALGO: u16 = 16;
+
+fn metrics(from: &api::Route) -> Result<Vec<(u16, u32)>, String> {
+    let mut metrics = Vec::new();
+    for (kind, value) in &from.metrics {
+        match u16::try_from(*kind) {
+            Ok(kind) if (1..=RTAX_LAST).contains(&kind) && kind != RTAX_CC_ALGO => {
+                metrics.push((kind, *value))
+            }
+            _ => return Err(format!("{kind} is no metric of a route that is a number")),
+        }
+    }
+    metrics.sort_unstable();
+    Ok(metrics)
 }
 
 fn prefix(text: &str, address: IpAddr) -> Result<u8, String> {
@@ -196,7 +232,7 @@ mod tests {
         let link = Link::try_from(&interface()).unwrap();
         assert_eq!(link.mac, [2, 0, 0, 0xaa, 0xbb, 0xcc]);
         assert_eq!((link.name.as_str(), link.mtu, link.noarp), ("eth0", Some(1400), false));
-        assert_eq!(link.addresses, [("10.0.0.2".parse().unwrap(), 24)]);
+        assert_eq!(link.addresses, [Address { ip: "10.0.0.2".parse().unwrap(), bits: 24, peer: None }]);
     }
 
     #[test]
@@ -225,10 +261,18 @@ mod tests {
         assert!(error(|i| i.mtu = u64::MAX).contains("too large"));
         assert!(error(|i| i.IPAddresses[0].mask = "33".into()).contains("no prefix length"));
         assert!(error(|i| i.IPAddresses[0].address = "x".into()).contains("no IP address"));
-        let route = api::Route { device: "eth0".into(), dest: "10.0.0.0/x".into(), ..Default::default() };
+        assert!(error(|i| i.IPAddresses[0].peer = "fe80::1".into()).contains("are of two families"));
+        let mut route = api::Route { device: "eth0".into(), dest: "10.0.0.0/x".into(), ..Default::default() };
         assert_eq!(
             Route::try_from(&route).unwrap_err().to_string(),
             "route \"10.0.0.0/x\": \"x\" is no prefix length of 10.0.0.0"
         );
+        route.dest = "10.0.0.0/8".into();
+        route.metrics = [(11, 20), (2, 1300)].into();
+        assert_eq!(Route::try_from(&route).unwrap().metrics, [(2, 1300), (11, 20)]);
+        for bad in [0, 16, 18, 1 << 16] {
+            route.metrics = [(bad, 1)].into();
+            assert!(Route::try_from(&route).unwrap_err().to_string().contains("is no metric of a route"));
+        }
     }
 }

@@ -199,13 +199,13 @@ disabled_plugins = [
   # A machine that is itself a container may not lower an OOM score.
   restrict_oom_score_adj = true
 [plugins.'io.containerd.cri.v1.runtime'.cni]
-  bin_dirs = ["{}"]
+  bin_dirs = {:?}
   conf_dir = "{root}/cni"
 [plugins.'io.containerd.cri.v1.runtime'.containerd.runtimes.runc]
   runtime_type = "io.containerd.runc.v2"
 "#,
         image::PAUSE,
-        paths.tool("cni").display(),
+        super::networks::plugins(machine, paths),
     );
     if let Some(folder) = &containerd.registries {
         text.push_str(&format!(

@@ -1,12 +1,12 @@
 //! Networks beside the lab's own: each has a runtime handler, whose pods are the daemon's of [`super::QEMU`].
 
-use std::fs;
+use std::{fs, os::unix::fs::PermissionsExt, path::PathBuf};
 
 use anyhow::{Context, Result};
 use serde_json::{Value, json};
 
 use super::config::QEMU;
-use crate::machine::Machine;
+use crate::{machine::Machine, paths::Paths};
 
 /// Both families, an MTU of 1400, rate limits and host ports.
 pub const NET_DUAL: &str = "kuasar-net-dual";
@@ -20,13 +20,47 @@ pub const NET_MACVLAN: &str = "kuasar-net-macvlan";
 pub const NET_TWO: &str = "kuasar-net-two";
 /// A pod with a routing rule, which a VM cannot have.
 pub const NET_RULES: &str = "kuasar-net-rules";
+/// As [`NET_PTP`], with what plugins seldom leave: no ARP, a permanent neighbour, a peer, a preferred source, metrics.
+pub const NET_RARE: &str = "kuasar-net-rare";
+/// A tap that is a port of a bridge in the pod's namespace.
+pub const NET_TAP: &str = "kuasar-net-tap";
+/// A link that carries packets and no frames.
+pub const NET_TUN: &str = "kuasar-net-tun";
 /// The host's link that macvlan links share.
 pub const MACVLAN_MASTER: &str = "kmac0";
 
 /// Links of the host that CNI leaves, or that a test made for it.
-pub(super) const LINKS: [&str; 5] = ["klabd0", "klab60", "klabt0", "klabr0", MACVLAN_MASTER];
+pub(super) const LINKS: [&str; 7] =
+    ["klabd0", "klab60", "klabt0", "klabr0", "klaba0", "klabu0", MACVLAN_MASTER];
 
-const HANDLERS: [&str; 6] = [NET_DUAL, NET_V6, NET_PTP, NET_MACVLAN, NET_TWO, NET_RULES];
+const HANDLERS: [&str; 9] =
+    [NET_DUAL, NET_V6, NET_PTP, NET_MACVLAN, NET_TWO, NET_RULES, NET_RARE, NET_TAP, NET_TUN];
+
+/// A chained plugin: the commands of its `script` change what those before it made in the pod's namespace. libcni writes the
+/// keys of a configuration in the order of the alphabet. What JSON writes in another way, a script cannot have.
+const CHANGED: &str = r#"#!/bin/sh
+set -eu
+config=$(cat)
+case $CNI_COMMAND in
+VERSION) echo '{"cniVersion":"1.0.0","supportedVersions":["1.0.0"]}' ;;
+ADD)
+    script=$(printf %s "$config" | sed 's/.*"script":"\([^"]*\)".*/\1/')
+    nsenter --net="$CNI_NETNS" sh -euc "$script" >&2
+    printf %s "$config" | sed 's/.*"prevResult":\(.*\),"script":.*/\1/'
+    ;;
+esac
+"#;
+
+/// What the plugin `tap` of newer packages makes, with its key `bridge`, in place of a veth with the same name.
+const TAP: &str = "set -- $(ip -o -4 addr show dev eth0); address=$4; ip link set eth0 down; ip addr flush dev eth0; ip link set eth0 name up0; ip link add kbr0 type bridge; \
+    ip link set up0 master kbr0 up; ip tuntap add dev eth0 mode tap multi_queue; \
+    ip link set eth0 master kbr0 mtu 1400 up; ip link set kbr0 up; ip addr add $address dev eth0; \
+    ip route add default via 10.88.84.1";
+
+/// No ARP, a neighbour, a peer, and a route with all that one can have.
+const RARE: &str = "ip link set eth0 arp off; ip neigh add 10.88.85.200 lladdr 02:00:00:00:00:c8 nud permanent dev eth0; \
+    ip addr add 10.88.86.5 peer 10.88.86.1/32 dev eth0; \
+    ip route add 192.0.2.0/24 via 10.88.85.1 src 10.88.86.5 metric 7 mtu lock 1300 advmss 1200";
 
 /// Address ranges, one for each family, with a default route for each.
 fn ipam(machine: &Machine, subnets: &[&str]) -> Value {
@@ -64,6 +98,19 @@ fn lists(machine: &Machine, handler: &str) -> Vec<Value> {
         NET_TWO => {
             vec![json!([bridge(machine, "klabt0", &["10.88.82.0/24"])]), json!([macvlan(machine)])]
         }
+        NET_RARE => {
+            let ptp = json!({"type": "ptp", "ipMasq": false, "ipam": ipam(machine, &["10.88.85.0/24"])});
+            vec![json!([ptp, {"type": "klab-changed", "script": RARE}])]
+        }
+        NET_TAP => {
+            let bridge = bridge(machine, "klaba0", &["10.88.84.0/24"]);
+            vec![json!([bridge, {"type": "klab-changed", "script": TAP}])]
+        }
+        NET_TUN => {
+            let script = "ip tuntap add dev tun0 mode tun; ip link set tun0 up";
+            let bridge = bridge(machine, "klabu0", &["10.88.87.0/24"]);
+            vec![json!([bridge, {"type": "klab-changed", "script": script}])]
+        }
         _ => {
             let sbr = json!({"type": "sbr"});
             vec![json!([bridge(machine, "klabr0", &["10.88.83.0/24"]), sbr])]
@@ -71,8 +118,17 @@ fn lists(machine: &Machine, handler: &str) -> Vec<Value> {
     }
 }
 
+/// Where containerd finds plugins: those of the package, and the lab's own.
+pub(super) fn plugins(machine: &Machine, paths: &Paths) -> [PathBuf; 2] {
+    [paths.tool("cni"), machine.root.join("cni/bin")]
+}
+
 /// Writes what CNI reads.
 pub(super) fn write(machine: &Machine) -> Result<()> {
+    let own = machine.root.join("cni/bin");
+    fs::create_dir_all(&own).with_context(|| format!("creating {}", own.display()))?;
+    fs::write(own.join("klab-changed"), CHANGED)?;
+    fs::set_permissions(own.join("klab-changed"), fs::Permissions::from_mode(0o755))?;
     for handler in HANDLERS {
         let folder = machine.root.join(handler);
         fs::create_dir_all(&folder).with_context(|| format!("creating {}", folder.display()))?;

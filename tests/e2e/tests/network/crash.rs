@@ -6,7 +6,7 @@ use anyhow::{Context, Result, ensure};
 use kuasar_e2e::{
     cri::PodSandboxState,
     image::BUSYBOX,
-    lab::{Lab, Pod},
+    lab::{Lab, NET_TAP, Pod},
     suite::{handler, patient},
 };
 use nix::{
@@ -73,17 +73,41 @@ pub(crate) async fn a_killed_virtiofsd_gives_the_network_back(lab: Arc<Lab>) -> 
     ends_clean(&lab, pod, &netns).await
 }
 
+/// containerd tries again to reach a new daemon after at most 3 s.
+async fn answered(lab: &Lab, pod: &Pod<'_>) -> Result<()> {
+    let end = Instant::now() + patient(SOON);
+    while let Err(status) = lab.cri.pod_status(&pod.id).await {
+        ensure!(Instant::now() < end, "the pod has no status: {}", status.message());
+        sleep(Duration::from_millis(200)).await;
+    }
+    Ok(())
+}
+
+pub(crate) async fn a_tap_of_cni_is_left_as_it_was(lab: Arc<Lab>) -> Result<()> {
+    let pod = lab.pod("tap-victim", NET_TAP).await?;
+    let netns = Netns::of(&pod)?;
+    let quiet = async || netns.run(&["cat", "/proc/sys/net/ipv4/conf/all/arp_ignore"]).await;
+    ensure!(quiet().await?.trim() == "1", "the namespace answers for the guest's address");
+    lab.kill_daemon(handler()).await?;
+    kill_process(&pod, "/vm/vmm/pid")?;
+    lab.restart_daemon(handler()).await?;
+    let end = Instant::now() + patient(SOON);
+    while quiet().await?.trim() != "0" {
+        ensure!(Instant::now() < end, "the namespace stays quiet");
+        sleep(Duration::from_millis(100)).await;
+    }
+    let link = netns.run(&["ip", "addr", "show", "eth0"]).await?;
+    ensure!(link.contains("master kbr0") && link.contains("inet 10.88.84."), "the tap is {link}");
+    answered(&lab, &pod).await?;
+    pod.remove().await
+}
+
 pub(crate) async fn a_killed_daemon_gives_the_network_back(lab: Arc<Lab>) -> Result<()> {
     let (pod, netns) = running(&lab).await?;
     lab.kill_daemon(handler()).await?;
     // Nobody notices.
     kill_process(&pod, "/vm/vmm/pid")?;
     lab.restart_daemon(handler()).await?;
-    // containerd tries again to reach it after at most 3 s.
-    let end = Instant::now() + patient(SOON);
-    while let Err(status) = lab.cri.pod_status(&pod.id).await {
-        ensure!(Instant::now() < end, "the pod has no status: {}", status.message());
-        sleep(Duration::from_millis(200)).await;
-    }
+    answered(&lab, &pod).await?;
     ends_clean(&lab, pod, &netns).await
 }

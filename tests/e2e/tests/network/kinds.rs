@@ -3,10 +3,20 @@
 use std::sync::Arc;
 
 use anyhow::{Context, Result, anyhow, ensure};
-use kuasar_e2e::lab::{Lab, MACVLAN_MASTER, NET_MACVLAN, NET_PTP, NET_RULES, NET_TWO, NET_V6, Pod, run};
+use kuasar_e2e::{
+    image::BUSYBOX,
+    lab::{
+        Lab, MACVLAN_MASTER, NET_MACVLAN, NET_PTP, NET_RARE, NET_RULES, NET_TAP, NET_TUN, NET_TWO, NET_V6,
+        Pod, run,
+    },
+};
 use tokio::process::Command;
 
-use super::traffic::{get, serve};
+use super::{
+    IDLE,
+    netns::Netns,
+    traffic::{get, serve},
+};
 
 /// Runs in a container; what it wrote.
 pub(crate) async fn inside(lab: &Lab, container: &str, command: &[&str]) -> Result<String> {
@@ -61,6 +71,59 @@ pub(crate) async fn a_ptp_pod(lab: Arc<Lab>) -> Result<()> {
     let ip = address(&lab, &pod).await?;
     ensure!(get(&format!("{ip}:80")).await?.ends_with("a page\n"), "the pod does not answer");
     pod.remove().await
+}
+
+pub(crate) async fn a_pod_with_what_is_rare(lab: Arc<Lab>) -> Result<()> {
+    let pod = lab.pod("rare", NET_RARE).await?;
+    let id = pod.container("idle", BUSYBOX, IDLE).await?;
+    let has =
+        |text: &str, parts: &[&str]| text.lines().any(|line| parts.iter().all(|part| line.contains(part)));
+    for (command, parts) in [
+        (&["ip", "link", "show", "eth0"][..], &["NOARP"][..]),
+        (&["ip", "neigh"], &["10.88.85.200", "lladdr 02:00:00:00:00:c8", "PERMANENT"]),
+        (&["ip", "addr", "show", "eth0"], &["inet 10.88.86.5 peer 10.88.86.1/32"]),
+        (&["ip", "route"], &["192.0.2.0/24 via 10.88.85.1 dev eth0", "src 10.88.86.5", "metric 7"]),
+        // 192.0.2.0 with metric 7; the MTU here is 40 more than what is advertised to TCP (advmss 1200).
+        (&["cat", "/proc/net/route"], &["eth0\t000200C0", "\t7\t00FFFFFF\t1240\t"]),
+    ] {
+        let text = inside(&lab, &id, command).await?;
+        ensure!(has(&text, parts), "there is no {parts:?} in what {command:?} says: {text}");
+    }
+    pod.remove().await
+}
+
+pub(crate) async fn a_pod_on_a_tap(lab: Arc<Lab>) -> Result<()> {
+    let pod = lab.pod("tap", NET_TAP).await?;
+    let netns = Netns::of(&pod)?;
+    let id = serve(&pod).await?;
+    let ip = address(&lab, &pod).await?;
+    ensure!(get(&format!("{ip}:80")).await?.ends_with("a page\n"), "the pod does not answer");
+    inside(&lab, &id, &["ping", "-c", "1", "-W", "5", "10.88.84.1"]).await?;
+    let own = inside(&lab, &id, &["ip", "addr", "show", "eth0"]).await?;
+    ensure!(own.contains(&format!("inet {ip}/24")) && own.contains("mtu 1400"), "the card is {own}");
+    let links = netns.run(&["ip", "-o", "link"]).await?;
+    ensure!(!links.contains("kua") && links.contains("up0"), "the links are {links}");
+    let filters = netns.run(&["tc", "qdisc", "show"]).await?;
+    ensure!(!filters.contains("ingress"), "frames are redirected: {filters}");
+    let mac = |text: &str| {
+        text.split_once("link/ether ").and_then(|(_, rest)| Some(rest.split(' ').next()?.to_owned()))
+    };
+    let tap = netns.run(&["ip", "-o", "link", "show", "eth0"]).await?;
+    ensure!(mac(&tap).is_some() && mac(&tap) != mac(&own), "the card has the tap's address: {own}, {tap}");
+    pod.remove().await
+}
+
+pub(crate) async fn a_pod_with_a_tun_is_refused(lab: Arc<Lab>) -> Result<()> {
+    let config = lab.pod_config("tun")?;
+    let refused = lab.cri.run_pod(&config, NET_TUN).await;
+    let text = refused.err().ok_or_else(|| anyhow!("it runs"))?.message().to_owned();
+    ensure!(
+        text.contains(
+            "the pod's link tun0 is of kind tun (packets without ethernet), which cannot be given to a VM"
+        ),
+        "it is refused with {text:?}"
+    );
+    Ok(())
 }
 
 pub(crate) async fn a_macvlan_pod(lab: Arc<Lab>) -> Result<()> {

@@ -12,14 +12,15 @@ use kuasar_e2e::{cases, lab::QEMU, suite};
 
 use crash::{
     a_killed_daemon_gives_the_network_back, a_killed_virtiofsd_gives_the_network_back,
-    a_killed_vmm_gives_the_network_back,
+    a_killed_vmm_gives_the_network_back, a_tap_of_cni_is_left_as_it_was,
 };
 use forward::{
     forwarding_goes_on_without_the_daemon, ports_are_forwarded_on_both_loopbacks,
     ports_are_forwarded_over_cri,
 };
 use kinds::{
-    a_macvlan_pod, a_pod_with_routing_rules_is_refused, a_pod_with_two_interfaces, a_ptp_pod, an_ipv6_pod,
+    a_macvlan_pod, a_pod_on_a_tap, a_pod_with_a_tun_is_refused, a_pod_with_routing_rules_is_refused,
+    a_pod_with_two_interfaces, a_pod_with_what_is_rare, a_ptp_pod, an_ipv6_pod,
 };
 use traffic::{
     a_dual_stack_pod, a_pod_with_two_processors_has_two_queues, host_ports_are_mapped,
@@ -37,6 +38,9 @@ fn main() -> ExitCode {
         a_pod_with_two_processors_has_two_queues,
         an_ipv6_pod,
         a_ptp_pod,
+        a_pod_with_what_is_rare,
+        a_pod_on_a_tap,
+        a_pod_with_a_tun_is_refused,
         a_macvlan_pod,
         a_pod_with_two_interfaces,
         a_pod_with_routing_rules_is_refused,
@@ -45,6 +49,7 @@ fn main() -> ExitCode {
         a_killed_vmm_gives_the_network_back,
         a_killed_virtiofsd_gives_the_network_back,
         a_killed_daemon_gives_the_network_back,
+        a_tap_of_cni_is_left_as_it_was,
     ]);
     suite::with_lab(&[QEMU], all)
 }
