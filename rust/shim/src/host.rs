@@ -6,7 +6,7 @@ use std::{
 };
 
 use kuasar_common::api::{
-    host::{PrepareRequest, ReleaseRequest},
+    host::{PrepareRequest, ReleaseRequest, UpdateRequest},
     host_ttrpc::HostClient,
 };
 use tokio::{
@@ -80,19 +80,34 @@ impl Host {
 
     /// Has a container's files undone. Unknown containers are no error of the daemon's.
     pub(crate) async fn release(&self, container_id: &str) -> Result<(), HostError> {
-        let absent = |limit, why| HostError::Absent {
-            doing: format!("releasing container {container_id}"),
-            socket: self.socket.clone(),
-            limit,
-            why,
-        };
-        let client = self.connect_within(RELEASE_CONNECT_LIMIT).await;
-        let client = client.map_err(|e| absent(RELEASE_CONNECT_LIMIT, e.to_string()))?;
         let request = ReleaseRequest { container_id: container_id.to_owned(), ..Default::default() };
-        match client.release(context::with_duration(RELEASE_LIMIT), &request).await {
-            Ok(_) => Ok(()),
-            Err(ttrpc::Error::RpcStatus(status)) => Err(HostError::Refused(status)),
-            Err(e) => Err(absent(RELEASE_LIMIT, e.to_string())),
+        let release = async |client: HostClient| {
+            client.release(context::with_duration(RELEASE_LIMIT), &request).await.map(drop)
+        };
+        self.call(format!("releasing container {container_id}"), release).await
+    }
+
+    /// Has it set what of a container's new limits is the host's.
+    pub(crate) async fn update(&self, request: &UpdateRequest) -> Result<(), HostError> {
+        let update = async |client: HostClient| {
+            client.update(context::with_duration(RELEASE_LIMIT), request).await.map(drop)
+        };
+        self.call(format!("updating container {}", request.container_id), update).await
+    }
+
+    async fn call(
+        &self,
+        doing: String,
+        call: impl AsyncFnOnce(HostClient) -> ttrpc::Result<()>,
+    ) -> Result<(), HostError> {
+        let absent = |limit, why| HostError::Absent { doing, socket: self.socket.clone(), limit, why };
+        match self.connect_within(RELEASE_CONNECT_LIMIT).await {
+            Ok(client) => match call(client).await {
+                Ok(()) => Ok(()),
+                Err(ttrpc::Error::RpcStatus(status)) => Err(HostError::Refused(status)),
+                Err(e) => Err(absent(RELEASE_LIMIT, e.to_string())),
+            },
+            Err(e) => Err(absent(RELEASE_CONNECT_LIMIT, e.to_string())),
         }
     }
 

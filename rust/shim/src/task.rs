@@ -9,8 +9,9 @@ use std::{
 use async_trait::async_trait;
 use containerd_shim_protos::api::{
     CloseIORequest, ConnectRequest, ConnectResponse, KillRequest, PidsResponse, ProcessInfo, StartResponse,
-    StateRequest, WaitResponse,
+    StateRequest, UpdateTaskRequest, WaitResponse,
 };
+use kuasar_common::api::host::UpdateRequest;
 use protobuf::MessageField;
 use tokio::time::timeout;
 use ttrpc::{
@@ -21,7 +22,7 @@ use ttrpc::{
 };
 
 use crate::{
-    answer::{Answer, decode, encode, guest_error, not_found, response},
+    answer::{Answer, decode, encode, guest_error, host_error, not_found, response},
     guest::{Call, CallError, Guest, PROBE_LIMIT, TASK_SERVICE},
     host::Host,
     log::log,
@@ -151,6 +152,7 @@ impl Relay {
                 Ok(Vec::new())
             }
             "Kill" => self.kill(request).await,
+            "Update" => self.update(request).await,
             "Pids" => self.pids(request).await,
             "Stats" => self.stats(request).await,
             "Pause" => self.pause(method, request, Phase::Paused).await,
@@ -173,6 +175,21 @@ impl Relay {
         let call =
             Call { service: TASK_SERVICE, method, payload, metadata, limit: Some(limit), repeatable: false };
         self.guest.call(call).await.map_err(|e| guest_error(method, e))
+    }
+
+    /// CPUs and memory nodes are the host's: the daemon sets them. All else the guest does.
+    async fn update(&self, request: Request) -> Answer {
+        let container = self.named(&request.payload)?;
+        let resources = decode::<UpdateTaskRequest>(&request.payload)?.resources.unwrap_or_default().value;
+        if [br#""cpus""#, br#""mems""#]
+            .iter()
+            .any(|key| resources.windows(key.len()).any(|part| part == *key))
+        {
+            let update =
+                UpdateRequest { container_id: container.id.clone(), resources, ..Default::default() };
+            self.host.update(&update).await.map_err(host_error)?;
+        }
+        self.forward("Update", request).await
     }
 
     async fn wait(self: Arc<Self>, request: Request) -> Answer {

@@ -11,6 +11,7 @@ pub mod spec;
 mod storage;
 mod volumes;
 
+pub(crate) use self::storage::write_new;
 pub use self::{
     disks::{Disks, Room},
     plan::Plan,

@@ -18,7 +18,7 @@ use super::{
     layers::{InGuest, Layers},
     mount::{self, MountError, RootfsMount},
     mountinfo,
-    spec::{self, Bind, BlockDevice, Needs, Object, SpecError, Target, refused},
+    spec::{self, Bind, BlockDevice, CpuSet, Needs, Object, SpecError, Target, refused},
     storage::{StorageError, is_safe_id},
 };
 use crate::file_system;
@@ -40,6 +40,7 @@ pub struct Plan {
     /// What the guest mounts, in this order; the first ones are `disks`.
     pub(super) storages: Vec<Storage>,
     disks: Vec<Wanted>,
+    cpuset: CpuSet,
 }
 
 impl Plan {
@@ -60,13 +61,14 @@ impl Plan {
         let text = fs::read(&source).map_err(StorageError::file("reading", &source))?;
         let mut spec: Value = serde_json::from_slice(&text)
             .map_err(|e| SpecError::Malformed(format!("{}: {e}", source.display())))?;
-        let Needs { binds, devices } = spec::rewrite(&mut spec, target)?;
+        let Needs { binds, devices, cpuset } = spec::rewrite(&mut spec, target)?;
         let (rootfs, layers) = match Layers::of(&rootfs)? {
             Some(layers) => (Vec::new(), Some(layers)),
             None => (rootfs, None),
         };
         let (binds_on_host, storages, disks) = (Vec::new(), Vec::new(), Vec::new());
-        let mut plan = Self { spec, rootfs: Vec::new(), layers: None, binds: binds_on_host, storages, disks };
+        let mut plan =
+            Self { spec, rootfs: Vec::new(), layers: None, binds: binds_on_host, storages, disks, cpuset };
         if layers.is_none() {
             plan.add_rootfs(target.container, rootfs, room.any())?;
         }
@@ -87,6 +89,12 @@ impl Plan {
     #[must_use]
     pub fn disks(&self) -> &[Wanted] {
         &self.disks
+    }
+
+    /// Where the guest's CPUs may run for it.
+    #[must_use]
+    pub const fn cpuset(&self) -> &CpuSet {
+        &self.cpuset
     }
 
     /// Tells the guest where it finds what was plugged in.

@@ -7,6 +7,7 @@
 use std::path::PathBuf;
 
 use kuasar_common::constants::GUEST_STATE_DIR;
+use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 
 use super::volumes;
@@ -50,6 +51,28 @@ pub struct BlockDevice {
     pub read_only: bool,
 }
 
+/// CPUs and memory nodes of the host that a container may use, as in `0-3,8`; empty: all.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct CpuSet {
+    /// CPUs.
+    pub cpus: String,
+    /// Memory nodes.
+    pub mems: String,
+}
+
+impl CpuSet {
+    /// Takes them out of OCI resources: the host's numbers mean nothing in the guest.
+    pub fn take(resources: &mut Object) -> Self {
+        let mut cpu = resources.get_mut("cpu").and_then(Value::as_object_mut);
+        let mut take = |name| match cpu.as_mut().and_then(|cpu| cpu.remove(name)) {
+            Some(Value::String(set)) => set.trim().to_owned(),
+            _ => String::new(),
+        };
+        Self { cpus: take("cpus"), mems: take("mems") }
+    }
+}
+
 /// What has to be made on the host for a rewritten spec.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub struct Needs {
@@ -57,6 +80,8 @@ pub struct Needs {
     pub binds: Vec<Bind>,
     /// Disks to plug in.
     pub devices: Vec<BlockDevice>,
+    /// Where the guest's CPUs run while they are this container's.
+    pub cpuset: CpuSet,
 }
 
 /// What a container asks for and a VM cannot give. One sentence: the field, the reason, the way out.
@@ -79,7 +104,7 @@ pub(super) fn refused(field: impl Into<String>, why: impl Into<String>) -> SpecE
     SpecError::Refused { field: field.into(), why: why.into() }
 }
 
-pub(super) type Object = Map<String, Value>;
+pub(crate) type Object = Map<String, Value>;
 
 /// Rewrites `spec` in place and returns what the host has to make for it.
 ///
@@ -103,11 +128,13 @@ pub fn rewrite(spec: &mut Value, target: &Target) -> Result<Needs, SpecError> {
     linux.remove("mountLabel");
     linux.remove("intelRdt");
     let devices = block_devices(linux)?;
+    let mut cpuset = CpuSet::default();
     if let Some(resources) = linux.get_mut("resources").and_then(Value::as_object_mut) {
+        cpuset = CpuSet::take(resources);
         set_resources(resources)?;
     }
     let binds = volumes::rewrite(spec, target.container, read_only_root)?;
-    Ok(Needs { binds, devices })
+    Ok(Needs { binds, devices, cpuset })
 }
 
 /// Clears what the host's security modules would have applied; also right for the process of an exec.
@@ -228,11 +255,6 @@ fn may_write(linux: &Object, major: u64, minor: u64) -> bool {
 }
 
 fn set_resources(resources: &mut Object) -> Result<(), SpecError> {
-    if let Some(cpu) = resources.get_mut("cpu").and_then(Value::as_object_mut) {
-        // Numbers of the host's CPUs and memory nodes mean nothing in the guest; they bind the VMM instead.
-        cpu.remove("cpus");
-        cpu.remove("mems");
-    }
     if let Some(memory) = resources.get_mut("memory").and_then(Value::as_object_mut) {
         // The guest has no swap, so there is nothing to limit.
         memory.remove("swap");

@@ -103,6 +103,15 @@ fn limits_seccomp_and_unknown_fields_stay() {
 }
 
 #[test]
+fn the_hosts_cpus_are_told_apart() {
+    let cpuset = |mut spec: Value| rewrite(&mut spec, &TARGET).unwrap().cpuset;
+    assert_eq!(cpuset(cri()), CpuSet { cpus: "0-3".into(), mems: "0".into() });
+    let mut without = cri();
+    without["linux"]["resources"].as_object_mut().unwrap().remove("cpu");
+    assert_eq!(cpuset(without), CpuSet::default());
+}
+
+#[test]
 fn bind_mounts_become_paths_of_the_share() {
     let (spec, binds) = rewritten(cri());
     let sources: Vec<&str> = binds.iter().map(|b| b.source.to_str().unwrap()).collect();

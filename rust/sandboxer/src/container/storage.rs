@@ -54,6 +54,9 @@ pub enum StorageError {
     /// Understood, and not possible.
     #[error("{0}")]
     Refused(String),
+    /// Setting which of the host's CPUs the guest's may use.
+    #[error("setting the CPUs and memory nodes that the container asks for: {0}")]
+    CpuSet(io::Error),
     /// Plugging a disk in or taking it away.
     #[error(transparent)]
     Vm(VmError),
@@ -83,7 +86,7 @@ impl StorageError {
 }
 
 /// Replaces a file as a whole: a crash at any instruction leaves the old one or the new one.
-pub(super) fn write_new(path: &Path, text: &[u8]) -> io::Result<()> {
+pub(crate) fn write_new(path: &Path, text: &[u8]) -> io::Result<()> {
     let mut temporary = path.as_os_str().to_owned();
     temporary.push(".new");
     let mut file = OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&temporary)?;

@@ -10,7 +10,7 @@ use std::{
 use async_trait::async_trait;
 use kuasar_common::{
     api::{
-        host::{PrepareRequest, PrepareResponse, ReleaseRequest},
+        host::{PrepareRequest, PrepareResponse, ReleaseRequest, UpdateRequest},
         host_ttrpc::{Host, create_host},
     },
     constants::pod_files,
@@ -100,6 +100,14 @@ impl Host for HostService {
     async fn release(&self, _: &TtrpcContext, request: ReleaseRequest) -> ttrpc::Result<Empty> {
         let pod = self.pod()?;
         apart(pod.span(), async move { pod.release(request.container_id).await }).await?;
+        Ok(Empty::new())
+    }
+
+    async fn update(&self, _: &TtrpcContext, request: UpdateRequest) -> ttrpc::Result<Empty> {
+        let pod = self.pod()?;
+        let span = pod.span();
+        let work = async move { pod.update_container(&request.container_id, &request.resources) };
+        apart(span, work).await?;
         Ok(Empty::new())
     }
 }

@@ -8,6 +8,7 @@ mod caller;
 mod cgroup;
 mod clock;
 mod collect;
+mod cpusets;
 mod error;
 mod host;
 mod log;
@@ -50,6 +51,7 @@ pub use self::{
 };
 use self::{
     cgroup::Cgroups,
+    cpusets::CpuSets,
     host::HostServer,
     record::{ExitRecord, PodRecord, VERSION},
     size::VmSize,
@@ -133,6 +135,7 @@ pub struct Pod {
     storage: Mutex<Storage>,
     /// Taken before `storage`, and never while `work` is waited for: ending a pod must not wait for its VM's bus.
     disks: Mutex<Disks>,
+    cpusets: SyncMutex<CpuSets>,
     /// Why its VM ends, from the first who knows; nobody who only was asked for it says so.
     blame: SyncMutex<Option<String>>,
     /// The guest did not answer when it was last asked.
@@ -173,6 +176,7 @@ impl Pod {
             work: Mutex::new(Work { spec, ..Work::default() }),
             storage: Mutex::new(Storage::new(&dir)),
             disks: Mutex::new(Disks::new(&dir)),
+            cpusets: SyncMutex::new(CpuSets::new(&dir)),
             blame: SyncMutex::default(),
             silence: SyncMutex::default(),
             watchers: SyncMutex::default(),
@@ -284,14 +288,17 @@ impl Pod {
         disks.release(&container).await?;
         let id = container.clone();
         let made = async {
+            self.pin(&container, Some(plan.cpuset().clone()))?;
             plan.plugged_in(disks.attach(&container, plan.disks()).await?);
             self.with_storage(move |storage| storage.prepare(&id, &plan)).await
         };
         let made = made.await;
-        if made.is_err()
-            && let Err(error) = disks.release(&container).await
-        {
-            tracing::warn!(container, %error, "undoing a failed preparation");
+        if made.is_err() {
+            for undone in [disks.release(&container).await, self.pin(&container, None)] {
+                if let Err(error) = undone {
+                    tracing::warn!(container, %error, "undoing a failed preparation");
+                }
+            }
         }
         self.persist_if_free();
         made
@@ -302,9 +309,11 @@ impl Pod {
     async fn release(&self, container: String) -> Result<(), StorageError> {
         let mut disks = self.disks.lock().await;
         let gone = disks.release(&container).await;
+        let pinned = self.pin(&container, None);
         self.with_storage(move |storage| storage.release(&container)).await?;
         self.persist_if_free();
-        gone
+        // A pod that has ended has no CPUs to give back.
+        gone.and(if self.view().phase == Phase::Running { pinned } else { Ok(()) })
     }
 
     /// Writes the buses down, unless who works on the pod does so anyway; a restarted daemon asks the VMM as well.

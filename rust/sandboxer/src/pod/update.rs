@@ -19,6 +19,7 @@ impl Pod {
             let cgroups = self.cgroups().and_then(|cgroups| cgroups.limit(&limits));
             cgroups
                 .map_err(|error| PodError::Refused(format!("updating the sandbox's resources: {error}")))?;
+            self.pin_again()?;
         }
         // One that has not started yet starts with them.
         let before = std::mem::replace(&mut work.spec.resources, resources);

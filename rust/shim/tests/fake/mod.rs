@@ -400,6 +400,7 @@ impl shim_async::Events for Events {
 pub struct Daemon {
     pub prepared: Mutex<Vec<host::PrepareRequest>>,
     pub released: Mutex<Vec<String>>,
+    pub updated: Mutex<Vec<host::UpdateRequest>>,
     pub prepare_error: Mutex<Option<String>>,
 }
 
@@ -440,6 +441,15 @@ impl host_ttrpc::Host for HostService {
         req: host::ReleaseRequest,
     ) -> ttrpc::Result<protobuf::well_known_types::empty::Empty> {
         self.0.released.lock().unwrap().push(req.container_id);
+        Ok(Default::default())
+    }
+
+    async fn update(
+        &self,
+        _: &TtrpcContext,
+        req: host::UpdateRequest,
+    ) -> ttrpc::Result<protobuf::well_known_types::empty::Empty> {
+        self.0.updated.lock().unwrap().push(req);
         Ok(Default::default())
     }
 }

@@ -143,9 +143,18 @@ async fn failures_leave_nothing_and_say_why() {
     pod.delete(CID, "").await.unwrap();
     // Errors of passed-on calls keep their code and text.
     pod.create(CID, "").await;
-    let update = api::UpdateTaskRequest { id: CID.into(), ..Default::default() };
+    let mut update = api::UpdateTaskRequest { id: CID.into(), ..Default::default() };
     let answer = pod.task.update(context::Context::default(), &update).await;
     assert_eq!(code(answer), (Code::INVALID_ARGUMENT, "update of c1 refused".into()));
+    // What is the host's of it, the daemon gets, and nothing else.
+    for (resources, asked) in [(r#"{"cpu":{"quota":1}}"#, 0), (r#"{"cpu":{"cpus":"0"}}"#, 1)] {
+        update.resources.mut_or_insert_default().value = resources.into();
+        let answer = pod.task.update(context::Context::default(), &update).await;
+        assert_eq!(code(answer), (Code::INVALID_ARGUMENT, "update of c1 refused".into()));
+        let updated = pod.daemon.updated.lock().unwrap();
+        assert_eq!(updated.len(), asked);
+        assert!(updated.iter().all(|u| u.container_id == CID && u.resources == resources.as_bytes()));
+    }
     let checkpoint = api::CheckpointTaskRequest { id: CID.into(), ..Default::default() };
     let refused = "container c1 cannot be checkpointed: its microVM has no CRIU; stop it and start another";
     let answer = pod.task.checkpoint(context::Context::default(), &checkpoint).await;

@@ -2,6 +2,7 @@
 
 mod begins;
 mod cancelled;
+mod cgroups;
 mod common;
 mod devices;
 mod disks;
@@ -30,6 +31,9 @@ use kuasar_e2e::{
 };
 
 use cancelled::a_pod_whose_start_is_cancelled_leaves_nothing;
+use cgroups::{
+    a_guest_runs_on_the_cpus_of_its_containers, a_pod_is_below_its_cgroup_and_unlimited_stays_unlimited,
+};
 use devices::devices_of_every_guest_are_passed;
 use figures::{a_pod_is_resized, figures_of_pods_never_fail};
 use guest::{
@@ -154,6 +158,8 @@ fn main() -> ExitCode {
             a_killed_vm_is_a_pod_that_is_not_ready_and_says_why,
             a_pod_that_containerd_forgot_is_collected,
             a_pods_cpus_are_counted_apart,
+            a_pod_is_below_its_cgroup_and_unlimited_stays_unlimited,
+            a_guest_runs_on_the_cpus_of_its_containers,
             a_container_sees_the_processes_of_its_target,
             a_log_is_complete_across_a_restart_of_containerd,
             a_log_is_complete_across_a_restart_over_streams,

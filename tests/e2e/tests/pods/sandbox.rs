@@ -16,6 +16,8 @@ use nix::{
 };
 use tokio::time::{Instant, sleep};
 
+use super::cgroups::allowed_for_the_guest;
+
 /// containerd tries again to reach a daemon after at most 3 s, and forgotten pods go after twice that.
 const SOON: Duration = Duration::from_secs(30);
 
@@ -136,7 +138,9 @@ pub(crate) async fn a_pod_that_containerd_forgot_is_collected(lab: Arc<Lab>) -> 
 }
 
 pub(crate) async fn a_pods_cpus_are_counted_apart(lab: Arc<Lab>) -> Result<()> {
-    let pod = lab.pod("apart", handler()).await?;
+    let mut config = lab.pod_config("apart")?;
+    config.linux.get_or_insert_default().resources.get_or_insert_default().cpuset_cpus = "0".into();
+    let pod = lab.run(config, handler()).await?;
     let parent = pod.config.linux.as_ref().context("no linux")?.cgroup_parent.clone();
     let mut parts = 0;
     for hierarchy in leaks::hierarchies() {
@@ -155,5 +159,7 @@ pub(crate) async fn a_pods_cpus_are_counted_apart(lab: Arc<Lab>) -> Result<()> {
         }
     }
     ensure!(parts > 0, "no hierarchy tells the CPUs from the rest");
+    let allowed = allowed_for_the_guest(&pod)?;
+    ensure!(allowed == "0", "the pod may run on CPU 0 alone, and its guest runs on {allowed}");
     pod.remove().await
 }

@@ -2,7 +2,8 @@
 
 use std::{collections::BTreeMap, fs, io, path::Path};
 
-use super::{Cgroups, OVERHEAD, VCPU, Version, write};
+use super::{Cgroups, OVERHEAD, Place, VCPU, Version, write};
+use crate::container::spec::CpuSet;
 
 /// What is to be set; empty: left as it is.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -62,6 +63,30 @@ impl Cgroups {
                 write(&own, set)
             }
         }
+    }
+
+    /// Has the guest's CPUs use these CPUs and memory nodes; empty: all that the pod may.
+    pub(in crate::pod) fn confine_vcpus(&self, set: &CpuSet) -> io::Result<()> {
+        if self.0.is_empty() {
+            return Ok(());
+        }
+        for (field, file, set) in [("cpus", "cpuset.cpus", &set.cpus), ("mems", "cpuset.mems", &set.mems)] {
+            let part = |place: &Place| place.pod.join(VCPU).join(file);
+            let confined = match self.0.iter().find(|place| part(place).exists()) {
+                Some(place) if !set.is_empty() => write(&part(place), set),
+                // Nothing written is nothing changed.
+                Some(place) if place.version == Version::V2 => write(&part(place), "\n"),
+                Some(place) => {
+                    fs::read_to_string(place.pod.join(file)).and_then(|all| write(&part(place), all.trim()))
+                }
+                None if set.is_empty() => Ok(()),
+                None => Err(missing("cpuset")),
+            };
+            confined.map_err(|error| {
+                io::Error::new(error.kind(), format!("linux.resources.cpu.{field} is {set:?}: {error}"))
+            })?;
+        }
+        Ok(())
     }
 
     fn limit_huge_pages(&self, size: &str, limit: u64) -> io::Result<()> {

@@ -3,6 +3,7 @@ use std::collections::BTreeMap;
 use prost::Message;
 
 use super::*;
+use crate::container::spec::CpuSet;
 use crate::protos::{cgroups_v1, cgroups_v2, types::Metric};
 
 /// A tree of plain files with these hierarchies. What the kernel would put into a new cgroup is not there by itself.
@@ -98,6 +99,31 @@ fn sets_of_cpus_reach_all_parts_and_nothing_is_written_without_being_asked_for()
     for part in ["", "vcpu", "overhead"] {
         assert_eq!(fs::read_to_string(file(part)).unwrap(), "0-1", "{part}");
     }
+}
+
+#[test]
+fn sets_of_containers_are_those_of_the_guests_cpus_alone() {
+    let set = |cpus: &str| CpuSet { cpus: cpus.into(), mems: String::new() };
+    for (root, hierarchy, all) in [(unified(), ".", "\n"), (tree(&["cpuset"]), "cpuset", "0-7")] {
+        let cgroups = Cgroups::plan(root.path(), "/podu", "p1").unwrap();
+        cgroups.create().unwrap();
+        let pod = root.path().join(hierarchy).join("podu/kuasar-p1");
+        fs::create_dir_all(pod.join(VCPU)).unwrap();
+        // Without the controller, a pod that does not ask for it runs.
+        cgroups.confine_vcpus(&set("")).unwrap();
+        let error = cgroups.confine_vcpus(&set("2-3")).unwrap_err().to_string();
+        assert!(error.starts_with("linux.resources.cpu.cpus is \"2-3\": the pod's cgroup"), "{error}");
+        // What the kernel has written there by itself; a file is written over from its start.
+        fs::write(pod.join("cpuset.cpus"), "0-7").unwrap();
+        let own = pod.join(VCPU).join("cpuset.cpus");
+        for (wanted, written) in [("2-3", "2-3"), ("", all)] {
+            fs::write(&own, "").unwrap();
+            cgroups.confine_vcpus(&set(wanted)).unwrap();
+            assert_eq!(fs::read_to_string(&own).unwrap(), written);
+        }
+        assert_eq!(fs::read_to_string(pod.join("cpuset.cpus")).unwrap(), "0-7");
+    }
+    Cgroups::default().confine_vcpus(&set("2-3")).unwrap();
 }
 
 #[test]
@@ -217,14 +243,59 @@ fn real() -> BTreeMap<&'static str, PathBuf> {
         .collect()
 }
 
+/// A busy process uses CPU time and memory; both within what it can have used by now.
+fn counts_what_runs(name: &str, cgroups: &Cgroups) {
+    let end = std::time::Instant::now() + Duration::from_secs(10);
+    // Without a controller of memory in these hierarchies there is nothing to see of it.
+    let counts_memory = cgroups.0.iter().any(|place| {
+        ["memory.current", "memory.usage_in_bytes"].iter().any(|file| place.pod.join(file).exists())
+    });
+    loop {
+        let data = of_cgroups("p1", cgroups).unwrap().data.unwrap();
+        let (cpu_ns, memory) = if data.type_url.contains(".v1.") {
+            let metrics = cgroups_v1::Metrics::decode(data.value.as_slice()).unwrap();
+            let usage = metrics.cpu.and_then(|cpu| cpu.usage).map_or(0, |usage| usage.total);
+            (usage, metrics.memory.and_then(|memory| memory.usage).map_or(0, |usage| usage.usage))
+        } else {
+            let metrics = cgroups_v2::Metrics::decode(data.value.as_slice()).unwrap();
+            let usage = metrics.cpu.map_or(0, |cpu| cpu.usage_usec * 1000);
+            (usage, metrics.memory.map_or(0, |memory| memory.usage))
+        };
+        if cpu_ns > 1_000_000 && (memory > 0 || !counts_memory) {
+            assert!(cpu_ns < 60_000_000_000 && memory < 64 << 20, "{name}: {cpu_ns} ns, {memory} bytes");
+            return;
+        }
+        assert!(std::time::Instant::now() < end, "{name}: {cpu_ns} ns, {memory} bytes");
+        std::thread::sleep(Duration::from_millis(20));
+    }
+}
+
+fn runs_where_it_may(name: &str, cgroups: &Cgroups, pid: u32) {
+    let allowed = || {
+        let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
+        let line = status.lines().find_map(|line| line.strip_prefix("Cpus_allowed_list:")).unwrap();
+        line.trim().to_owned()
+    };
+    if !cgroups.0.iter().any(|place| place.pod.join(VCPU).join("cpuset.cpus").exists()) {
+        eprintln!("skipped: {name} has no cpuset controller");
+        return;
+    }
+    let before = allowed();
+    let one = before.split(['-', ',']).next().unwrap();
+    cgroups.confine_vcpus(&CpuSet { cpus: one.into(), mems: String::new() }).unwrap();
+    assert_eq!(allowed(), one, "{name}");
+    cgroups.confine_vcpus(&CpuSet::default()).unwrap();
+    assert_eq!(allowed(), before, "{name}");
+}
+
 #[tokio::test]
 async fn the_kernel_takes_it_threads_apart_and_gives_it_all_back() {
     for (name, root) in real() {
         let parent = format!("/kuasar-test-{}", std::process::id());
         let cgroups = Cgroups::plan(&root, &parent, "p1").unwrap();
         cgroups.create().unwrap();
-        let mut spawn = crate::process::Spawn::new("sleep");
-        spawn.args(["600"]).cgroup_procs(&cgroups.procs());
+        let mut spawn = crate::process::Spawn::new("sh");
+        spawn.args(["-c", "while :; do :; done"]).cgroup_procs(&cgroups.procs());
         let process = spawn.spawn().unwrap();
         cgroups.place_vcpus(&[process.pid()]).unwrap();
         let of = fs::read_to_string(format!("/proc/{}/cgroup", process.pid())).unwrap();
@@ -236,8 +307,8 @@ async fn the_kernel_takes_it_threads_apart_and_gives_it_all_back() {
                 "{name}: {of}"
             );
         }
-        let counted = of_cgroups("p1", &cgroups).unwrap();
-        assert!(counted.data.is_some_and(|data| !data.value.is_empty()));
+        counts_what_runs(name, &cgroups);
+        runs_where_it_may(name, &cgroups, process.pid());
         // Nobody else ends it: as after a start that was interrupted before its processes were written down.
         remove(&cgroups.paths()).await.unwrap();
         assert_eq!(process.wait().await.unwrap(), Some(137), "{name}");
