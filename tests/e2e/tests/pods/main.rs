@@ -62,8 +62,8 @@ use phases::{
     the_daemon_dies_in_every_phase,
 };
 use refused::{
-    containers_with_what_is_the_hosts_are_refused, pods_with_namespaces_of_the_host_are_refused,
-    profiles_and_huge_pages_of_the_host_are_refused,
+    checkpoints_are_refused, containers_with_what_is_the_hosts_are_refused,
+    pods_with_namespaces_of_the_host_are_refused, profiles_and_huge_pages_of_the_host_are_refused,
 };
 use restart::{
     a_hung_guest_holds_nobody_up_and_can_be_removed, a_killed_daemon_finds_its_pods_again,
@@ -142,6 +142,7 @@ fn main() -> ExitCode {
             pods_with_namespaces_of_the_host_are_refused,
             containers_with_what_is_the_hosts_are_refused,
             profiles_and_huge_pages_of_the_host_are_refused,
+            checkpoints_are_refused,
             devices_of_every_guest_are_passed,
             figures_of_pods_never_fail,
             a_pod_whose_start_is_cancelled_leaves_nothing,

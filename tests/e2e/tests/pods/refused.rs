@@ -154,3 +154,19 @@ pub(crate) async fn profiles_and_huge_pages_of_the_host_are_refused(lab: Arc<Lab
     }
     Ok(())
 }
+
+/// CRI asks for it only where the host has a CRIU; `ctr` everywhere. The container goes on.
+pub(crate) async fn checkpoints_are_refused(lab: Arc<Lab>) -> Result<()> {
+    let pod = lab.pod("checkpoint", handler()).await?;
+    let id = pod.container("idle", BUSYBOX, IDLE).await?;
+    let said = lab::run(lab.ctr().args(["tasks", "checkpoint", &id])).await;
+    let said = said.err().context("it was checkpointed")?.to_string();
+    says(
+        "a checkpoint",
+        &said,
+        ["cannot be checkpointed: its microVM has no CRIU", "stop it and start another"],
+    )?;
+    let out = lab.cri.exec(&id, &["echo", "here"]).await?;
+    ensure!(out.stdout == "here\n", "the container suffered: {out:?}");
+    pod.remove().await
+}
