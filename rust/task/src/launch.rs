@@ -82,6 +82,14 @@ fn bundle_dir(context: &Context, container: &Container) -> PathBuf {
     context.work.join(format!("{}.bundle", container.id))
 }
 
+/// The OCI `LinuxResources` that a container was made with, null if there are none.
+pub(crate) fn resources(context: &Context, container: &Container) -> Value {
+    let spec = fs::read(bundle_dir(context, container).join("config.json")).ok();
+    let mut spec = spec.and_then(|json| serde_json::from_slice::<Value>(&json).ok());
+    let resources = spec.as_mut().and_then(|spec| spec.pointer_mut("/linux/resources"));
+    resources.map(Value::take).unwrap_or_default()
+}
+
 fn cgroup_of(context: &Context, spec: &Value) -> Cgroup {
     let path = spec.pointer("/linux/cgroupsPath").and_then(Value::as_str).unwrap_or_default();
     context.cgroups.cgroup(path)

@@ -40,3 +40,4 @@ pub mod task_service;
 pub mod tasks;
 pub mod transport;
 pub mod vm_process;
+mod vm_size;

@@ -30,6 +30,7 @@ use crate::{
         registry::Registry,
     },
     storage::Storages,
+    vm_size::VmSize,
 };
 
 /// How long a killed process may take to be gone.
@@ -283,7 +284,7 @@ impl Tasks {
     /// Changes a container's limits to OCI `LinuxResources`, as JSON.
     ///
     /// # Errors
-    /// When it has ended, or the runtime fails.
+    /// When it has ended, the VM has not so much, or the runtime fails.
     pub async fn update(&self, id: &str, resources: &[u8]) -> Result<(), TaskError> {
         let resources = spec::resources(resources)?;
         let container = self.container(id)?;
@@ -291,8 +292,12 @@ impl Tasks {
         if container.init.phase() == Phase::Stopped {
             return Err(TaskError::FailedPrecondition(format!("container {id} is not running")));
         }
+        let made_with = launch::resources(&self.context, &container);
+        if let Some(why) = VmSize::now().refusal(&resources, &made_with) {
+            return Err(TaskError::FailedPrecondition(format!("updating container {id}: {why}")));
+        }
         let file = self.context.work.join(format!("{id}.resources.json"));
-        write(&file, &resources)?;
+        write(&file, resources.to_string().as_bytes())?;
         let updated = self.context.runc.update(id, &file).await;
         let _ = fs::remove_file(&file);
         Ok(updated?)

@@ -6,7 +6,7 @@ use anyhow::{Context, Result, ensure};
 use kuasar_e2e::{
     cri::LinuxContainerResources,
     image::BUSYBOX,
-    lab::{Lab, QEMU, run},
+    lab::{self, Lab, QEMU, run},
     suite::handler,
     trace::Spans,
 };
@@ -94,6 +94,37 @@ pub(crate) async fn a_checkpoint_is_refused(lab: Arc<Lab>) -> Result<()> {
     ensure!(!out.status.success() && said.contains(&refused), "a checkpoint gave {out:?}");
     let out = lab.cri.exec(&id, &["echo", "here"]).await?;
     ensure!(out.stdout == "here\n", "an exec afterwards gave {out:?}");
+    pod.remove().await
+}
+
+pub(crate) async fn limits_beyond_the_vm_are_refused(lab: Arc<Lab>) -> Result<()> {
+    let pod = lab.pod("beyond", handler()).await?;
+    let id = pod.container("idle", BUSYBOX, IDLE).await?;
+    let way_out =
+        "of its pod's VM, which cannot grow while it runs; create the pod anew with the limits that it needs";
+    let memory =
+        |memory_limit_in_bytes| LinuxContainerResources { memory_limit_in_bytes, ..Default::default() };
+    let cpu = |cpu_quota| LinuxContainerResources { cpu_quota, cpu_period: 100_000, ..Default::default() };
+    for (limits, why) in [
+        (memory(64 << 30), "its memory limit of 65536 MiB is more than the "),
+        (cpu(6_450_000), "its CPU limit of 64.500 CPUs is more than the "),
+    ] {
+        let error = lab.cri.update(&id, limits).await.err().context("a limit beyond the VM was taken")?;
+        let said = error.message();
+        ensure!(said.contains(why) && said.contains(way_out), "it says {said}");
+    }
+    for limits in [memory(64 << 20), memory(-1), cpu(50_000), cpu(-1)] {
+        lab.cri.update(&id, limits).await.with_context(|| format!("setting {limits:?}"))?;
+    }
+
+    // What it was made with it keeps, whatever else is set.
+    let mut config = lab::container("large", BUSYBOX, IDLE);
+    config.linux.get_or_insert_default().resources = Some(memory(64 << 30));
+    let large = pod.create(config).await?;
+    lab.cri.start(&large).await?;
+    let same = LinuxContainerResources { memory_limit_in_bytes: 64 << 30, ..cpu(50_000) };
+    lab.cri.update(&large, same).await.context("setting what it was made with")?;
+    ensure!(lab.cri.update(&large, memory(65 << 30)).await.is_err(), "it got more than that");
     pod.remove().await
 }
 

@@ -41,7 +41,6 @@ pub(crate) fn run(input: &[u8]) {
         assert_eq!(process.get("apparmorProfile"), None);
     }
     if let Ok(resources) = spec::resources(input) {
-        let resources: Value = serde_json::from_slice(&resources).unwrap_or_default();
         assert_eq!((resources.pointer("/cpu/cpus"), resources.get("hugepageLimits")), (None, None));
     }
 }
