@@ -2,7 +2,8 @@
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     println!("cargo::rerun-if-changed=proto");
-    let files = protox::compile(["proto/cri.proto", "proto/store.proto"], ["proto"])?;
+    let files =
+        protox::compile(["proto/containers.proto", "proto/cri.proto", "proto/store.proto"], ["proto"])?;
     tonic_prost_build::configure().build_server(false).compile_fds(files)?;
     Ok(())
 }

@@ -1,7 +1,11 @@
-//! containerd's own list of sandboxes, which it compares with nobody's.
+//! What containerd has noted of sandboxes and containers, changed behind its CRI's back.
 
-use anyhow::Result;
-use tonic::{Request, transport::Endpoint};
+use anyhow::{Context, Result};
+use serde_json::Value;
+use tonic::{
+    Request,
+    transport::{Channel, Endpoint},
+};
 
 use crate::lab::{NAMESPACE, SOCKET};
 
@@ -10,14 +14,45 @@ mod generated {
     tonic::include_proto!("containerd.services.sandbox.v1");
 }
 
+#[allow(clippy::all, clippy::pedantic, missing_docs, unreachable_pub)]
+mod containers {
+    tonic::include_proto!("containerd.services.containers.v1");
+}
+
+async fn channel() -> Result<Channel> {
+    Ok(Endpoint::try_from(format!("unix://{SOCKET}"))?.connect().await?)
+}
+
+fn request<T>(message: T) -> Result<Request<T>> {
+    let mut request = Request::new(message);
+    request.metadata_mut().insert("containerd-namespace", NAMESPACE.parse()?);
+    Ok(request)
+}
+
 /// Makes containerd forget a sandbox without telling anybody, as some of its failures do.
 ///
 /// # Errors
 /// When it does not know it.
 pub async fn forget(id: &str) -> Result<()> {
-    let channel = Endpoint::try_from(format!("unix://{SOCKET}"))?.connect().await?;
-    let mut request = Request::new(generated::StoreDeleteRequest { sandbox_id: id.to_owned() });
-    request.metadata_mut().insert("containerd-namespace", NAMESPACE.parse()?);
-    generated::store_client::StoreClient::new(channel).delete(request).await?;
+    let request = request(generated::StoreDeleteRequest { sandbox_id: id.to_owned() })?;
+    generated::store_client::StoreClient::new(channel().await?).delete(request).await?;
+    Ok(())
+}
+
+/// Changes the OCI spec of a container that is created and not started: for what CRI does not let through.
+///
+/// # Errors
+/// When containerd does not know it.
+pub async fn change_spec(id: &str, change: impl FnOnce(&mut Value)) -> Result<()> {
+    use containers::{GetContainerRequest, Mask, UpdateContainerRequest};
+    let mut client = containers::containers_client::ContainersClient::new(channel().await?);
+    let answer = client.get(request(GetContainerRequest { id: id.to_owned() })?).await?.into_inner();
+    let mut container = answer.container.context("containerd answered without a container")?;
+    let spec = container.spec.as_mut().context("the container has no spec")?;
+    let mut json = serde_json::from_slice(&spec.value)?;
+    change(&mut json);
+    spec.value = serde_json::to_vec(&json)?;
+    let update_mask = Some(Mask { paths: vec!["spec".into()] });
+    client.update(request(UpdateContainerRequest { container: Some(container), update_mask })?).await?;
     Ok(())
 }

@@ -96,7 +96,8 @@ use layers::{
     roots_that_are_folders,
 };
 use volumes::{
-    a_root_has_any_number_of_layers, a_vm_without_its_file_server_ends, a_volume_in_memory_has_its_size,
+    a_root_has_any_number_of_layers, a_vm_without_its_file_server_ends,
+    a_volume_can_be_read_only_with_all_below, a_volume_in_memory_has_its_size,
     mounts_of_the_host_arrive_later, shared_memory_is_the_pods, updates_of_a_projected_volume_arrive,
     users_files_survive_a_busy_mount_and_a_killed_daemon, volumes_are_what_was_asked_for,
     what_cannot_be_mounted_is_refused_by_name,
@@ -172,6 +173,7 @@ fn main() -> ExitCode {
             volumes_are_what_was_asked_for,
             updates_of_a_projected_volume_arrive,
             mounts_of_the_host_arrive_later,
+            a_volume_can_be_read_only_with_all_below,
             a_volume_in_memory_has_its_size,
             what_cannot_be_mounted_is_refused_by_name,
             a_root_has_any_number_of_layers,

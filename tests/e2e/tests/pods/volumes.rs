@@ -13,6 +13,7 @@ use kuasar_e2e::{
     cri::{ContainerConfig, ImageSpec, Mount, MountPropagation, PodSandboxState},
     image::{BASH, BUSYBOX},
     lab::{self, Lab, Pod, run},
+    store,
     suite::handler,
 };
 use tokio::process::Command;
@@ -156,6 +157,38 @@ pub(crate) async fn mounts_of_the_host_arrive_later(lab: Arc<Lab>) -> Result<()>
     for name in ["early", "late"] {
         run(Command::new("umount").arg("--lazy").arg(volume.join(name))).await?;
     }
+    pod.remove().await
+}
+
+/// The kubelet asks for `recursiveReadOnly` only where a runtime says that it can, and containerd lets only runc say so: here,
+/// the spec says it.
+pub(crate) async fn a_volume_can_be_read_only_with_all_below(lab: Arc<Lab>) -> Result<()> {
+    let pod = lab.pod("recursive", handler()).await?;
+    let volume = folder(&lab, "recursive")?;
+    let below = volume.join("below");
+    fs::create_dir(&below)?;
+    run(Command::new("mount").args(["-t", "tmpfs", "tmpfs"]).arg(&below)).await?;
+    fs::write(below.join("f"), "below\n")?;
+    let readonly = Mount { readonly: true, ..mount(&volume, "/volume") };
+    let write = "cat /volume/below/f; echo x > /volume/x; echo x > /volume/below/x";
+    for (access, writes) in [("rro", false), ("ro", true)] {
+        let id = pod.create(config(access, std::slice::from_ref(&readonly))).await?;
+        store::change_spec(&id, |spec| {
+            for mount in spec["mounts"].as_array_mut().into_iter().flatten() {
+                if mount["destination"] == "/volume" {
+                    mount["options"] = serde_json::json!(["rbind", "rprivate", access]);
+                }
+            }
+        })
+        .await?;
+        lab.cri.start(&id).await?;
+        let out = sh(&lab, &id, write).await?;
+        ensure!(out.contains(" below"), "with {access}, reading below gave {out:?}");
+        ensure!(out.contains("/volume/x: Read-only file system"), "with {access}, writing gave {out:?}");
+        let refused = out.contains("/volume/below/x: Read-only file system");
+        ensure!(refused != writes && below.join("x").exists() == writes, "below, with {access}: {out:?}");
+    }
+    run(Command::new("umount").arg("--lazy").arg(&below)).await?;
     pod.remove().await
 }
 
