@@ -74,10 +74,13 @@ impl Cgroups {
             let part = |place: &Place| place.pod.join(VCPU).join(file);
             let confined = match self.0.iter().find(|place| part(place).exists()) {
                 Some(place) if !set.is_empty() => write(&part(place), set),
-                // Nothing written is nothing changed.
-                Some(place) if place.version == Version::V2 => write(&part(place), "\n"),
                 Some(place) => {
-                    fs::read_to_string(place.pod.join(file)).and_then(|all| write(&part(place), all.trim()))
+                    let all = match place.version {
+                        // Where threads are, it cannot be empty again. What the pod may not use does not count.
+                        Version::V2 => place.mount.join(format!("{file}.effective")),
+                        Version::V1 => place.pod.join(file),
+                    };
+                    fs::read_to_string(all).and_then(|all| write(&part(place), all.trim()))
                 }
                 None if set.is_empty() => Ok(()),
                 None => Err(missing("cpuset")),

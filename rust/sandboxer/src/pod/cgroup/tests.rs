@@ -104,7 +104,7 @@ fn sets_of_cpus_reach_all_parts_and_nothing_is_written_without_being_asked_for()
 #[test]
 fn sets_of_containers_are_those_of_the_guests_cpus_alone() {
     let set = |cpus: &str| CpuSet { cpus: cpus.into(), mems: String::new() };
-    for (root, hierarchy, all) in [(unified(), ".", "\n"), (tree(&["cpuset"]), "cpuset", "0-7")] {
+    for (root, hierarchy, all) in [(unified(), ".", "0-63"), (tree(&["cpuset"]), "cpuset", "0-7")] {
         let cgroups = Cgroups::plan(root.path(), "/podu", "p1").unwrap();
         cgroups.create().unwrap();
         let pod = root.path().join(hierarchy).join("podu/kuasar-p1");
@@ -115,6 +115,9 @@ fn sets_of_containers_are_those_of_the_guests_cpus_alone() {
         assert!(error.starts_with("linux.resources.cpu.cpus is \"2-3\": the pod's cgroup"), "{error}");
         // What the kernel has written there by itself; a file is written over from its start.
         fs::write(pod.join("cpuset.cpus"), "0-7").unwrap();
+        for file in ["cpuset.cpus.effective", "cpuset.mems.effective"] {
+            fs::write(root.path().join(file), "0-63\n").unwrap();
+        }
         let own = pod.join(VCPU).join("cpuset.cpus");
         for (wanted, written) in [("2-3", "2-3"), ("", all)] {
             fs::write(&own, "").unwrap();
