@@ -137,12 +137,21 @@ fn write_units(machine: &Machine, paths: &Paths) {
     fs::write(slice, "[Slice]\nCPUAccounting=yes\nMemoryAccounting=yes\n").unwrap();
 }
 
-/// The VMM's first thread and the guest's processor, each where it belongs.
+/// VMM, companions and relay, and the guest's processor, each where it belongs.
 fn is_in_its_slice(pod: &str) {
-    let pid = fs::read_to_string(lab::folder_of(QEMU).join(pod).join("vmm.pid")).unwrap();
-    let pid = pid.trim();
-    let own = fs::read_to_string(format!("/proc/{pid}/cgroup")).unwrap();
-    assert_eq!(own.trim(), format!("0::{SLICE_PATH}/kuasar-{pod}.scope/overhead"));
+    let record = fs::read(lab::folder_of(QEMU).join(pod).join("pod.json")).unwrap();
+    let record: serde_json::Value = serde_json::from_slice(&record).unwrap();
+    let companions = record.pointer("/vm/companions").and_then(|all| all.as_object()).unwrap();
+    assert!(companions.contains_key("virtiofsd"), "{record}");
+    let processes = ["/vm/vmm", "/relay"].map(|path| record.pointer(path).unwrap());
+    for process in processes.into_iter().chain(companions.values()) {
+        let own = fs::read_to_string(format!("/proc/{}/cgroup", process["pid"])).unwrap();
+        assert_eq!(
+            own.trim(),
+            format!("0::{SLICE_PATH}/kuasar-{pod}.scope/overhead"),
+            "{process} of {record}"
+        );
+    }
     let vcpu = cgroup().join(format!("kuasar-{pod}.scope/vcpu/cgroup.threads"));
     assert_eq!(fs::read_to_string(vcpu).unwrap().lines().count(), 1, "threads that are processors");
     // Counted for the pod, which needs the controllers to be there.
