@@ -27,6 +27,7 @@ use tokio::{
     time::timeout,
 };
 
+use self::plug::Plugged;
 use super::{
     Accel, Bus, DeviceAddress, DeviceInfo, Hypervisor, PreflightError, ReadyGuest, ReadyListener, Vm,
     VmConfig, VmError, VmExit, VmRecord, VmSpec, VsockHub,
@@ -46,6 +47,9 @@ const LOGS: [&str; 4] = ["vmm.log", "virtiofsd.log", "vsock.log", "console.log"]
 const QMP_DEADLINE: Duration = Duration::from_secs(5);
 /// How long it may take to answer the first one: it does so when its machine is built.
 const START_DEADLINE: Duration = Duration::from_secs(20);
+/// How long it may take to say what is plugged in when the daemon is back. Far less than the daemon has to find a pod again: a
+/// QEMU that stands still, on a node that swaps, is no reason to give its pod up.
+const STOCK_DEADLINE: Duration = Duration::from_secs(3);
 /// The first version whose seccomp filter, vhost-user and `-cpu max` work for guests with several CPUs.
 const MIN_VERSION: u32 = 8;
 /// How long it may take to say its version: a moment, but for an emulated machine whose processors are all wanted.
@@ -132,9 +136,8 @@ impl Hypervisor for Qemu {
             supervisor,
             listener: Mutex::new(None),
         };
-        if let Err(error) = vm.take_stock().await {
-            // A VMM that does not answer now may do so when a disk is wanted.
-            tracing::warn!(%error, "asking the VMM what is plugged in; going by the record");
+        if let Err(error) = vm.take_stock(&mut *vm.plugging.lock().await, STOCK_DEADLINE).await {
+            tracing::warn!(%error, "asking the VMM what is plugged in; it is asked again when a disk comes or goes");
         }
         Ok(Some(Arc::new(vm)))
     }
@@ -169,7 +172,7 @@ struct QemuVm {
     cid: Option<u32>,
     bus: Mutex<Vec<Bus>>,
     /// Held while a disk comes or goes.
-    plugging: tokio::sync::Mutex<()>,
+    plugging: tokio::sync::Mutex<Plugged>,
     supervisor: Supervisor,
     resumptions: watch::Receiver<u64>,
     /// Until the agent has called.

@@ -39,6 +39,16 @@ const PERIPHERAL: &str = "/machine/peripheral";
 /// Longest serial that virtio-blk has (`VIRTIO_BLK_ID_BYTES`).
 const MAX_SERIAL: usize = 20;
 
+/// How well it is known what is plugged in.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) enum Plugged {
+    /// By this daemon, or QEMU has said so.
+    #[default]
+    Known,
+    /// An earlier daemon wrote it down, and may have died in the middle.
+    AsRecorded,
+}
+
 /// A command whose arguments the schema's types would make unreadable.
 macro_rules! command {
     ($type:ident, $name:literal) => {
@@ -64,8 +74,8 @@ impl QemuVm {
         self.bus.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    async fn converse(&self) -> Result<Conversation, VmError> {
-        Conversation::open(&self.dir.join(QMP_SOCKET), DEADLINE).await
+    async fn converse(&self, deadline: Duration) -> Result<Conversation, VmError> {
+        Conversation::open(&self.dir.join(QMP_SOCKET), deadline).await
     }
 
     /// Plugs a disk in. Nothing of it stays on error.
@@ -81,9 +91,10 @@ impl QemuVm {
                 "plugging {id} in: a disk's id has 1 to {MAX_SERIAL} bytes"
             )));
         }
-        let _one = self.plugging.lock().await;
+        let mut plugged = self.plugging.lock().await;
+        self.know(&mut plugged).await?;
         let slot = self.take_slot(&id)?;
-        let added = match self.converse().await {
+        let added = match self.converse(DEADLINE).await {
             Ok(mut qemu) => add(&mut qemu, &id, slot, &path, read_only).await,
             Err(error) => Err(error),
         };
@@ -118,29 +129,42 @@ impl QemuVm {
 
     /// Takes a disk away. One that is not there is no error; one that the VMM does not let go of keeps its slot.
     pub(super) async fn unplug(&self, id: &str) -> Result<(), VmError> {
-        let _one = self.plugging.lock().await;
+        let mut plugged = self.plugging.lock().await;
+        if self.supervisor.outcome().is_none() {
+            self.know(&mut plugged).await?;
+        }
         if !self.buses().iter().any(|bus| bus.id == BUS && bus.used.values().any(|used| used == id)) {
             return Ok(());
         }
         if self.supervisor.outcome().is_none() {
-            remove(&mut self.converse().await?, id).await?;
+            remove(&mut self.converse(DEADLINE).await?, id).await?;
         }
         self.free_slot(id);
         Ok(())
     }
 
     /// After a restart: what is plugged in, as QEMU knows it; what is half plugged in goes.
-    pub(super) async fn take_stock(&self) -> Result<(), VmError> {
+    pub(super) async fn take_stock(&self, plugged: &mut Plugged, deadline: Duration) -> Result<(), VmError> {
         if !self.buses().iter().any(|bus| bus.id == BUS) {
             return Ok(());
         }
-        let mut qemu = self.converse().await?;
+        *plugged = Plugged::AsRecorded;
+        let mut qemu = self.converse(deadline).await?;
         let there = stock(&mut qemu).await?;
         forget_backends(&mut qemu, &there).await?;
         if let Some(bus) = self.buses().iter_mut().find(|bus| bus.id == BUS) {
             bus.used = there;
         }
+        *plugged = Plugged::Known;
         Ok(())
+    }
+
+    /// Asks a QEMU that did not say in time, after a restart, what is plugged in.
+    async fn know(&self, plugged: &mut Plugged) -> Result<(), VmError> {
+        match plugged {
+            Plugged::Known => Ok(()),
+            Plugged::AsRecorded => self.take_stock(plugged, DEADLINE).await,
+        }
     }
 }
 

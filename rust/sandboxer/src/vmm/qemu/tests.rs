@@ -250,3 +250,45 @@ async fn a_folder_too_deep_for_sockets_is_named() {
     );
     assert!(error.contains("SUN_LEN"), "{error}");
 }
+
+/// A QEMU that stands still, on a node that swaps: its pod is taken over, and it is asked when it is needed.
+#[tokio::test]
+async fn a_vmm_that_does_not_answer_is_adopted_and_asked_before_the_next_disk() {
+    let lab = Lab::new("exec sleep 60", "exec sleep 60");
+    let qemu = lab.qemu();
+    let vm = qemu.start(lab.spec()).await.unwrap();
+    assert!(vm.can_hot_attach());
+    let record = vm.record();
+    drop(vm);
+    let start = Instant::now();
+    let vm = qemu.adopt(record).await.unwrap().expect("it lives");
+    assert!(start.elapsed() < Duration::from_secs(6), "{:?}", start.elapsed());
+    let socket = lab.pod().join(QMP_SOCKET);
+    fs::remove_file(&socket).unwrap();
+    let listener = tokio::net::UnixListener::bind(&socket).unwrap();
+    let answering = tokio::spawn(async move {
+        while let Ok((stream, _)) = listener.accept().await {
+            let (lines, mut answers) = stream.into_split();
+            let greeting = b"{\"QMP\":{\"version\":{\"qemu\":{\"micro\":0,\"minor\":0,\"major\":10},\"package\":\"\"},\"capabilities\":[]}}\n";
+            drop(tokio::io::AsyncWriteExt::write_all(&mut answers, greeting).await);
+            let mut lines = tokio::io::AsyncBufReadExt::lines(tokio::io::BufReader::new(lines));
+            while let Ok(Some(line)) = lines.next_line().await {
+                let command: serde_json::Value = serde_json::from_str(&line).unwrap();
+                let answer = match command["execute"].as_str().unwrap() {
+                    "qmp_capabilities" => serde_json::json!({"return": {}, "id": command["id"]}),
+                    asked => {
+                        serde_json::json!({"error": {"class": "GenericError", "desc": asked}, "id": command["id"]})
+                    }
+                };
+                drop(
+                    tokio::io::AsyncWriteExt::write_all(&mut answers, format!("{answer}\n").as_bytes()).await,
+                );
+            }
+        }
+    });
+    let disk = DeviceInfo::Block { id: "disk-1".into(), path: "/dev/null".into(), read_only: true };
+    let error = vm.hot_attach(disk).await.unwrap_err().to_string();
+    assert!(error.contains("qom-list"), "{error}");
+    answering.abort();
+    vm.stop(true, Duration::ZERO).await.unwrap();
+}
