@@ -111,21 +111,31 @@ impl Disks {
     /// # Errors
     /// When something cannot be plugged in.
     pub async fn attach(&mut self, container: &str, wanted: &[Wanted]) -> Result<Vec<String>, StorageError> {
+        let mut sources = Vec::with_capacity(wanted.len());
+        for Wanted { source, .. } in wanted {
+            sources.push(fs::canonicalize(source).map_err(StorageError::file("finding", source))?);
+        }
         let mut addresses = Vec::with_capacity(wanted.len());
-        for one in wanted {
-            addresses.push(self.attach_one(container, one).await?);
+        for source in &sources {
+            // Whoever wants one for reading and once more for writing gets it for both; the guest tells them apart.
+            let mut all = sources.iter().zip(wanted).filter(|(other, _)| *other == source);
+            let read_only = all.all(|(_, one)| one.read_only);
+            addresses.push(self.attach_one(container, source.clone(), read_only).await?);
         }
         Ok(addresses)
     }
 
-    async fn attach_one(&mut self, container: &str, wanted: &Wanted) -> Result<String, StorageError> {
+    async fn attach_one(
+        &mut self,
+        container: &str,
+        source: PathBuf,
+        read_only: bool,
+    ) -> Result<String, StorageError> {
         let vm = self.vm.clone().ok_or_else(|| StorageError::Broken("the pod has no VM".into()))?;
-        let source =
-            fs::canonicalize(&wanted.source).map_err(StorageError::file("finding", &wanted.source))?;
         let table = self.table()?;
         let same = table.iter_mut().find(|(_, disk)| disk.source == source && disk.address.is_some());
         let id = if let Some((id, disk)) = same {
-            if disk.read_only && !wanted.read_only {
+            if disk.read_only && !read_only {
                 return Err(StorageError::Refused(format!(
                     "the disk {} is plugged into the VM read-only for another container of the pod, and this one wants to write \
                      to it; let all of them write, or none",
@@ -138,7 +148,7 @@ impl Disks {
             let id = (1..).map(|n: u32| format!("disk-{n}")).find(|id| !table.contains_key(id));
             let id = id.ok_or_else(|| StorageError::Broken("no number is left for a disk".into()))?;
             let users = BTreeSet::from([container.to_owned()]);
-            let disk = Disk { source: source.clone(), read_only: wanted.read_only, users, address: None };
+            let disk = Disk { source: source.clone(), read_only, users, address: None };
             table.insert(id.clone(), disk);
             id
         };
@@ -146,7 +156,7 @@ impl Disks {
         if let Some(address) = self.table()?.get(&id).and_then(|disk| disk.address.clone()) {
             return Ok(address);
         }
-        let device = DeviceInfo::Block { id: id.clone(), path: source, read_only: wanted.read_only };
+        let device = DeviceInfo::Block { id: id.clone(), path: source, read_only };
         let address = vm.hot_attach(device).await.map_err(StorageError::Vm)?.to_string();
         if let Some(disk) = self.table()?.get_mut(&id) {
             disk.address = Some(address.clone());

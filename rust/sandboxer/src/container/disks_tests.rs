@@ -143,6 +143,17 @@ async fn a_disk_that_is_there_for_reading_is_not_written_to() {
 }
 
 #[tokio::test]
+async fn a_container_that_reads_a_disk_and_writes_to_it_gets_it_once_for_both() {
+    let mut pod = Pod::new();
+    let link = pod.dir.path().join("link");
+    std::os::unix::fs::symlink(pod.dir.path().join("a"), &link).unwrap();
+    let wanted = [Wanted { source: link, read_only: true }, pod.want("b", true), pod.want("a", false)];
+    let addresses = pod.disks.attach("c1", &wanted).await.unwrap();
+    assert_eq!(addresses, ["serial:disk-1", "serial:disk-2", "serial:disk-1"]);
+    assert_eq!(pod.bus.said(), ["+disk-1", "+disk-2 ro"]);
+}
+
+#[tokio::test]
 async fn what_does_not_come_or_go_is_known_and_tried_again() {
     let mut pod = Pod::new();
     *pod.bus.stuck.lock().unwrap() = Some("+disk-2".into());
