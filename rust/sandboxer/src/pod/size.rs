@@ -40,17 +40,24 @@ impl VmSize {
         config: &HypervisorConfig,
     ) -> Result<Self, PodError> {
         let floor = u64::from(config.least_memory_in_mb());
-        let memory_mib = match wishes.memory_mib {
-            Some(wished) if wished < floor => {
-                return Err(PodError::Refused(format!(
-                    "the annotation io.kuasar.vm.memory_mib asks for a VM of {wished} MiB, and its guest needs {floor} \
-                     MiB to start; set it to {floor} or more"
-                )));
-            }
-            Some(wished) => wished,
-            None => memory_mib(resources, config)?,
-        };
-        Ok(Self { vcpus: wishes.vcpus.unwrap_or_else(|| vcpus(resources, config)), memory_mib })
+        let size = Self::asked(resources, wishes, config);
+        match wishes.memory_mib {
+            _ if size.memory_mib >= floor => Ok(size),
+            Some(wished) => Err(PodError::Refused(format!(
+                "the annotation io.kuasar.vm.memory_mib asks for a VM of {wished} MiB, and its guest needs {floor} \
+                 MiB to start; set it to {floor} or more"
+            ))),
+            None if resources.memory_limit <= 0 => Ok(size),
+            None => Err(too_small(resources, config, size.memory_mib, floor)),
+        }
+    }
+
+    /// What is asked for, whether a guest could start with it or not.
+    pub(super) fn asked(resources: &PodResources, wishes: &Wishes, config: &HypervisorConfig) -> Self {
+        Self {
+            vcpus: wishes.vcpus.unwrap_or_else(|| vcpus(resources, config)),
+            memory_mib: wishes.memory_mib.unwrap_or_else(|| memory_mib(resources, config)),
+        }
     }
 }
 
@@ -68,26 +75,29 @@ fn vcpus(pod: &PodResources, config: &HypervisorConfig) -> u32 {
     u32::try_from(up(part, whole)).unwrap_or(u32::MAX).min(host_cpus()).max(least)
 }
 
-fn memory_mib(pod: &PodResources, config: &HypervisorConfig) -> Result<u64, PodError> {
+fn memory_mib(pod: &PodResources, config: &HypervisorConfig) -> u64 {
     if pod.memory_limit <= 0 {
-        return Ok(u64::from(config.memory_in_mb));
+        return u64::from(config.memory_in_mb);
     }
-    let (overhead, whose) = if pod.memory_overhead > 0 {
-        (pod.memory_overhead, "the runtime class's overhead")
-    } else {
-        (i64::from(config.memory_overhead_in_mb).saturating_mul(MIB), "memory_overhead_in_mb")
-    };
-    let mib = up(pod.memory_limit.saturating_add(overhead), MIB);
-    let floor = u64::from(config.least_memory_in_mb());
-    if mib >= floor {
-        return Ok(mib);
+    up(pod.memory_limit.saturating_add(overhead(pod, config).0), MIB)
+}
+
+/// Bytes, and who says so.
+fn overhead(pod: &PodResources, config: &HypervisorConfig) -> (i64, &'static str) {
+    if pod.memory_overhead > 0 {
+        return (pod.memory_overhead, "the runtime class's overhead");
     }
+    (i64::from(config.memory_overhead_in_mb).saturating_mul(MIB), "memory_overhead_in_mb")
+}
+
+fn too_small(pod: &PodResources, config: &HypervisorConfig, mib: u64, floor: u64) -> PodError {
+    let (overhead, whose) = overhead(pod, config);
     let (limit, overhead) = (up(pod.memory_limit, MIB), u64::try_from(overhead / MIB).unwrap_or(0));
-    Err(PodError::Refused(format!(
+    PodError::Refused(format!(
         "the pod's memory limit of {limit} MiB and {whose} of {overhead} MiB make a VM of {mib} MiB, and its guest needs \
          {floor} MiB to start; raise the limits of the pod's containers to {} MiB or more in sum",
         floor.saturating_sub(overhead)
-    )))
+    ))
 }
 
 /// Division of what is not negative, rounded up.

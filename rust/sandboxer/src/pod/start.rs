@@ -77,7 +77,8 @@ impl Pod {
         step("recording the sandbox", self.persist(work))?;
         step("creating the sandbox's cgroup", cgroups.create().map_err(StepError::Cgroup))?;
         let limits = work.spec.resources.limits();
-        step("limiting the sandbox's cgroup", cgroups.limit(&limits).map_err(StepError::Cgroup))?;
+        let limited = cgroups.limit(&limits).map(drop).map_err(StepError::Cgroup);
+        step("limiting the sandbox's cgroup", limited)?;
         let (network, files) = tokio::join!(network::prepare(&work.spec.netns, size.vcpus), self.files());
         let network = step("giving the VM the pod's network", network)?;
         work.network = Some(network.record.clone());

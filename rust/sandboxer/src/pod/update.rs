@@ -1,6 +1,6 @@
 //! A pod that gets other resources while it runs.
 
-use super::{Phase, Pod, PodError, PodResources, VmSize};
+use super::{Phase, Pod, PodError, PodResources, VmSize, cgroup::Changes};
 
 impl Pod {
     /// Gives the pod other resources: those that its cgroups hold are set, those that its VM has already need nothing.
@@ -10,16 +10,25 @@ impl Pod {
     pub async fn update(&self, resources: PodResources) -> Result<(), PodError> {
         let mut work = self.work.lock().await;
         let phase = self.view().phase;
-        let wanted = VmSize::with(&resources, &work.spec.wishes, &self.environment.sizes)?;
+        let (wishes, sizes) = (&work.spec.wishes, &self.environment.sizes);
+        let wanted = match phase {
+            Phase::Created => VmSize::with(&resources, wishes, sizes)?,
+            // What a guest needs to boot is no matter to one that has.
+            Phase::Starting | Phase::Running | Phase::Stopped => VmSize::asked(&resources, wishes, sizes),
+        };
+        let mut changes = Changes::default();
         if phase == Phase::Running {
             if let Some(size) = work.size {
                 grow(size, wanted)?;
             }
             let limits = resources.limits();
-            let cgroups = self.cgroups().and_then(|cgroups| cgroups.limit(&limits));
-            cgroups
+            let changed = self.cgroups().and_then(|cgroups| cgroups.limit(&limits));
+            changes = changed
                 .map_err(|error| PodError::Refused(format!("updating the sandbox's resources: {error}")))?;
-            self.pin_again()?;
+            if let Err(error) = self.pin_again() {
+                changes.undo();
+                return Err(error);
+            }
         }
         // One that has not started yet starts with them.
         let before = std::mem::replace(&mut work.spec.resources, resources);
@@ -27,6 +36,7 @@ impl Pod {
             && let Err(error) = self.persist(&work)
         {
             work.spec.resources = before;
+            changes.undo();
             return Err(PodError::End { doing: "recording the sandbox's resources", source: error });
         }
         tracing::info!(?wanted, "the sandbox has other resources");

@@ -122,6 +122,12 @@ async fn processes_of_a_pod_are_in_its_cgroup_and_its_cpus_apart() {
 
     update(&mut client, &serde_json::json!({"cpuset_cpus": "0-1"})).await.unwrap();
     assert_eq!(read("cpuset/podu/kuasar-p1/vcpu/cpuset.cpus"), "0-1");
+    // What fails in the middle changes nothing.
+    let both =
+        serde_json::json!({"cpuset_cpus": "1-1", "hugepage_limits": [{"page_size": "2MB", "limit": 1}]});
+    let error = update(&mut client, &both).await.unwrap_err();
+    assert!(error.message().contains("no hugetlb controller"), "{error:?}");
+    assert_eq!(read("cpuset/podu/kuasar-p1/vcpu/cpuset.cpus"), "0-1");
     fs::remove_dir_all(&root).unwrap();
     shutdown(&mut client).await.unwrap();
     lab.assert_clean();
@@ -176,6 +182,8 @@ async fn an_update_within_the_vm_is_done_and_one_beyond_it_refused() {
             "{error:?}"
         );
     }
+    // Too little to boot with, and nothing has to boot.
+    update(&mut client, &memory(4)).await.unwrap();
     // The size is known to the next daemon, too.
     pods.leave();
     drop((client, pods));

@@ -1,6 +1,10 @@
 //! What of a pod's resources is set in its cgroups: which CPUs and memory nodes, and huge pages.
 
-use std::{collections::BTreeMap, fs, io, path::Path};
+use std::{
+    collections::BTreeMap,
+    fs, io,
+    path::{Path, PathBuf},
+};
 
 use super::{Cgroups, OVERHEAD, Place, VCPU, Version, write};
 use crate::container::spec::CpuSet;
@@ -16,23 +20,56 @@ pub(in crate::pod) struct Limits {
     pub huge_pages: BTreeMap<String, u64>,
 }
 
-impl Cgroups {
-    /// Sets limits; what is asked for and the host has no controller for is an error.
-    pub(in crate::pod) fn limit(&self, limits: &Limits) -> io::Result<()> {
-        if self.0.is_empty() {
-            return Ok(());
+/// Files of cgroups that were written, with what was in them before.
+#[derive(Debug, Default)]
+pub(in crate::pod) struct Changes(Vec<(PathBuf, String)>);
+
+impl Changes {
+    fn write(&mut self, file: &Path, text: &str) -> io::Result<()> {
+        let before = fs::read_to_string(file)?;
+        write(file, text)?;
+        self.0.push((file.to_owned(), before));
+        Ok(())
+    }
+
+    /// Writes back what was there, in the opposite order: each step was allowed on the way here.
+    pub(in crate::pod) fn undo(self) {
+        for (file, before) in self.0.into_iter().rev() {
+            if let Err(error) = write(&file, &before) {
+                tracing::error!(%error, "undoing a change of the sandbox's cgroup");
+            }
         }
+    }
+}
+
+impl Cgroups {
+    /// Sets limits; what is asked for and the host has no controller for is an error, and then nothing is changed.
+    pub(in crate::pod) fn limit(&self, limits: &Limits) -> io::Result<Changes> {
+        let mut changes = Changes::default();
+        if self.0.is_empty() {
+            return Ok(changes);
+        }
+        match self.limit_all(limits, &mut changes) {
+            Ok(()) => Ok(changes),
+            Err(error) => {
+                changes.undo();
+                Err(error)
+            }
+        }
+    }
+
+    fn limit_all(&self, limits: &Limits, changes: &mut Changes) -> io::Result<()> {
         for (field, file, set) in
             [("cpuset_cpus", "cpuset.cpus", &limits.cpus), ("cpuset_mems", "cpuset.mems", &limits.mems)]
         {
             if !set.is_empty() {
-                self.confine(file, set).map_err(|error| {
+                self.confine(file, set, changes).map_err(|error| {
                     io::Error::new(error.kind(), format!("linux.resources.{field} is {set:?}: {error}"))
                 })?;
             }
         }
         for (size, limit) in &limits.huge_pages {
-            self.limit_huge_pages(size, *limit).map_err(|error| {
+            self.limit_huge_pages(size, *limit, changes).map_err(|error| {
                 let field = format!("linux.resources.hugepage_limits has {limit} bytes of {size} pages");
                 io::Error::new(error.kind(), format!("{field}: {error}"))
             })?;
@@ -40,7 +77,7 @@ impl Cgroups {
         Ok(())
     }
 
-    fn confine(&self, file: &str, set: &str) -> io::Result<()> {
+    fn confine(&self, file: &str, set: &str, changes: &mut Changes) -> io::Result<()> {
         let there = |path: &Path| path.join(file).exists();
         let Some(place) = self.0.iter().find(|place| there(&place.pod)) else {
             return Err(missing("cpuset"));
@@ -48,19 +85,19 @@ impl Cgroups {
         let own = place.pod.join(file);
         match place.version {
             // The parts have no sets of their own and follow.
-            Version::V2 => write(&own, set),
+            Version::V2 => changes.write(&own, set),
             // A part's set must lie within the one above it at any time, so that one is widened first and narrowed last.
             Version::V1 => {
                 let old = fs::read_to_string(&own)?;
                 let both = [old.trim(), set].into_iter().filter(|set| !set.is_empty()).collect::<Vec<_>>();
-                write(&own, &both.join(","))?;
+                changes.write(&own, &both.join(","))?;
                 for part in [VCPU, OVERHEAD] {
                     let path = place.pod.join(part).join(file);
                     if path.exists() {
-                        write(&path, set)?;
+                        changes.write(&path, set)?;
                     }
                 }
-                write(&own, set)
+                changes.write(&own, set)
             }
         }
     }
@@ -92,7 +129,7 @@ impl Cgroups {
         Ok(())
     }
 
-    fn limit_huge_pages(&self, size: &str, limit: u64) -> io::Result<()> {
+    fn limit_huge_pages(&self, size: &str, limit: u64, changes: &mut Changes) -> io::Result<()> {
         if !size.bytes().all(|byte| byte.is_ascii_alphanumeric()) {
             return Err(io::Error::new(io::ErrorKind::InvalidInput, "that is no size of pages"));
         }
@@ -103,7 +140,7 @@ impl Cgroups {
             })
         });
         match files.into_iter().find(|file| file.exists()) {
-            Some(file) => write(&file, &limit.to_string()),
+            Some(file) => changes.write(&file, &limit.to_string()),
             // Kubelet says 0 for every size that there is.
             None if limit == 0 => Ok(()),
             None => Err(missing("hugetlb")),

@@ -21,7 +21,7 @@ use std::{
 };
 
 pub(super) use self::{
-    limits::Limits,
+    limits::{Changes, Limits},
     metrics::{of_cgroups, of_processes},
 };
 use crate::process::Process;

@@ -130,6 +130,29 @@ fn sets_of_containers_are_those_of_the_guests_cpus_alone() {
 }
 
 #[test]
+fn what_cannot_be_set_as_a_whole_is_not_set_at_all() {
+    let root = tree(&["cpuset"]);
+    let cgroups = Cgroups::plan(root.path(), "/podu", "p1").unwrap();
+    cgroups.create().unwrap();
+    let file = |part: &str| root.path().join("cpuset/podu/kuasar-p1").join(part).join("cpuset.cpus");
+    let read = || ["", "vcpu", "overhead"].map(|part| fs::read_to_string(file(part)).unwrap());
+    for part in ["", "vcpu", "overhead"] {
+        fs::write(file(part), "0-1").unwrap();
+    }
+    let wanted = Limits { mems: "7".into(), ..limits("2-3", &[]) };
+    // A folder can be found, and not be written.
+    fs::create_dir(root.path().join("cpuset/podu/kuasar-p1/cpuset.mems")).unwrap();
+    let error = cgroups.limit(&wanted).unwrap_err().to_string();
+    assert!(error.starts_with("linux.resources.cpuset_mems is \"7\": "), "{error}");
+    // (Longer for a moment, and these files are not the kernel's.)
+    assert!(read().iter().all(|set| set.starts_with("0-1")), "{:?}", read());
+    let changes = cgroups.limit(&limits("2-3", &[])).unwrap();
+    assert!(read().iter().all(|set| set.starts_with("2-3")), "{:?}", read());
+    changes.undo();
+    assert!(read().iter().all(|set| set.starts_with("0-1")), "{:?}", read());
+}
+
+#[test]
 fn what_no_controller_can_limit_is_an_error_that_names_it() {
     let root = tree(&["memory"]);
     let cgroups = Cgroups::plan(root.path(), "/podu", "p1").unwrap();
