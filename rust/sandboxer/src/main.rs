@@ -18,6 +18,8 @@ use vmm_sandboxer::{
     vmm,
 };
 
+/// For a mount that a request did not ask for and waits for; less than the relay waits for the daemon at a container's end.
+const MOUNT_TIMEOUT: Duration = Duration::from_secs(20);
 /// For one pod after a restart; all of them are found again at the same time.
 const RECOVER_TIMEOUT: Duration = Duration::from_secs(10);
 
@@ -74,6 +76,7 @@ fn run(args: Args) -> anyhow::Result<()> {
         containerd: config.sandbox.containerd_address.clone(),
         start_timeout: Duration::from_secs(config.sandbox.start_timeout_s),
         stop_timeout: Duration::from_secs(config.sandbox.stop_timeout_s),
+        mount_timeout: MOUNT_TIMEOUT,
         recover_timeout: RECOVER_TIMEOUT,
         cgroup_root: CGROUP_ROOT.into(),
     };

@@ -387,6 +387,7 @@ impl Lab {
                 20
             }),
             stop_timeout: Duration::from_secs(1),
+            mount_timeout: Duration::from_secs(1),
             recover_timeout: Duration::from_secs(3),
             cgroup_root: self.path("cgroup"),
         }

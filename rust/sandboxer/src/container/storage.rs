@@ -5,6 +5,7 @@ use std::{
     io::{self, Write},
     os::unix::fs::OpenOptionsExt,
     path::{Path, PathBuf},
+    time::Duration,
 };
 
 use kuasar_common::{
@@ -60,6 +61,17 @@ pub enum StorageError {
     /// Plugging a disk in or taking it away.
     #[error(transparent)]
     Vm(VmError),
+    /// Another request of the pod is not done.
+    #[error(
+        "the sandbox's mounts are in use: waited {} s for {doing} in vain; see whether the servers of its volumes answer, and \
+         repeat the request", deadline.as_secs()
+    )]
+    Busy {
+        /// How long was waited.
+        deadline: Duration,
+        /// What is not done.
+        doing: String,
+    },
     /// The daemon itself failed.
     #[error("making a container's files ready: {0}")]
     Broken(String),

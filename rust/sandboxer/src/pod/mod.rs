@@ -28,13 +28,14 @@ use std::{
     collections::BTreeMap,
     path::{Path, PathBuf},
     sync::{Arc, Mutex as SyncMutex, PoisonError, atomic::AtomicBool},
-    time::{Duration, SystemTime, UNIX_EPOCH},
+    time::{Duration, Instant, SystemTime, UNIX_EPOCH},
 };
 
 use kuasar_common::constants::pod_files;
 use tokio::{
-    sync::{Mutex, watch},
+    sync::{Mutex, OwnedMutexGuard, watch},
     task::AbortHandle,
+    time::timeout,
 };
 use tracing::{Instrument, Span};
 
@@ -85,6 +86,8 @@ pub struct Environment {
     pub start_timeout: Duration,
     /// Containers have this long to end when a pod is stopped.
     pub stop_timeout: Duration,
+    /// A request waits this long for mounts and disks of its pod that another one works on.
+    pub mount_timeout: Duration,
     /// A pod has this long to be found again after a restart; the others do not wait for it, but the daemon's start does.
     pub recover_timeout: Duration,
 }
@@ -132,7 +135,10 @@ pub struct Pod {
     environment: Environment,
     view: watch::Sender<View>,
     work: Mutex<Work>,
-    storage: Mutex<Storage>,
+    /// Held by the thread that works on it, for as long as it does.
+    storage: Arc<Mutex<Storage>>,
+    /// What is done to the storage now, and since when.
+    busy: SyncMutex<Option<(String, Instant)>>,
     /// Taken before `storage`, and never while `work` is waited for: ending a pod must not wait for its VM's bus.
     disks: Mutex<Disks>,
     cpusets: SyncMutex<CpuSets>,
@@ -174,7 +180,8 @@ impl Pod {
             environment: environment.clone(),
             view: watch::Sender::new(view),
             work: Mutex::new(Work { spec, ..Work::default() }),
-            storage: Mutex::new(Storage::new(&dir)),
+            storage: Arc::new(Mutex::new(Storage::new(&dir))),
+            busy: SyncMutex::default(),
             disks: Mutex::new(Disks::new(&dir)),
             cpusets: SyncMutex::new(CpuSets::new(&dir)),
             blame: SyncMutex::default(),
@@ -272,13 +279,13 @@ impl Pod {
     /// Makes what a container needs; returns its bundle's path in the guest.
     #[tracing::instrument(name = "prepare container", level = "trace", skip_all)]
     async fn prepare(
-        &self,
+        self: &Arc<Self>,
         container: String,
         bundle: PathBuf,
         rootfs: Vec<RootfsMount>,
     ) -> Result<String, StorageError> {
         let (pod_pid, shared_pids) = (self.view().pid, self.shared_pids);
-        let mut disks = self.disks.lock().await;
+        let mut disks = self.free(self.disks.lock()).await?;
         let (id, room) = (container.clone(), disks.room()?);
         let mut plan = blocking(move || {
             Plan::new(&Target { container: &id, pod_pid, shared_pids }, &bundle, rootfs, &room)
@@ -290,7 +297,16 @@ impl Pod {
         let made = async {
             self.pin(&container, Some(plan.cpuset().clone()))?;
             plan.plugged_in(disks.attach(&container, plan.disks()).await?);
-            self.with_storage(move |storage| storage.prepare(&id, &plan)).await
+            let doing = format!("mounting for the container {id}");
+            let storage = self.take_storage(doing).await?;
+            // Looked at with the storage in hand: what is mounted from here on, the pod's end unmounts.
+            if self.view().phase != Phase::Running {
+                return Err(StorageError::Refused(format!(
+                    "preparing the container {id}: its sandbox {} has ended; create it in a new one",
+                    self.id
+                )));
+            }
+            storage.with(move |storage| storage.prepare(&id, &plan)).await
         };
         let made = made.await;
         if made.is_err() {
@@ -306,11 +322,12 @@ impl Pod {
 
     /// Removes what a container needed.
     #[tracing::instrument(name = "release container", level = "trace", skip_all)]
-    async fn release(&self, container: String) -> Result<(), StorageError> {
-        let mut disks = self.disks.lock().await;
+    async fn release(self: &Arc<Self>, container: String) -> Result<(), StorageError> {
+        let mut disks = self.free(self.disks.lock()).await?;
         let gone = disks.release(&container).await;
         let pinned = self.pin(&container, None);
-        self.with_storage(move |storage| storage.release(&container)).await?;
+        let storage = self.take_storage(format!("unmounting for the container {container}")).await?;
+        storage.with(move |storage| storage.release(&container)).await?;
         self.persist_if_free();
         // A pod that has ended has no CPUs to give back.
         gone.and(if self.view().phase == Phase::Running { pinned } else { Ok(()) })
@@ -327,14 +344,25 @@ impl Pod {
         }
     }
 
-    /// Mounting may block on another machine's server, so it happens on a thread that may block.
-    async fn with_storage<T: Send + 'static>(
-        &self,
-        work: impl FnOnce(&Storage) -> Result<T, StorageError> + Send + 'static,
-    ) -> Result<T, StorageError> {
-        let storage = self.storage.lock().await;
-        let own = storage.clone();
-        blocking(move || work(&own)).await
+    /// Waits for what another request of the pod works with, and not for ever: a mount may hang for as long as another
+    /// machine's server is away.
+    async fn free<T>(&self, work: impl Future<Output = T>) -> Result<T, StorageError> {
+        let deadline = self.environment.mount_timeout;
+        timeout(deadline, work).await.map_err(|_| {
+            let busy = self.busy.lock().unwrap_or_else(PoisonError::into_inner).clone();
+            let doing = busy.map_or_else(
+                || "another request".to_owned(),
+                |(doing, since)| format!("{doing}, which has taken {} s so far,", since.elapsed().as_secs()),
+            );
+            StorageError::Busy { deadline, doing }
+        })
+    }
+
+    /// The mounts of the pod's containers, to do something to them.
+    async fn take_storage(self: &Arc<Self>, doing: impl Into<String>) -> Result<TakenStorage, StorageError> {
+        let storage = self.free(self.storage.clone().lock_owned()).await?;
+        *self.busy.lock().unwrap_or_else(PoisonError::into_inner) = Some((doing.into(), Instant::now()));
+        Ok(TakenStorage { storage, pod: self.clone() })
     }
 
     fn record(&self, work: &Work) -> PodRecord {
@@ -382,6 +410,29 @@ impl Pod {
             view.phase = Phase::Stopped;
             view.exit.get_or_insert(exit);
         });
+    }
+}
+
+/// What the pod's containers have mounted, in the hands of one.
+struct TakenStorage {
+    storage: OwnedMutexGuard<Storage>,
+    pod: Arc<Pod>,
+}
+
+impl TakenStorage {
+    /// Mounting may block on another machine's server, so it happens on a thread that may block, and that gives the storage
+    /// back: whoever does not wait any more has not ended it.
+    async fn with<T: Send + 'static>(
+        self,
+        work: impl FnOnce(&Storage) -> Result<T, StorageError> + Send + 'static,
+    ) -> Result<T, StorageError> {
+        blocking(move || work(&self.storage)).await
+    }
+}
+
+impl Drop for TakenStorage {
+    fn drop(&mut self) {
+        *self.pod.busy.lock().unwrap_or_else(PoisonError::into_inner) = None;
     }
 }
 

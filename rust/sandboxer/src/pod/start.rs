@@ -134,7 +134,7 @@ impl Pod {
     async fn files(self: &Arc<Self>) -> Result<(String, OwnedFd, HostServer), StepError> {
         let path = self.dir.join(pod_files::TOKEN);
         let token = new_token(&path).map_err(StepError::file(&path))?;
-        self.with_storage(|storage| storage.create()).await?;
+        self.take_storage("sharing the sandbox's folder").await?.with(|storage| storage.create()).await?;
         let endpoint = relay::endpoint(&self.dir);
         let endpoint = endpoint.map_err(StepError::file(self.dir.join(pod_files::TASK_SOCKET)))?;
         let host = HostServer::start(self).await;
@@ -143,10 +143,11 @@ impl Pod {
     }
 
     #[tracing::instrument(name = "write files", level = "trace", skip_all)]
-    async fn pod_files(&self, work: &Work, network: &PodNetwork) -> Result<(), StepError> {
+    async fn pod_files(self: &Arc<Self>, work: &Work, network: &PodNetwork) -> Result<(), StepError> {
         let hosts = setup::hosts(&work.spec.hostname, &network.interfaces);
         let (hostname, resolv_conf) = (format!("{}\n", work.spec.hostname), work.spec.resolv_conf.clone());
-        let write = self.with_storage(move |storage| {
+        let storage = self.take_storage("writing the sandbox's files").await?;
+        let write = storage.with(move |storage| {
             storage.write_pod_file("hosts", &hosts)?;
             storage.write_pod_file("hostname", &hostname)?;
             storage.write_pod_file("resolv.conf", &resolv_conf)

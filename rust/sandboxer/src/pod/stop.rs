@@ -10,7 +10,7 @@ use kuasar_common::constants::pod_files;
 
 use super::{Exit, Phase, Pod, PodError, StepError, Work, cgroup};
 use crate::{
-    container::remove,
+    container::{StorageError, remove},
     guest::Guest,
     network,
     process::{Process, ProcessError},
@@ -31,7 +31,7 @@ impl Pod {
     ///
     /// # Errors
     /// When something cannot be ended; the rest has been, and the call can be repeated.
-    pub async fn stop(&self) -> Result<(), PodError> {
+    pub async fn stop(self: &Arc<Self>) -> Result<(), PodError> {
         let mut work = self.work.lock().await;
         self.stop_locked(&mut work).await
     }
@@ -40,13 +40,13 @@ impl Pod {
     ///
     /// # Errors
     /// As [`Pod::stop`]; the folder is kept then.
-    pub async fn remove(&self) -> Result<(), PodError> {
+    pub async fn remove(self: &Arc<Self>) -> Result<(), PodError> {
         let mut work = self.work.lock().await;
         self.remove_all(&mut work).await
     }
 
     #[tracing::instrument(name = "stop", level = "trace", skip_all)]
-    async fn stop_locked(&self, work: &mut Work) -> Result<(), PodError> {
+    async fn stop_locked(self: &Arc<Self>, work: &mut Work) -> Result<(), PodError> {
         let running = self.view().phase == Phase::Running;
         self.stopping.store(true, Ordering::Relaxed);
         if let Some(vm) = work.vm.clone() {
@@ -70,11 +70,17 @@ impl Pod {
         if network.is_ok() {
             work.network = None;
         }
-        let mounts = self.with_storage(|storage| storage.unmount()).await;
+        let mounts = self.unmount().await;
         let record = if self.dir.exists() { self.persist(work) } else { Ok(()) };
         end("giving the network back", network)?;
         end("unmounting what containers used", mounts)?;
         end("recording the sandbox", record)
+    }
+
+    /// Not waited for for ever either: of a server that is away even an unmount may hang.
+    async fn unmount(self: &Arc<Self>) -> Result<(), StorageError> {
+        let storage = self.take_storage("unmounting what containers used").await?;
+        self.free(storage.with(|storage| storage.unmount())).await?
     }
 
     /// Lets containers end and file systems sync; a guest that does not answer is ended all the same.
@@ -92,7 +98,7 @@ impl Pod {
     }
 
     #[tracing::instrument(name = "remove", level = "trace", skip_all)]
-    pub(super) async fn remove_all(&self, work: &mut Work) -> Result<(), PodError> {
+    pub(super) async fn remove_all(self: &Arc<Self>, work: &mut Work) -> Result<(), PodError> {
         self.stop_locked(work).await?;
         if let Some(relay) = &work.relay {
             end("ending the relay", relay.end(RELAY).await)?;
