@@ -158,6 +158,14 @@ mod tests {
         record.write(&dir).unwrap();
         assert_eq!(PodRecord::read(&dir).unwrap(), record);
         assert_eq!(fs::read_dir(&dir).unwrap().count(), 1, "no temporary file stays");
+        // Whoever has the old one open reads it to its end: it is replaced, not written over.
+        let old = root.path().join("old");
+        fs::hard_link(dir.join(pod_files::RECORD), &old).unwrap();
+        let text = fs::read(&old).unwrap();
+        PodRecord { phase: Phase::Stopped, ..record.clone() }.write(&dir).unwrap();
+        assert_eq!(PodRecord::read(&dir).unwrap().phase, Phase::Stopped);
+        assert_eq!(fs::read(&old).unwrap(), text);
+        record.write(&dir).unwrap();
         let other = root.path().join("p2");
         fs::rename(&dir, &other).unwrap();
         assert!(PodRecord::read(&other).unwrap_err().to_string().contains("it is of pod \"p1\""));

@@ -13,7 +13,7 @@ use tokio::{task::JoinSet, time::timeout};
 use tracing::Instrument;
 
 use super::{
-    Environment, Exit, Phase, Pod, Pods, View, cgroup, from_epoch_ns,
+    Environment, Exit, Phase, Pod, PodError, Pods, StepError, View, cgroup, from_epoch_ns,
     host::HostServer,
     log,
     record::{PodRecord, RecordError},
@@ -204,13 +204,46 @@ async fn serve_host(pod: &Arc<Pod>) {
     }
 }
 
-/// A record that is torn or of another make says nothing about whether its VM lives, so nothing is ended or deleted.
+/// A record that is torn or of another make says nothing about whether its VM lives, so nothing is ended or deleted until
+/// containerd asks for it.
 fn set_aside(dir: &Path, error: &RecordError) {
-    let record = dir.join(pod_files::RECORD);
-    let aside = dir.join(format!("{}.unreadable", pod_files::RECORD));
-    let moved = fs::rename(&record, &aside);
-    tracing::error!(%error, moved = ?moved.map(|()| aside), folder = %dir.display(),
-        "the sandbox is left alone; remove its processes and its folder by hand");
+    let moved = fs::rename(dir.join(pod_files::RECORD), aside(dir));
+    tracing::error!(%error, ?moved, folder = %dir.display(), "the sandbox is left alone until containerd removes it");
+}
+
+/// Where a record goes that cannot be read.
+fn aside(dir: &Path) -> PathBuf {
+    dir.join(format!("{}.unreadable", pod_files::RECORD))
+}
+
+impl Pods {
+    /// Ends and removes a pod whose record cannot be read: what names its folder, and what is in a cgroup of its name. (What it
+    /// has in a network namespace goes with that, which is containerd's.) No other one is touched.
+    pub(super) async fn remove_unreadable(&self, id: &str) -> Result<(), PodError> {
+        let (environment, dir) = (self.environment(), self.environment().dir.join(id));
+        if !is_safe_id(id) || !aside(&dir).exists() {
+            return Ok(());
+        }
+        tracing::warn!("removing a sandbox whose record cannot be read");
+        end_strays(environment, &dir).await;
+        let failed = |doing| move |source| PodError::End { doing, source };
+        let (root, name) = (environment.cgroup_root.clone(), id.to_owned());
+        let found = tokio::task::spawn_blocking(move || cgroup::find(&root, &name)).await;
+        let found = found.map_err(|error| StepError::Internal(error.to_string()));
+        let cgroups = found.map_err(failed("finding the sandbox's cgroup"))?;
+        cgroup::end_members(&cgroups);
+        let removed = cgroup::remove(&cgroups).await.map_err(StepError::Cgroup);
+        removed.map_err(failed("removing the sandbox's cgroup"))?;
+        let folder = dir.clone();
+        let removed =
+            timeout(environment.mount_timeout, tokio::task::spawn_blocking(move || remove::remove(&folder)));
+        let removed = match removed.await {
+            Ok(Ok(removed)) => removed.map_err(StepError::from),
+            Ok(Err(error)) => Err(StepError::Internal(error.to_string())),
+            Err(_) => Err(StepError::Internal(format!("an unmount below {} hangs", dir.display()))),
+        };
+        removed.map_err(failed("removing the sandbox's folder"))
+    }
 }
 
 async fn end_recorded(environment: &Environment, record: &PodRecord) {
@@ -243,7 +276,7 @@ async fn end_recorded(environment: &Environment, record: &PodRecord) {
 
 /// Ends what runs for a folder and removes it, unless somebody has put a record aside there to look at.
 async fn clear(environment: &Environment, dir: &Path) {
-    if dir.join(format!("{}.unreadable", pod_files::RECORD)).exists() {
+    if aside(dir).exists() {
         return;
     }
     end_strays(environment, dir).await;

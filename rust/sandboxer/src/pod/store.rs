@@ -148,7 +148,7 @@ impl Pods {
     /// # Errors
     /// When something of it cannot be ended or removed; it is kept then.
     pub async fn remove(&self, id: &str) -> Result<(), PodError> {
-        let Ok(pod) = self.get(id) else { return Ok(()) };
+        let Ok(pod) = self.get(id) else { return self.remove_unreadable(id).await };
         pod.remove().await?;
         self.forget(&pod);
         Ok(())

@@ -196,6 +196,27 @@ fn hierarchies(root: &Path) -> io::Result<Vec<(PathBuf, Version)>> {
     Ok(found)
 }
 
+/// The cgroups of a pod, outermost first, when nobody knows any more where they are: found by their name.
+pub(super) fn find(root: &Path, pod: &str) -> Vec<PathBuf> {
+    let names = [format!("kuasar-{pod}"), format!("kuasar-{pod}.scope")];
+    let (mut found, mut left) = (Vec::new(), vec![root.to_owned()]);
+    while let Some(folder) = left.pop() {
+        for entry in fs::read_dir(folder).into_iter().flatten().flatten() {
+            // (Not what a link leads to.)
+            if !entry.file_type().is_ok_and(|kind| kind.is_dir()) {
+                continue;
+            }
+            let path = entry.path();
+            if names.iter().any(|name| entry.file_name() == name.as_str()) {
+                found.extend([path.clone(), path.join(VCPU), path.join(OVERHEAD)]);
+            } else {
+                left.push(path);
+            }
+        }
+    }
+    found
+}
+
 /// Makes a cgroup and those above it.
 fn make(above: &Path, cgroup: &Path) -> io::Result<()> {
     let mut path = above.to_owned();
