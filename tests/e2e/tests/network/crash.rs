@@ -109,5 +109,8 @@ pub(crate) async fn a_killed_daemon_gives_the_network_back(lab: Arc<Lab>) -> Res
     kill_process(&pod, "/vm/vmm/pid")?;
     lab.restart_daemon(handler()).await?;
     answered(&lab, &pod).await?;
+    let (_, info) = lab.cri.pod_status(&pod.id).await?;
+    let ours = info.get("kuasar").context("nothing of ours in the status")?;
+    ensure!(ours.contains("its VM ended while no daemon watched"), "it says {ours}");
     ends_clean(&lab, pod, &netns).await
 }

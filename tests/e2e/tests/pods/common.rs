@@ -2,16 +2,26 @@
 
 use std::fs;
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 use kuasar_e2e::{
     image::{Image, Layer},
-    lab::{Lab, run},
+    lab::{Lab, folder_of, run},
+    suite::handler,
 };
+use nix::unistd::Pid;
 
 /// Runs a script in a container; its code, a space, and what it said.
 pub(crate) async fn sh(lab: &Lab, id: &str, script: &str) -> Result<String> {
     let out = lab.cri.exec(id, &["/bin/sh", "-c", script]).await?;
     Ok(format!("{} {}{}", out.code, out.stdout.trim_end(), out.stderr.trim_end()))
+}
+
+/// The process of a pod's VMM, as it is recorded.
+pub(crate) fn vmm_of(pod: &str) -> Result<Pid> {
+    let record = fs::read_to_string(folder_of(handler()).join(pod).join("pod.json"))?;
+    let record: serde_json::Value = serde_json::from_str(&record)?;
+    let pid = record.pointer("/vm/vmm/pid").and_then(serde_json::Value::as_i64);
+    Ok(Pid::from_raw(i32::try_from(pid.context("no process of the VMM is recorded")?)?))
 }
 
 /// Imports busybox with so many layers; above the first, number N has `/layer-N` and another `/top`.

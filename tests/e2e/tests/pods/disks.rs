@@ -14,9 +14,13 @@ use kuasar_e2e::{
     lab::{self, Lab, Pod, QEMU_BLOCKFILE, QEMU_DEVMAPPER, run},
     suite::handler,
 };
-use tokio::process::Command;
+use nix::sys::signal::{Signal, kill};
+use tokio::{process::Command, time::Instant};
 
-use super::{IDLE, common::sh};
+use super::{
+    IDLE,
+    common::{sh, vmm_of},
+};
 
 const SOON: Duration = Duration::from_secs(30);
 
@@ -147,6 +151,21 @@ pub(crate) async fn the_file_system_of_a_disk_is_a_volume(lab: Arc<Lab>) -> Resu
         "the read-only one gives {out:?}"
     );
     gone(&lab, &one).await?;
+    gone(&lab, &two).await?;
+    // One container that reads it here and writes to it there, and says so in this order.
+    let mut both = with_mount("both", &disk, true);
+    both.mounts.extend(
+        with_mount("", &disk, false)
+            .mounts
+            .into_iter()
+            .map(|mount| Mount { container_path: "/writable".into(), ..mount }),
+    );
+    let both = started(&lab, &pod, both).await?;
+    let out = sh(&lab, &both, "echo more > /writable/g; cat /data/g; echo no > /data/g").await?;
+    ensure!(
+        out.starts_with("1 more") && out.contains("Read-only file system"),
+        "who mounts it twice gets {out:?}"
+    );
     pod.remove().await?;
     disk.free().await?;
     let kept = disk.file("/f").await?;
@@ -159,16 +178,52 @@ pub(crate) async fn a_vm_ends_with_its_disks(lab: Arc<Lab>) -> Result<()> {
     let disk = Disk::new(&lab, "dies", true).await?;
     let id = started(&lab, &pod, with_mount("one", &disk, false)).await?;
     sh(&lab, &id, "echo kept > /data/f; sync").await?;
-    let record = fs::read_to_string(lab::folder_of(handler()).join(&pod.id).join("pod.json"))?;
-    let record: serde_json::Value = serde_json::from_str(&record)?;
-    let vmm = record.pointer("/vm/vmm/pid").context("no process of the VMM is recorded")?.to_string();
-    run(Command::new("kill").args(["-9", &vmm])).await?;
+    kill(vmm_of(&pod.id)?, Signal::SIGKILL)?;
     lab.cri.ended(&id, SOON).await?;
     gone(&lab, &id).await.context("removing a container with a disk of a dead VM")?;
     pod.remove().await?;
     disk.free().await?;
     ensure!(disk.file("/f").await? == "kept\n", "what was synced is lost");
     Ok(())
+}
+
+/// A VM that stands still and holds a disk of the host, which somebody else may want.
+pub(crate) async fn a_hung_vm_gives_its_disks_back(lab: Arc<Lab>) -> Result<()> {
+    let pod = lab.pod("hung", handler()).await?;
+    let disk = Disk::new(&lab, "hung", true).await?;
+    let id = started(&lab, &pod, with_mount("one", &disk, false)).await?;
+    sh(&lab, &id, "echo kept > /data/f; sync").await?;
+    kill(vmm_of(&pod.id)?, Signal::SIGSTOP)?;
+    let begun = Instant::now();
+    pod.remove().await.context("removing a pod whose VM hangs with a disk")?;
+    ensure!(begun.elapsed() < Duration::from_secs(60), "it took {:?} to remove it", begun.elapsed());
+    disk.free().await?;
+    ensure!(disk.file("/f").await? == "kept\n", "what was synced is lost");
+    Ok(())
+}
+
+/// The node swaps, or is too busy: a VMM that answers late is not a pod that has ended.
+pub(crate) async fn a_vmm_that_stands_still_while_the_daemon_restarts_goes_on(lab: Arc<Lab>) -> Result<()> {
+    let pod = lab.pod("still", handler()).await?;
+    let (first, second) = (Disk::new(&lab, "early", false).await?, Disk::new(&lab, "late", false).await?);
+    let id = started(&lab, &pod, with_device("early", &first, "rwm")).await?;
+    let vmm = vmm_of(&pod.id)?;
+    kill(vmm, Signal::SIGSTOP)?;
+    lab.kill_daemon(handler()).await?;
+    lab.restart_daemon(handler()).await?;
+    let ready = lab.ready_again(&pod.id).await;
+    kill(vmm, Signal::SIGCONT)?;
+    ready.context("while its VMM stands still")?;
+    lab.ready_again(&pod.id).await?;
+    let out = sh(&lab, &id, "head -c 4 /dev/data | hexdump -e '\"%x\"'").await?;
+    ensure!(out == "0 0", "the container from before gives {out:?}");
+    let late = started(&lab, &pod, with_device("late", &second, "rwm")).await?;
+    let out = sh(&lab, &late, "blockdev --getsize64 /dev/data").await?;
+    ensure!(out == "0 16777216", "a disk that comes later is {out:?}");
+    gone(&lab, &id).await?;
+    first.free().await?;
+    pod.remove().await?;
+    second.free().await
 }
 
 pub(crate) async fn a_root_is_an_image_file(lab: Arc<Lab>) -> Result<()> {

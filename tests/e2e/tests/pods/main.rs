@@ -73,7 +73,7 @@ use restart::{
 use sandbox::{
     a_daemon_killed_while_a_container_is_made, a_daemon_killed_while_a_pod_starts,
     a_killed_vm_is_a_pod_that_is_not_ready_and_says_why, a_pod_that_containerd_forgot_is_collected,
-    a_pods_cpus_are_counted_apart,
+    a_pod_whose_record_cannot_be_read_is_removed, a_pods_cpus_are_counted_apart,
 };
 use security::a_container_sees_the_processes_of_its_target;
 use task::{
@@ -84,8 +84,9 @@ use task::{
 
 use begins::{a_containerd_killed_while_a_container_is_made, a_containerd_killed_while_a_pod_starts};
 use disks::{
-    a_disk_is_a_device_of_the_container, a_root_is_a_device_of_the_mapper, a_root_is_an_image_file,
-    a_vm_ends_with_its_disks, the_file_system_of_a_disk_is_a_volume,
+    a_disk_is_a_device_of_the_container, a_hung_vm_gives_its_disks_back, a_root_is_a_device_of_the_mapper,
+    a_root_is_an_image_file, a_vm_ends_with_its_disks,
+    a_vmm_that_stands_still_while_the_daemon_restarts_goes_on, the_file_system_of_a_disk_is_a_volume,
 };
 use ends::{
     a_daemon_killed_while_a_container_is_deleted, a_daemon_killed_while_a_pod_stops,
@@ -161,6 +162,7 @@ fn main() -> ExitCode {
             the_daemon_dies_in_every_phase,
             a_killed_vm_is_a_pod_that_is_not_ready_and_says_why,
             a_pod_that_containerd_forgot_is_collected,
+            a_pod_whose_record_cannot_be_read_is_removed,
             a_pods_cpus_are_counted_apart,
             a_pod_is_below_its_cgroup_and_unlimited_stays_unlimited,
             a_guest_runs_on_the_cpus_of_its_containers,
@@ -197,6 +199,8 @@ fn disk_cases() -> Vec<Case<Lab>> {
             a_disk_is_a_device_of_the_container,
             the_file_system_of_a_disk_is_a_volume,
             a_vm_ends_with_its_disks,
+            a_hung_vm_gives_its_disks_back,
+            a_vmm_that_stands_still_while_the_daemon_restarts_goes_on,
             a_root_is_an_image_file,
         ],
     );

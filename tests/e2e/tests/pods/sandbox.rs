@@ -10,13 +10,10 @@ use kuasar_e2e::{
     leaks, store,
     suite::{handler, patient},
 };
-use nix::{
-    sys::signal::{Signal, kill},
-    unistd::Pid,
-};
+use nix::sys::signal::{Signal, kill};
 use tokio::time::{Instant, sleep};
 
-use super::cgroups::allowed_for_the_guest;
+use super::{IDLE, cgroups::allowed_for_the_guest, common::vmm_of};
 
 /// containerd tries again to reach a daemon after at most 3 s, and forgotten pods go after twice that.
 const SOON: Duration = Duration::from_secs(30);
@@ -115,14 +112,22 @@ pub(crate) async fn a_daemon_killed_while_a_container_is_made(lab: Arc<Lab>) -> 
 
 pub(crate) async fn a_killed_vm_is_a_pod_that_is_not_ready_and_says_why(lab: Arc<Lab>) -> Result<()> {
     let pod = lab.pod("killed", handler()).await?;
-    let (_, info) = lab.cri.pod_status(&pod.id).await?;
-    let said: serde_json::Value = serde_json::from_str(info.get("info").context("no info")?)?;
-    let pid = said.get("pid").and_then(serde_json::Value::as_i64).context("no pid")?;
-    kill(Pid::from_raw(i32::try_from(pid)?), Signal::SIGKILL)?;
+    let talks = ["/bin/sh", "-c", "echo kept; touch /up; while :; do sleep 1000; done"];
+    let id = pod.container("talks", BUSYBOX, &talks).await?;
+    let end = Instant::now() + patient(SOON);
+    while pod.output("talks").map_or(true, |(stdout, _)| stdout.is_empty()) {
+        ensure!(Instant::now() < end, "the container says nothing");
+        sleep(Duration::from_millis(100)).await;
+    }
+    kill(vmm_of(&pod.id)?, Signal::SIGKILL)?;
+    let code = lab.cri.ended(&id, SOON).await?.exit_code;
+    ensure!(code == 137, "its container ended with {code}");
     until_ready(&lab, &pod.id, false).await?;
     let (_, info) = lab.cri.pod_status(&pod.id).await?;
     let ours = info.get("kuasar").context("nothing of ours in the status")?;
     ensure!(ours.contains("the VM has ended with status 137 (signal 9)"), "it says {ours}");
+    let (stdout, _) = pod.output("talks")?;
+    ensure!(stdout == b"kept\n", "its container's log is {:?}", String::from_utf8_lossy(&stdout));
     pod.remove().await
 }
 
@@ -135,6 +140,34 @@ pub(crate) async fn a_pod_that_containerd_forgot_is_collected(lab: Arc<Lab>) -> 
     ensure!(is_ready(&lab, &known.id).await, "a pod that is known was collected, too");
     known.remove().await?;
     pod.remove().await
+}
+
+/// As after the return to an older daemon: it cannot know what lives, so it ends nothing, until the pod is to be removed.
+pub(crate) async fn a_pod_whose_record_cannot_be_read_is_removed(lab: Arc<Lab>) -> Result<()> {
+    let (pod, other) = (lab.pod("alien", handler()).await?, lab.pod("other", handler()).await?);
+    pod.container("idle", BUSYBOX, IDLE).await?;
+    let (vmm, folder) = (vmm_of(&pod.id)?, folder_of(handler()).join(&pod.id));
+    let record = fs::read_to_string(folder.join("pod.json"))?;
+    let mut record: serde_json::Value = serde_json::from_str(&record)?;
+    *record.get_mut("version").context("no version")? = 99.into();
+    lab.kill_daemon(handler()).await?;
+    fs::write(folder.join("pod.json"), record.to_string())?;
+    lab.restart_daemon(handler()).await?;
+    lab.ready_again(&other.id).await?;
+    until_ready(&lab, &pod.id, false).await?;
+    ensure!(kill(vmm, None).is_ok(), "its VM was ended on no evidence");
+    let (id, parent) = (pod.id.clone(), pod.config.linux.as_ref().context("no linux")?.cgroup_parent.clone());
+    pod.remove().await?;
+    ensure!(!folder.exists(), "its folder is left");
+    until("its VM is gone", || kill(vmm, None).is_err()).await?;
+    let mounts = fs::read_to_string("/proc/self/mountinfo")?;
+    ensure!(!mounts.contains(&*folder.to_string_lossy()), "mounts of it are left: {mounts}");
+    for hierarchy in leaks::hierarchies() {
+        let own = hierarchy.join(parent.trim_start_matches('/')).join(format!("kuasar-{id}"));
+        ensure!(!own.exists(), "{} is left", own.display());
+    }
+    ensure!(is_ready(&lab, &other.id).await, "another pod has ended, too");
+    other.remove().await
 }
 
 pub(crate) async fn a_pods_cpus_are_counted_apart(lab: Arc<Lab>) -> Result<()> {
