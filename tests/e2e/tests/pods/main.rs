@@ -77,9 +77,8 @@ use sandbox::{
 };
 use security::a_container_sees_the_processes_of_its_target;
 use task::{
-    a_checkpoint_is_refused, a_paused_container_can_be_ended, independent_steps_go_on_side_by_side,
-    limits_beyond_the_vm_are_refused, pause_resume_figures_pids_and_limits,
-    the_daemon_traces_where_time_goes,
+    a_paused_container_can_be_ended, independent_steps_go_on_side_by_side, limits_beyond_the_vm_are_refused,
+    pause_resume_figures_pids_and_limits, the_daemon_traces_where_time_goes,
 };
 
 use begins::{a_containerd_killed_while_a_container_is_made, a_containerd_killed_while_a_pod_starts};
@@ -128,7 +127,6 @@ fn main() -> ExitCode {
             a_kernel_panic_is_the_reason_of_a_pods_end,
             pause_resume_figures_pids_and_limits,
             a_paused_container_can_be_ended,
-            a_checkpoint_is_refused,
             limits_beyond_the_vm_are_refused,
             the_daemon_traces_where_time_goes,
             independent_steps_go_on_side_by_side,
