@@ -74,14 +74,16 @@ pub(crate) async fn figures_of_pods_never_fail(lab: Arc<Lab>) -> Result<()> {
     pod.remove().await
 }
 
-/// The files with the CPUs of a pod: those of its cgroup, and of the parts that have sets of their own.
+/// The files with the CPUs that a pod may run on: those of its cgroup and of the parts of that, with cgroup v1 or v2.
 fn cpu_sets(pod: &Pod<'_>) -> Vec<PathBuf> {
     let parent = pod.config.linux.as_ref().map(|linux| linux.cgroup_parent.clone()).unwrap_or_default();
     let folders = leaks::hierarchies().into_iter().flat_map(|hierarchy| {
         let own = hierarchy.join(parent.trim_start_matches('/')).join(format!("kuasar-{}", pod.id));
         [own.clone(), own.join("vcpu"), own.join("overhead")]
     });
-    folders.map(|folder| folder.join("cpuset.cpus")).filter(|file| file.exists()).collect()
+    let files = folders
+        .flat_map(|folder| ["cpuset.effective_cpus", "cpuset.cpus.effective"].map(|file| folder.join(file)));
+    files.filter(|file| file.exists()).collect()
 }
 
 /// What kubelet does when the limits of a running pod's containers are changed.
