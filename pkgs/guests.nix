@@ -1,7 +1,6 @@
 # Kernels of a hypervisor, and roots, by name, for the test that boots each with each (rust/sandboxer/tests/guests).
 {
   lib,
-  e2fsprogs,
   kuasar-image,
   runCommandCC,
   # More words for kuasar-image.
@@ -21,10 +20,7 @@ let
 in
 runCommandCC "guests-${hypervisor}"
   {
-    nativeBuildInputs = [
-      e2fsprogs
-      kuasar-image
-    ];
+    nativeBuildInputs = [ kuasar-image ];
     meta = {
       description = "Every kernel and every kind of root for ${hypervisor}, and a root with an empty init: what docs/guest-matrix.md compares";
       license = [

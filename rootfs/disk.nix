@@ -1,12 +1,9 @@
 # The same root as a read-only disk, fit for pmem with DAX and for virtio-blk.
 {
   lib,
-  cryptsetup,
-  e2fsprogs,
   kuasar-image,
   rootfs,
   runCommand,
-  xfsprogs,
   # More words for kuasar-image.
   arch ? "",
   # "ext4", "erofs" or "xfs".
@@ -16,12 +13,7 @@
 }:
 runCommand "kuasar-disk"
   {
-    nativeBuildInputs = [
-      e2fsprogs
-      kuasar-image
-    ]
-    ++ lib.optional (fs == "xfs") xfsprogs
-    ++ lib.optional verity cryptsetup;
+    nativeBuildInputs = [ kuasar-image ];
     passthru = { inherit fs verity rootfs; };
     meta = {
       description = "Root of the guest as a disk image with DAX header and ${fs}${lib.optionalString verity ", checked by dm-verity"}: kuasar.img";

@@ -34,6 +34,7 @@ let
       concatStringsSep sep (map f list);
     isDerivation = value: value.type or null == "derivation";
     getBin = drv: drv.bin or drv;
+    makeBinPath = concatMapStringsSep ":" (drv: "${getBin drv}/bin");
     getExe' = drv: name: "${getBin drv}/bin/${name}";
     getExe = drv: getExe' drv (drv.meta.mainProgram or drv.pname);
     importTOML = path: builtins.fromTOML (builtins.readFile path);

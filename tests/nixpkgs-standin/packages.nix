@@ -176,6 +176,21 @@ let
           chmod +x "$out/bin/nuke-refs"
         '';
 
+        # A program where nixpkgs has a function, which knows `--suffix PATH : FOLDERS` only. Debian keeps half of its tools in sbin.
+        makeBinaryWrapper = runCommand "make-binary-wrapper" { } ''
+          mkdir -p "$out/bin"
+          cat >"$out/bin/wrapProgram" <<'EOF'
+          #!/bin/sh
+          set -eu
+          [ "$2 $3 $4" = '--suffix PATH :' ] || { echo "wrapProgram: $* is not known here" >&2 && exit 1; }
+          wrapped=''${1%/*}/.''${1##*/}-wrapped
+          mv "$1" "$wrapped"
+          printf '#!/bin/sh\nPATH=$PATH:%s:/usr/sbin exec %s "$@"\n' "$5" "$wrapped" >"$1"
+          chmod +x "$1"
+          EOF
+          chmod +x "$out/bin/wrapProgram"
+        '';
+
         # Sources.
         linux_6_12 = {
           inherit (inputs.linux) version;
