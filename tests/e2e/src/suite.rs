@@ -67,7 +67,11 @@ pub fn with_lab(handlers: &'static [&'static str], cases: Vec<Case<Lab>>) -> Exi
 /// A usual wait, longer where the cases are given longer: what is slow there is every single answer.
 #[must_use]
 pub fn patient(usual: Duration) -> Duration {
-    usual.mul_f64(deadline().as_secs_f64() / DEADLINE.as_secs_f64()).max(usual)
+    stretched(usual, deadline())
+}
+
+fn stretched(usual: Duration, given: Duration) -> Duration {
+    usual.mul_f64(given.as_secs_f64() / DEADLINE.as_secs_f64()).max(usual)
 }
 
 /// [`DEADLINE`], or what a machine that is slower or busier than most is given.
@@ -196,4 +200,17 @@ fn trial<T: Shared>(case: Case<T>, deadline: Duration, runtime: &Arc<Runtime>, s
         }
     })
     .with_ignored_flag(case.skip.is_some())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn waits_are_longer_by_as_much_as_cases_and_never_shorter() {
+        let usual = Duration::from_secs(30);
+        assert_eq!(stretched(usual, DEADLINE), usual);
+        assert_eq!(stretched(usual, DEADLINE * 4), Duration::from_secs(120));
+        assert_eq!(stretched(usual, Duration::from_secs(60)), usual);
+    }
 }

@@ -6,7 +6,7 @@ use anyhow::{Context, Result, ensure};
 use kuasar_e2e::{
     image::BUSYBOX,
     lab::{Lab, Pod, run},
-    suite::handler,
+    suite::{handler, patient},
 };
 use nix::{
     sys::signal::{Signal, kill},
@@ -97,7 +97,7 @@ pub(crate) async fn a_relay_killed_in_every_phase(lab: Arc<Lab>) -> Result<()> {
         let what = format!("the relay died {millis} ms after a container was wanted");
         let pod = lab.pod("relayless-made", handler()).await?;
         let made = pod.container("idle", BUSYBOX, IDLE);
-        let (made, died) = tokio::join!(timeout(SOON, made), after(millis, kill_relay(&pod.id)));
+        let (made, died) = tokio::join!(timeout(patient(SOON), made), after(millis, kill_relay(&pod.id)));
         died?;
         // Whether it fails depends on how far it came.
         if let Ok(id) = made.with_context(|| format!("{what}, and that never came to an end"))? {
@@ -109,7 +109,7 @@ pub(crate) async fn a_relay_killed_in_every_phase(lab: Arc<Lab>) -> Result<()> {
     let pod = lab.pod("relayless-exec", handler()).await?;
     let id = pod.container("idle", BUSYBOX, IDLE).await?;
     let exec = lab.cri.exec(&id, &["sleep", "1000"]);
-    let (exec, died) = tokio::join!(timeout(SOON, exec), after(1000, kill_relay(&pod.id)));
+    let (exec, died) = tokio::join!(timeout(patient(SOON), exec), after(1000, kill_relay(&pod.id)));
     died?;
     let exec = exec.context("an exec whose relay died never ends")?;
     ensure!(exec.as_ref().map_or(true, |out| out.code != 0), "an exec whose relay died gave {exec:?}");
