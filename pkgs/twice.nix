@@ -3,7 +3,7 @@
 { runCommand }:
 name: package:
 let
-  # nixpkgs' builder sets TZ to UTC, so this comes after it: with the sources, or with the one command that there is.
+  # nixpkgs' builder sets TZ to UTC, so this comes after it.
   zone = ''
     export TZ=LAB-05:45 NIX_BUILD_CORES=1
   '';
@@ -21,13 +21,14 @@ let
       }
     else
       {
-        prePatch = ''
-          ${zone}
-          mkdir "$NIX_BUILD_TOP/elsewhere"
-          mv "$PWD" "$NIX_BUILD_TOP/elsewhere/sources"
-          cd "$NIX_BUILD_TOP/elsewhere/sources"
+        # Before anything is there, so that whoever takes build paths out of his results takes the new ones out.
+        preUnpack = ''
+          mkdir elsewhere
+          cd elsewhere
+          export NIX_BUILD_TOP=$PWD TMPDIR=$PWD
         ''
-        + (old.prePatch or "");
+        + (old.preUnpack or "");
+        prePatch = zone + (old.prePatch or "");
       }
   );
 in

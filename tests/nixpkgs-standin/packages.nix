@@ -70,10 +70,18 @@ let
                 name = args.name or "${args.pname}-${args.version}";
                 system = inputs.builder;
                 builder = "/bin/bash";
-                args = [
-                  "-e"
-                  ./setup.sh
-                ];
+                # Nothing but a second build has this hook; others are what they were.
+                args =
+                  if args ? preUnpack then
+                    [
+                      "-ec"
+                      ''export PATH=/usr/bin:/bin; cd "$NIX_BUILD_TOP"; eval "$preUnpack"; source ${./setup.sh}''
+                    ]
+                  else
+                    [
+                      "-e"
+                      ./setup.sh
+                    ];
                 # A new compiler is a new derivation, though Nix cannot see the compiler.
                 toolchain =
                   inputs.toolchain.${args.builderKind or (if args ? buildCommand then "command" else "make")}

@@ -147,16 +147,13 @@ fn main() -> ExitCode {
             checkpoints_are_refused,
             devices_of_every_guest_are_passed,
             figures_of_pods_never_fail,
-            a_pod_whose_start_is_cancelled_leaves_nothing,
             a_killed_daemon_finds_its_pods_again,
             a_daemon_killed_while_a_pod_starts,
             a_daemon_killed_while_a_container_is_made,
             a_daemon_killed_while_a_pod_stops,
             a_daemon_killed_while_a_container_is_deleted,
             a_relay_killed_while_its_pod_ends,
-            a_relay_killed_in_every_phase,
             a_containerd_killed_while_a_pod_starts,
-            a_containerd_killed_while_a_container_is_made,
             the_daemon_dies_in_every_phase,
             a_killed_vm_is_a_pod_that_is_not_ready_and_says_why,
             a_pod_that_containerd_forgot_is_collected,
@@ -222,7 +219,13 @@ fn long_cases() -> Vec<Case<Lab>> {
         .then(|| "it takes long, and runs in `make check-all` (KUASAR_ENDURANCE=full)".to_owned());
     suite::unless(
         missing,
-        cases![containerd_dies_in_every_phase, containerd_dies_in_every_phase_over_streams],
+        cases![
+            containerd_dies_in_every_phase,
+            containerd_dies_in_every_phase_over_streams,
+            a_containerd_killed_while_a_container_is_made,
+            a_relay_killed_in_every_phase,
+            a_pod_whose_start_is_cancelled_leaves_nothing,
+        ],
     )
 }
 
