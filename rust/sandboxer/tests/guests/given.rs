@@ -67,14 +67,25 @@ impl Process {
             },
             ended = child.wait() => format!("the hypervisor ended: {}", ended.unwrap()),
         };
-        let log = |name: &str| fs::read(dir.join("log").join(name)).unwrap_or_default();
-        let said = |name| String::from_utf8_lossy(&log(name)).into_owned();
-        Err(format!("{why}\n{}\n{}", said("vmm.log"), said("console.log")))
+        Err(with_logs(&why, dir))
+    }
+
+    /// Why it has ended, if it has.
+    pub(crate) async fn ended(&self, dir: &Path) -> Option<String> {
+        let ended = self.child.lock().await.try_wait().unwrap()?;
+        Some(with_logs(&format!("the hypervisor ended: {ended}"), dir))
     }
 
     pub(crate) async fn stop(self) {
         self.child.into_inner().kill().await.unwrap();
     }
+}
+
+/// With what console and program said.
+fn with_logs(why: &str, dir: &Path) -> String {
+    let log = |name: &str| fs::read(dir.join("log").join(name)).unwrap_or_default();
+    let said = |name| String::from_utf8_lossy(&log(name)).into_owned();
+    format!("{why}\n{}\n{}", said("vmm.log"), said("console.log"))
 }
 
 /// The kernel's command line, as the daemon writes it for a guest under KVM; nothing is shared.

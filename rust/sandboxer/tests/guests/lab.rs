@@ -230,6 +230,11 @@ impl Booted {
         let end = tokio::time::Instant::now() + DEADLINE;
         while !fs::read_to_string(&console).unwrap_or_default().contains(text) {
             assert!(tokio::time::Instant::now() < end, "{text} is not on the guest's console");
+            if let Running::Given(process) = &self.vm
+                && let Some(why) = process.ended(self.dir.path()).await
+            {
+                panic!("{text} is not on the guest's console: {why}");
+            }
             tokio::time::sleep(Duration::from_millis(2)).await;
         }
     }
