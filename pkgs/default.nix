@@ -2,6 +2,11 @@
 { pkgs }:
 let
   inherit (pkgs) lib stdenv;
+  hypervisors = [
+    "qemu"
+    "cloud-hypervisor"
+    "stratovirt"
+  ];
 in
 lib.makeScope pkgs.newScope (
   self:
@@ -21,12 +26,14 @@ lib.makeScope pkgs.newScope (
     checks = import ./checks.nix { inherit pkgs self; };
   }
   // pkgs.callPackage ./kernels.nix {
+    inherit hypervisors;
     inherit (self) callPackage;
     # The long-term release that the fragments are written for.
     linux = pkgs.linux_6_12;
   }
   // import ./images.nix {
     inherit
+      hypervisors
       lib
       pkgs
       self

@@ -4,6 +4,7 @@
   lib,
   pkgs,
   stdenv,
+  hypervisors,
   # The scope of this project's packages.
   self,
   workspace,
@@ -51,6 +52,17 @@ let
     };
   };
 
+  check = import ./image-check.nix {
+    inherit lib;
+    inherit (pkgs)
+      cryptsetup
+      jq
+      python3Packages
+      runCommand
+      ;
+    inherit (packer) kuasar-image;
+  };
+
   of =
     hypervisor:
     let
@@ -63,17 +75,7 @@ let
         args:
         self.callPackage ./image.nix (
           {
-            inherit hypervisor sbom;
-            check = import ./image-check.nix {
-              inherit lib;
-              inherit (pkgs)
-                cryptsetup
-                jq
-                python3Packages
-                runCommand
-                ;
-              inherit (packer) kuasar-image;
-            };
+            inherit check hypervisor sbom;
             kernel = kernel "micro";
             initrd = initrds.gzip;
             # A package set that knows its machines have neither KVM nor vhost-vsock says so; nixpkgs knows nothing of it.
@@ -127,11 +129,7 @@ let
       };
     };
 in
-lib.foldl' (all: hypervisor: all // of hypervisor) { } [
-  "qemu"
-  "cloud-hypervisor"
-  "stratovirt"
-]
+lib.foldl' (all: hypervisor: all // of hypervisor) { } hypervisors
 # Not everything that answers to nixpkgs' names has NixOS.
 // lib.optionalAttrs (pkgs ? nixos) {
   rootfs-nixos = self.callPackage ../rootfs/nixos.nix { };

@@ -3,16 +3,12 @@
   lib,
   callPackage,
   stdenv,
+  hypervisors,
   linux,
 }:
 let
   folder = ../kernel-configs;
   cpu = stdenv.hostPlatform.parsed.cpu.name;
-  hypervisors = [
-    "qemu"
-    "cloud-hypervisor"
-    "stratovirt"
-  ];
   # A line of a list is the name of a fragment or a comment.
   fragmentOf =
     line:
