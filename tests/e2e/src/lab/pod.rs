@@ -1,13 +1,20 @@
 //! Pods and containers under test.
 
-use std::{fs, path::Path};
+use std::{
+    fs,
+    path::{Path, PathBuf},
+};
 
 use anyhow::{Context, Result, anyhow, bail};
+use serde_json::Value;
 
-use super::Lab;
-use crate::cri::{
-    ContainerConfig, ContainerMetadata, ImageSpec, LinuxContainerConfig, LinuxContainerSecurityContext,
-    NamespaceMode, NamespaceOption, PodSandboxConfig,
+use super::{Lab, QEMU, folder_of};
+use crate::{
+    cri::{
+        ContainerConfig, ContainerMetadata, ImageSpec, LinuxContainerConfig, LinuxContainerSecurityContext,
+        NamespaceMode, NamespaceOption, PodSandboxConfig,
+    },
+    leaks,
 };
 
 /// A pod under test.
@@ -53,6 +60,34 @@ impl Pod<'_> {
         let path = Path::new(&self.config.log_directory).join(format!("{name}.log"));
         let text = fs::read(&path).with_context(|| format!("reading {}", path.display()))?;
         parse_log(&text).with_context(|| format!("parsing {}", path.display()))
+    }
+
+    /// What the daemon has recorded of it.
+    ///
+    /// # Errors
+    /// When it cannot be read.
+    pub fn record(&self) -> Result<Value> {
+        let path = folder_of(QEMU).join(&self.id).join("pod.json");
+        let text = fs::read(&path).with_context(|| format!("reading {}", path.display()))?;
+        Ok(serde_json::from_slice(&text)?)
+    }
+
+    /// The pid at a path of that record, like `/vm/vmm/pid`.
+    ///
+    /// # Errors
+    /// When there is none.
+    pub fn recorded_pid(&self, path: &str) -> Result<i32> {
+        let record = self.record()?;
+        let pid = record.pointer(path).and_then(Value::as_i64);
+        Ok(i32::try_from(pid.with_context(|| format!("no {path} in {record}"))?)?)
+    }
+
+    /// Its own cgroup in each hierarchy.
+    #[must_use]
+    pub fn cgroups(&self) -> Vec<PathBuf> {
+        let parent = self.config.linux.as_ref().map(|linux| linux.cgroup_parent.as_str()).unwrap_or_default();
+        let below = Path::new(parent.trim_start_matches('/')).join(format!("kuasar-{}", self.id));
+        leaks::hierarchies().into_iter().map(|hierarchy| hierarchy.join(&below)).collect()
     }
 
     /// Stops and removes the pod.

@@ -15,10 +15,7 @@ use nix::{
 };
 use tokio::time::{Instant, sleep};
 
-use super::{
-    IDLE,
-    netns::{Netns, recorded_pid},
-};
+use super::{IDLE, netns::Netns};
 
 const SOON: Duration = Duration::from_secs(20);
 
@@ -39,7 +36,7 @@ async fn running<'a>(lab: &'a Lab) -> Result<(Pod<'a>, Netns)> {
 }
 
 fn kill_process(pod: &Pod<'_>, path: &str) -> Result<()> {
-    let pid = recorded_pid(pod, path)?;
+    let pid = pod.recorded_pid(path)?;
     kill(Pid::from_raw(pid), Signal::SIGKILL).with_context(|| format!("killing process {pid}"))
 }
 

@@ -1,7 +1,7 @@
 //! The pod's network namespace, as containerd and CNI see it.
 
 use std::{
-    fs::{self, File},
+    fs::File,
     io::{self, Read, Write},
     net::{Shutdown, SocketAddr, TcpStream},
     path::PathBuf,
@@ -10,24 +10,9 @@ use std::{
 };
 
 use anyhow::{Context, Result};
-use kuasar_e2e::lab::{Pod, QEMU, folder_of, run};
+use kuasar_e2e::lab::{Pod, run};
 use nix::sched::{CloneFlags, setns};
-use serde_json::Value;
 use tokio::process::Command;
-
-/// What the daemon has recorded of a pod.
-pub(crate) fn record(pod: &Pod<'_>) -> Result<Value> {
-    let path = folder_of(QEMU).join(&pod.id).join("pod.json");
-    let text = fs::read(&path).with_context(|| format!("reading {}", path.display()))?;
-    Ok(serde_json::from_slice(&text)?)
-}
-
-/// The pid at a path of that record.
-pub(crate) fn recorded_pid(pod: &Pod<'_>, path: &str) -> Result<i32> {
-    let record = record(pod)?;
-    let pid = record.pointer(path).and_then(Value::as_i64);
-    Ok(i32::try_from(pid.with_context(|| format!("no {path} in {record}"))?)?)
-}
 
 /// Its network namespace, held open: it stays when its name is gone.
 pub(crate) struct Netns {
@@ -36,7 +21,7 @@ pub(crate) struct Netns {
 
 impl Netns {
     pub(crate) fn of(pod: &Pod<'_>) -> Result<Self> {
-        let record = record(pod)?;
+        let record = pod.record()?;
         let netns = record.pointer("/spec/netns").and_then(serde_json::Value::as_str);
         let path = PathBuf::from(netns.context("the record names no namespace")?);
         let file = File::open(&path).with_context(|| format!("opening {}", path.display()))?;

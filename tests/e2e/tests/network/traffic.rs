@@ -19,7 +19,7 @@ use tokio::{
 use super::{
     IDLE,
     kinds::{address, inside},
-    netns::{Netns, recorded_pid},
+    netns::Netns,
 };
 
 const SOON: Duration = Duration::from_secs(60);
@@ -118,7 +118,7 @@ pub(crate) fn vhost_missing() -> Option<String> {
 /// A transfer that the VMM, which would have to read and write it otherwise, does not see.
 pub(crate) async fn the_kernel_moves_the_frames(lab: Arc<Lab>) -> Result<()> {
     let pod = two_processors(&lab, "vhost").await?;
-    let vmm = recorded_pid(&pod, "/vm/vmm/pid")?;
+    let vmm = pod.recorded_pid("/vm/vmm/pid")?;
     let opened = fs::read_dir(format!("/proc/{vmm}/fd"))?.flatten();
     let opened = opened.filter(|fd| fs::read_link(fd.path()).is_ok_and(|path| path == Path::new(VHOST_NET)));
     let opened = opened.count();

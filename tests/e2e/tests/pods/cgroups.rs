@@ -1,18 +1,12 @@
 //! Where the processes of a pod are on its host, what limits them, and on which CPUs the guest's run.
 
-use std::{
-    collections::BTreeSet,
-    fs,
-    path::{Path, PathBuf},
-    sync::Arc,
-};
+use std::{collections::BTreeSet, fs, path::Path, sync::Arc};
 
 use anyhow::{Context, Result, ensure};
 use kuasar_e2e::{
     cri::{ContainerConfig, LinuxContainerResources},
     image::BUSYBOX,
-    lab::{Lab, Pod, container, folder_of},
-    leaks,
+    lab::{Lab, Pod, container},
     suite::handler,
 };
 use serde_json::Value;
@@ -21,15 +15,6 @@ use super::{
     IDLE,
     sandbox::{until, until_ready},
 };
-
-/// A pod's own cgroup in each hierarchy.
-fn own(pod: &Pod<'_>) -> Result<Vec<PathBuf>> {
-    let parent = pod.config.linux.as_ref().context("no linux")?.cgroup_parent.clone();
-    let below = |hierarchy: PathBuf| {
-        hierarchy.join(parent.trim_start_matches('/')).join(format!("kuasar-{}", pod.id))
-    };
-    Ok(leaks::hierarchies().into_iter().map(below).collect())
-}
 
 fn read(path: &Path) -> Result<String> {
     fs::read_to_string(path).with_context(|| format!("reading {}", path.display()))
@@ -45,7 +30,7 @@ fn allowed(thread: &str) -> Result<String> {
 /// Where the guest's CPUs may run.
 pub(crate) fn allowed_for_the_guest(pod: &Pod<'_>) -> Result<String> {
     let mut found = BTreeSet::new();
-    for part in own(pod)?.iter().map(|own| own.join("vcpu")).filter(|part| part.is_dir()) {
+    for part in pod.cgroups().iter().map(|own| own.join("vcpu")).filter(|part| part.is_dir()) {
         let threads = read(&part.join("tasks")).or_else(|_| read(&part.join("cgroup.threads")))?;
         for thread in threads.lines() {
             found.insert(allowed(thread)?);
@@ -56,20 +41,22 @@ pub(crate) fn allowed_for_the_guest(pod: &Pod<'_>) -> Result<String> {
 }
 
 /// All that the daemon has written down as the pod's: VMM, companions, relay.
-fn recorded(pod: &Pod<'_>) -> Result<Vec<(String, i64)>> {
-    let record: Value = serde_json::from_str(&read(&folder_of(handler()).join(&pod.id).join("pod.json"))?)?;
-    let pid = |path: &str| record.pointer(path).and_then(Value::as_i64).with_context(|| format!("no {path}"));
-    let mut all = vec![("VMM".to_owned(), pid("/vm/vmm/pid")?), ("relay".to_owned(), pid("/relay/pid")?)];
+fn recorded(pod: &Pod<'_>) -> Result<Vec<(String, i32)>> {
+    let record = pod.record()?;
+    let mut all = vec![
+        ("VMM".to_owned(), pod.recorded_pid("/vm/vmm/pid")?),
+        ("relay".to_owned(), pod.recorded_pid("/relay/pid")?),
+    ];
     let companions = record.pointer("/vm/companions").and_then(Value::as_object).context("no companions")?;
     for name in companions.keys() {
-        all.push((name.clone(), pid(&format!("/vm/companions/{name}/pid"))?));
+        all.push((name.clone(), pod.recorded_pid(&format!("/vm/companions/{name}/pid"))?));
     }
     Ok(all)
 }
 
 pub(crate) async fn a_pod_is_below_its_cgroup_and_unlimited_stays_unlimited(lab: Arc<Lab>) -> Result<()> {
     let pod = lab.pod("unlimited", handler()).await?;
-    let (own, mut limits) = (own(&pod)?, 0);
+    let (own, mut limits) = (pod.cgroups(), 0);
     for (file, unlimited) in [
         ("memory.max", "max"),
         ("cpu.max", "max 100000"),

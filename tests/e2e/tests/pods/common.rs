@@ -2,11 +2,10 @@
 
 use std::fs;
 
-use anyhow::{Context, Result};
+use anyhow::Result;
 use kuasar_e2e::{
     image::{Image, Layer},
-    lab::{Lab, folder_of, run},
-    suite::handler,
+    lab::{Lab, Pod, run},
 };
 use nix::unistd::Pid;
 
@@ -17,11 +16,8 @@ pub(crate) async fn sh(lab: &Lab, id: &str, script: &str) -> Result<String> {
 }
 
 /// The process of a pod's VMM, as it is recorded.
-pub(crate) fn vmm_of(pod: &str) -> Result<Pid> {
-    let record = fs::read_to_string(folder_of(handler()).join(pod).join("pod.json"))?;
-    let record: serde_json::Value = serde_json::from_str(&record)?;
-    let pid = record.pointer("/vm/vmm/pid").and_then(serde_json::Value::as_i64);
-    Ok(Pid::from_raw(i32::try_from(pid.context("no process of the VMM is recorded")?)?))
+pub(crate) fn vmm_of(pod: &Pod<'_>) -> Result<Pid> {
+    pod.recorded_pid("/vm/vmm/pid").map(Pid::from_raw)
 }
 
 /// Imports busybox with so many layers; above the first, number N has `/layer-N` and another `/top`.

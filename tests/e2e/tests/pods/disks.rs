@@ -178,7 +178,7 @@ pub(crate) async fn a_vm_ends_with_its_disks(lab: Arc<Lab>) -> Result<()> {
     let disk = Disk::new(&lab, "dies", true).await?;
     let id = started(&lab, &pod, with_mount("one", &disk, false)).await?;
     sh(&lab, &id, "echo kept > /data/f; sync").await?;
-    kill(vmm_of(&pod.id)?, Signal::SIGKILL)?;
+    kill(vmm_of(&pod)?, Signal::SIGKILL)?;
     lab.cri.ended(&id, SOON).await?;
     gone(&lab, &id).await.context("removing a container with a disk of a dead VM")?;
     pod.remove().await?;
@@ -193,7 +193,7 @@ pub(crate) async fn a_hung_vm_gives_its_disks_back(lab: Arc<Lab>) -> Result<()> 
     let disk = Disk::new(&lab, "hung", true).await?;
     let id = started(&lab, &pod, with_mount("one", &disk, false)).await?;
     sh(&lab, &id, "echo kept > /data/f; sync").await?;
-    kill(vmm_of(&pod.id)?, Signal::SIGSTOP)?;
+    kill(vmm_of(&pod)?, Signal::SIGSTOP)?;
     let begun = Instant::now();
     pod.remove().await.context("removing a pod whose VM hangs with a disk")?;
     ensure!(begun.elapsed() < Duration::from_secs(60), "it took {:?} to remove it", begun.elapsed());
@@ -207,7 +207,7 @@ pub(crate) async fn a_vmm_that_stands_still_while_the_daemon_restarts_goes_on(la
     let pod = lab.pod("still", handler()).await?;
     let (first, second) = (Disk::new(&lab, "early", false).await?, Disk::new(&lab, "late", false).await?);
     let id = started(&lab, &pod, with_device("early", &first, "rwm")).await?;
-    let vmm = vmm_of(&pod.id)?;
+    let vmm = vmm_of(&pod)?;
     kill(vmm, Signal::SIGSTOP)?;
     lab.kill_daemon(handler()).await?;
     lab.restart_daemon(handler()).await?;

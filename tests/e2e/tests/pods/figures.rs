@@ -7,7 +7,6 @@ use kuasar_e2e::{
     cri::{LinuxContainerResources, PodSandboxStats, UInt64Value},
     image::BUSYBOX,
     lab::{Containerd, Lab, Pod},
-    leaks,
     paths::Paths,
     suite::handler,
 };
@@ -76,11 +75,8 @@ pub(crate) async fn figures_of_pods_never_fail(lab: Arc<Lab>) -> Result<()> {
 
 /// The files with the CPUs that a pod may run on: those of its cgroup and of the parts of that, with cgroup v1 or v2.
 fn cpu_sets(pod: &Pod<'_>) -> Vec<PathBuf> {
-    let parent = pod.config.linux.as_ref().map(|linux| linux.cgroup_parent.clone()).unwrap_or_default();
-    let folders = leaks::hierarchies().into_iter().flat_map(|hierarchy| {
-        let own = hierarchy.join(parent.trim_start_matches('/')).join(format!("kuasar-{}", pod.id));
-        [own.clone(), own.join("vcpu"), own.join("overhead")]
-    });
+    let folders =
+        pod.cgroups().into_iter().flat_map(|own| [own.clone(), own.join("vcpu"), own.join("overhead")]);
     let files = folders
         .flat_map(|folder| ["cpuset.effective_cpus", "cpuset.cpus.effective"].map(|file| folder.join(file)));
     files.filter(|file| file.exists()).collect()

@@ -7,7 +7,7 @@ use kuasar_e2e::{
     cri::PodSandboxState,
     image::BUSYBOX,
     lab::{Lab, folder_of},
-    leaks, store,
+    store,
     suite::{handler, patient},
 };
 use nix::sys::signal::{Signal, kill};
@@ -119,7 +119,7 @@ pub(crate) async fn a_killed_vm_is_a_pod_that_is_not_ready_and_says_why(lab: Arc
         ensure!(Instant::now() < end, "the container says nothing");
         sleep(Duration::from_millis(100)).await;
     }
-    kill(vmm_of(&pod.id)?, Signal::SIGKILL)?;
+    kill(vmm_of(&pod)?, Signal::SIGKILL)?;
     let code = lab.cri.ended(&id, SOON).await?.exit_code;
     ensure!(code == 137, "its container ended with {code}");
     until_ready(&lab, &pod.id, false).await?;
@@ -146,9 +146,8 @@ pub(crate) async fn a_pod_that_containerd_forgot_is_collected(lab: Arc<Lab>) -> 
 pub(crate) async fn a_pod_whose_record_cannot_be_read_is_removed(lab: Arc<Lab>) -> Result<()> {
     let (pod, other) = (lab.pod("alien", handler()).await?, lab.pod("other", handler()).await?);
     pod.container("idle", BUSYBOX, IDLE).await?;
-    let (vmm, folder) = (vmm_of(&pod.id)?, folder_of(handler()).join(&pod.id));
-    let record = fs::read_to_string(folder.join("pod.json"))?;
-    let mut record: serde_json::Value = serde_json::from_str(&record)?;
+    let (vmm, folder) = (vmm_of(&pod)?, folder_of(handler()).join(&pod.id));
+    let mut record = pod.record()?;
     *record.get_mut("version").context("no version")? = 99.into();
     lab.kill_daemon(handler()).await?;
     fs::write(folder.join("pod.json"), record.to_string())?;
@@ -156,14 +155,13 @@ pub(crate) async fn a_pod_whose_record_cannot_be_read_is_removed(lab: Arc<Lab>) 
     lab.ready_again(&other.id).await?;
     until_ready(&lab, &pod.id, false).await?;
     ensure!(kill(vmm, None).is_ok(), "its VM was ended on no evidence");
-    let (id, parent) = (pod.id.clone(), pod.config.linux.as_ref().context("no linux")?.cgroup_parent.clone());
+    let cgroups = pod.cgroups();
     pod.remove().await?;
     ensure!(!folder.exists(), "its folder is left");
     until("its VM is gone", || kill(vmm, None).is_err()).await?;
     let mounts = fs::read_to_string("/proc/self/mountinfo")?;
     ensure!(!mounts.contains(&*folder.to_string_lossy()), "mounts of it are left: {mounts}");
-    for hierarchy in leaks::hierarchies() {
-        let own = hierarchy.join(parent.trim_start_matches('/')).join(format!("kuasar-{id}"));
+    for own in cgroups {
         ensure!(!own.exists(), "{} is left", own.display());
     }
     ensure!(is_ready(&lab, &other.id).await, "another pod has ended, too");
@@ -174,10 +172,8 @@ pub(crate) async fn a_pods_cpus_are_counted_apart(lab: Arc<Lab>) -> Result<()> {
     let mut config = lab.pod_config("apart")?;
     config.linux.get_or_insert_default().resources.get_or_insert_default().cpuset_cpus = "0".into();
     let pod = lab.run(config, handler()).await?;
-    let parent = pod.config.linux.as_ref().context("no linux")?.cgroup_parent.clone();
     let mut parts = 0;
-    for hierarchy in leaks::hierarchies() {
-        let own = hierarchy.join(parent.trim_start_matches('/')).join(format!("kuasar-{}", pod.id));
+    for own in pod.cgroups() {
         ensure!(own.is_dir(), "{} is not there", own.display());
         let members = |folder: &str| {
             let folder = own.join(folder);

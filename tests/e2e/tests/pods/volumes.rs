@@ -312,8 +312,7 @@ pub(crate) async fn a_vm_without_its_file_server_ends(lab: Arc<Lab>) -> Result<(
     let folder = lab::folder_of(handler()).join(&pod.id);
     let mode = std::os::unix::fs::PermissionsExt::mode(&fs::metadata(folder.join("shared"))?.permissions());
     ensure!(mode & 0o7777 == 0o700, "others may look into the shared folder: {mode:o}");
-    let record: serde_json::Value = serde_json::from_str(&fs::read_to_string(folder.join("pod.json"))?)?;
-    let pid = record.pointer("/vm/companions/virtiofsd/pid").context("no virtiofsd is recorded")?.to_string();
+    let pid = pod.recorded_pid("/vm/companions/virtiofsd/pid")?.to_string();
     run(Command::new("kill").args(["-9", &pid])).await.context("killing virtiofsd")?;
     let code = lab.cri.ended(&id, SOON).await?.exit_code;
     ensure!(code == 137, "the container's exit code is {code}");
