@@ -5,7 +5,8 @@ use std::fs;
 use anyhow::Result;
 use kuasar_e2e::{
     image::{Image, Layer},
-    lab::{Lab, Pod, run},
+    lab::{Containerd, Lab, Pod, run},
+    paths::Paths,
 };
 use nix::unistd::Pid;
 
@@ -39,4 +40,9 @@ pub(crate) async fn import_layers(lab: &Lab, name: &str, layers: u32) -> Result<
     let mut ctr = lab.ctr();
     run(ctr.args(["images", "import", "--local", "--no-unpack"]).arg(&file)).await?;
     Ok(image)
+}
+
+/// Of the containerd that is given. What is missing without one is told when the lab starts.
+pub(crate) fn containerd_version() -> Option<(u32, u32)> {
+    Paths::find().and_then(|paths| Containerd::given().version(&paths)).ok()
 }

@@ -20,6 +20,7 @@ use tokio::{process::Command, time::Instant};
 use super::{
     IDLE,
     common::{sh, vmm_of},
+    hung::hang,
 };
 
 const SOON: Duration = Duration::from_secs(30);
@@ -193,7 +194,7 @@ pub(crate) async fn a_hung_vm_gives_its_disks_back(lab: Arc<Lab>) -> Result<()> 
     let disk = Disk::new(&lab, "hung", true).await?;
     let id = started(&lab, &pod, with_mount("one", &disk, false)).await?;
     sh(&lab, &id, "echo kept > /data/f; sync").await?;
-    kill(vmm_of(&pod)?, Signal::SIGSTOP)?;
+    hang(&pod)?;
     let begun = Instant::now();
     pod.remove().await.context("removing a pod whose VM hangs with a disk")?;
     ensure!(begun.elapsed() < Duration::from_secs(60), "it took {:?} to remove it", begun.elapsed());
@@ -208,7 +209,7 @@ pub(crate) async fn a_vmm_that_stands_still_while_the_daemon_restarts_goes_on(la
     let (first, second) = (Disk::new(&lab, "early", false).await?, Disk::new(&lab, "late", false).await?);
     let id = started(&lab, &pod, with_device("early", &first, "rwm")).await?;
     let vmm = vmm_of(&pod)?;
-    kill(vmm, Signal::SIGSTOP)?;
+    hang(&pod)?;
     lab.kill_daemon(handler()).await?;
     lab.restart_daemon(handler()).await?;
     let ready = lab.ready_again(&pod.id).await;

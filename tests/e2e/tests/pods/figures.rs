@@ -6,12 +6,14 @@ use anyhow::{Context, Result, anyhow, bail, ensure};
 use kuasar_e2e::{
     cri::{LinuxContainerResources, PodSandboxStats, UInt64Value},
     image::BUSYBOX,
-    lab::{Containerd, Lab, Pod},
-    paths::Paths,
+    lab::{Lab, Pod},
     suite::handler,
 };
 
-use super::{IDLE, common::sh};
+use super::{
+    IDLE,
+    common::{containerd_version, sh},
+};
 
 const MIB: i64 = 1 << 20;
 
@@ -126,11 +128,10 @@ pub(crate) async fn a_pod_is_resized(lab: Arc<Lab>) -> Result<()> {
 
 /// What [`a_pod_is_resized`] needs; without, it is skipped by name.
 pub(crate) fn missing() -> Option<String> {
-    match Paths::find().and_then(|paths| Containerd::given().version(&paths)) {
-        Ok((major, minor)) if (major, minor) < (2, 3) => Some(format!(
+    match containerd_version()? {
+        (major, minor) if (major, minor) < (2, 3) => Some(format!(
             "containerd {major}.{minor} has no UpdatePodSandboxResources; KUASAR_CONTAINERD names a newer one"
         )),
-        // What is missing then is told when the lab starts.
         _ => None,
     }
 }

@@ -5,14 +5,13 @@ use std::{fs, path::Path, sync::Arc, time::Duration};
 use anyhow::{Context, Result, ensure};
 use kuasar_e2e::{
     image::BUSYBOX,
-    lab::{self, Containerd, Lab, QEMU, QEMU_EROFS, QEMU_NATIVE, run},
-    paths::Paths,
+    lab::{self, Lab, QEMU, QEMU_EROFS, QEMU_NATIVE, run},
 };
 use tokio::process::Command;
 
 use super::{
     IDLE,
-    common::{import_layers, sh},
+    common::{containerd_version, import_layers, sh},
 };
 
 const SOON: Duration = Duration::from_secs(30);
@@ -126,7 +125,7 @@ fn missing_tool() -> Option<String> {
 
 /// What those of layers need that are not mounted; without, they are skipped by name.
 pub(crate) fn missing() -> Option<String> {
-    missing_tool().or_else(|| match version()? {
+    missing_tool().or_else(|| match containerd_version()? {
         version if version < (2, 2) => Some(format!(
             "containerd {}.{} mounts layers itself; KUASAR_CONTAINERD names a newer one",
             version.0, version.1
@@ -137,15 +136,10 @@ pub(crate) fn missing() -> Option<String> {
 
 /// What those of mounted layers need.
 pub(crate) fn missing_mounted() -> Option<String> {
-    missing_tool().or_else(|| match version()? {
+    missing_tool().or_else(|| match containerd_version()? {
         version if version >= (2, 2) => {
             Some(format!("containerd {}.{} does not mount layers; 2.1 does", version.0, version.1))
         }
         _ => None,
     })
-}
-
-/// Of the containerd that is given. What is missing without one is told when the lab starts.
-fn version() -> Option<(u32, u32)> {
-    Paths::find().and_then(|paths| Containerd::given().version(&paths)).ok()
 }

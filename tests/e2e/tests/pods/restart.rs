@@ -163,7 +163,7 @@ pub(crate) async fn a_hung_guest_holds_nobody_up_and_can_be_removed(lab: Arc<Lab
         all.push(hung.container(&format!("idle-{number}"), BUSYBOX, IDLE).await?);
     }
     ensure!(lab.cri.stats().await?.len() >= all.len(), "containers have no figures");
-    hang(&lab, &hung.id).await?;
+    hang(&hung)?;
 
     // One silent guest costs the node its patience once, however many containers it has.
     for limit in [4, 1] {
