@@ -10,7 +10,6 @@
   workspace,
 }:
 let
-  inherit (stdenv.hostPlatform) isx86_64;
   # What makes images runs on the machine that builds, which may be of another architecture than the guest.
   isCross = stdenv.buildPlatform.system != stdenv.hostPlatform.system;
   tools = if isCross then import ./. { pkgs = pkgs.buildPackages; } else self;
@@ -112,8 +111,7 @@ let
       "guests-${hypervisor}" = self.callPackage ./guests.nix {
         inherit (packer) arch kuasar-image;
         inherit hypervisor initrds;
-        # Mini of aarch64 has not been booted yet; it comes here with its rows in docs/guest-matrix.md.
-        kernels = lib.genAttrs ([ "micro" ] ++ lib.optional isx86_64 "mini") kernel;
+        kernels = lib.genAttrs [ "micro" "mini" ] kernel;
         disks = disks // lib.optionalAttrs (debug != { }) { debug = debug.disk'; };
       };
     }
