@@ -196,6 +196,21 @@ pub(crate) async fn control(pod: &Pod) {
     assert_eq!(code(pod.delete("ctl", "").await).0, Code::NOT_FOUND);
 }
 
+/// A container that is made anew under an id is the new one, also while the guest's kernel remembers the folder of the old one.
+pub(crate) async fn made_anew(pod: &Pod) {
+    for code in [3, 4] {
+        let command = format!("exit {code}");
+        let bundle = bundle(&pod.given, &pod.vm, "anew", &["sh", "-c", &command], false);
+        pod.create_from("anew", bundle, false, false).await.unwrap();
+        if code == 4 {
+            pod.start("anew", "").await.unwrap();
+            assert_eq!(pod.wait("anew", "").await.unwrap(), code);
+        }
+        pod.delete("anew", "").await.unwrap();
+        std::fs::remove_dir_all(pod.vm.shared("anew")).unwrap();
+    }
+}
+
 /// The agent holds no more descriptors after many processes than after one.
 pub(crate) async fn no_leaks(pod: &Pod) {
     let bundle = bundle(&pod.given, &pod.vm, "fds", &["sleep", "1000"], false);

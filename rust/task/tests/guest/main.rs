@@ -36,7 +36,7 @@ use kuasar_common::{
     constants::PORT_DEBUG,
     stdio::Stream,
 };
-use life::{control, execs, failures, life, no_leaks};
+use life::{control, execs, failures, life, made_anew, no_leaks};
 use pod::{Pod, code, step};
 use streams::{big_output, last_byte, stdin, takeover, terminal};
 use ttrpc::Code;
@@ -76,6 +76,7 @@ async fn a_pod_lives(kind: Kind, cmdline: &str) {
     step("sandbox", at);
     let at = Instant::now();
     life(&pod).await;
+    made_anew(&pod).await;
     step("life", at);
     let at = Instant::now();
     execs(&pod).await;
