@@ -22,6 +22,7 @@ use ttrpc::{
 
 use crate::{
     answer::{Answer, decode, encode, guest_error, host_error, not_found, stdio_error},
+    caller::Caller,
     guest::{Call, CallError, TASK_SERVICE},
     host::HostError,
     life::Exit,
@@ -42,7 +43,7 @@ const REFUSALS: u32 = 5;
 const RETRY: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(10));
 
 impl Relay {
-    pub(crate) async fn create(self: Arc<Self>, request: Request) -> Answer {
+    pub(crate) async fn create(self: Arc<Self>, request: Request, caller: Caller) -> Answer {
         let create: CreateTaskRequest = decode(&request.payload)?;
         check_id("container id", &create.id)?;
         if !create.checkpoint.is_empty() {
@@ -50,11 +51,15 @@ impl Relay {
             let text = format!("container {} cannot be restored from a checkpoint: {why}", create.id);
             return Err(get_status(Code::UNIMPLEMENTED, text));
         }
-        let container = Arc::new(Container::new(&create));
+        let container = Arc::new(Container::new(&create, caller));
         let _gate = Arc::clone(&container.gate).lock_owned().await;
-        if !self.containers.add(&container) {
-            let text = format!("creating container {}: its id is taken: already exists", create.id);
-            return Err(get_status(Code::ALREADY_EXISTS, text));
+        while let Err(other) = self.containers.add(&container) {
+            if !other.is_abandoned() {
+                let text = format!("creating container {}: its id is taken: already exists", create.id);
+                return Err(get_status(Code::ALREADY_EXISTS, text));
+            }
+            // It is being taken back.
+            drop(other.gate.lock().await);
         }
         let result = self.create_all(&container, create, &request).await;
         if let Err(status) = &result {
@@ -99,6 +104,14 @@ impl Relay {
             }
         };
         match self.create_in_guest(container, &bundle, request).await {
+            Ok(_) if container.is_abandoned() => {
+                drop(stdio);
+                self.undo_in_guest(id).await;
+                self.release(id).await;
+                let why = "whoever asked for it hung up before it was there, so it is taken back";
+                Err(get_status(Code::ABORTED, format!("{doing}: {why}")))
+            }
+            // Nothing is waited for from here to the end, so that whoever asks next finds either all of it or none.
             Ok((pid, payload)) => {
                 let watcher =
                     tokio::spawn(watch(Arc::clone(self), id.to_owned(), String::new(), Arc::clone(process)));
@@ -149,8 +162,14 @@ impl Relay {
             Err(e) => guest_error(&doing, e),
         };
         // Nobody knows how far the guest came.
-        let delete = DeleteRequest { id: container.id.clone(), ..Default::default() };
-        let payload = encode(&delete)?;
+        self.undo_in_guest(&container.id).await;
+        Err(error)
+    }
+
+    /// Deletes in the guest what nobody was told of, if it is there.
+    async fn undo_in_guest(&self, id: &str) {
+        let delete = DeleteRequest { id: id.to_owned(), ..Default::default() };
+        let Ok(payload) = encode(&delete) else { return };
         let call = Call {
             service: TASK_SERVICE,
             method: "Delete",
@@ -159,8 +178,11 @@ impl Relay {
             limit: Some(TIDY_LIMIT),
             repeatable: true,
         };
-        let _ = self.guest.call(call).await;
-        Err(error)
+        match self.guest.call(call).await {
+            Err(CallError::Status(status)) if status.code() == Code::NOT_FOUND => {}
+            Err(e) => log!("undoing container {id} in the guest: {e}"),
+            Ok(_) => {}
+        }
     }
 
     pub(crate) async fn exec(self: Arc<Self>, request: Request) -> Answer {

@@ -6,6 +6,7 @@
 
 mod answer;
 mod args;
+mod caller;
 mod create;
 mod events;
 mod fifo;

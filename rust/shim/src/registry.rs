@@ -1,7 +1,7 @@
 //! The pod's containers and their processes, as this relay created them.
 
 use std::{
-    collections::HashMap,
+    collections::{HashMap, hash_map::Entry},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
@@ -12,6 +12,7 @@ use containerd_shim_protos::{
 use tokio::task::AbortHandle;
 
 use crate::{
+    caller::Caller,
     life::Life,
     stdio::{Stdio, Wanted},
     streams::{Names, Outputs},
@@ -145,10 +146,11 @@ pub(crate) struct Container {
     pub(crate) stats: Mutex<Option<Vec<u8>>>,
     /// Held while the container is made and while it is deleted.
     pub(crate) gate: Arc<tokio::sync::Mutex<()>>,
+    creator: Caller,
 }
 
 impl Container {
-    pub(crate) fn new(request: &CreateTaskRequest) -> Self {
+    pub(crate) fn new(request: &CreateTaskRequest, creator: Caller) -> Self {
         let wanted = Wanted {
             stdin: request.stdin.clone(),
             stdout: request.stdout.clone(),
@@ -162,7 +164,14 @@ impl Container {
             execs: Mutex::default(),
             stats: Mutex::default(),
             gate: Arc::default(),
+            creator,
         }
+    }
+
+    /// Whether nobody will ever know of it: containerd, which writes down a task when it is created, hung up before. If it
+    /// looked at its tasks meanwhile, this one was not there.
+    pub(crate) fn is_abandoned(&self) -> bool {
+        self.init.phase() == Phase::Creating && self.creator.hung_up()
     }
 
     /// Reserves an exec id; nothing if it is taken.
@@ -207,14 +216,15 @@ impl Container {
 pub(crate) struct Registry(Mutex<HashMap<String, Arc<Container>>>);
 
 impl Registry {
-    /// Adds a container; false if its id is taken.
-    pub(crate) fn add(&self, container: &Arc<Container>) -> bool {
-        let mut map = lock(&self.0);
-        let free = !map.contains_key(&container.id);
-        if free {
-            map.insert(container.id.clone(), Arc::clone(container));
+    /// Adds a container, unless another has its id.
+    pub(crate) fn add(&self, container: &Arc<Container>) -> Result<(), Arc<Container>> {
+        match lock(&self.0).entry(container.id.clone()) {
+            Entry::Occupied(other) => Err(Arc::clone(other.get())),
+            Entry::Vacant(free) => {
+                free.insert(Arc::clone(container));
+                Ok(())
+            }
         }
-        free
     }
 
     pub(crate) fn get(&self, id: &str) -> Option<Arc<Container>> {

@@ -23,6 +23,7 @@ use ttrpc::{
 
 use crate::{
     answer::{Answer, decode, encode, guest_error, host_error, not_found, response},
+    caller::{Caller, Waiting},
     guest::{Call, CallError, Guest, PROBE_LIMIT, TASK_SERVICE},
     host::Host,
     log::log,
@@ -125,9 +126,9 @@ impl Relay {
         self.container(&named.id)
     }
 
-    async fn handle(self: Arc<Self>, method: &'static str, request: Request) -> Answer {
+    async fn handle(self: Arc<Self>, method: &'static str, request: Request, caller: Caller) -> Answer {
         match method {
-            "Create" => Box::pin(self.create(request)).await,
+            "Create" => Box::pin(self.create(request, caller)).await,
             "Exec" => Box::pin(self.exec(request)).await,
             "Delete" => Box::pin(self.delete(request)).await,
             "Start" => Box::pin(self.start(request)).await,
@@ -341,8 +342,13 @@ impl MethodHandler for Method {
             relay.wait(request).await
         } else {
             // A task of its own: neither a dropped connection nor an expired deadline leaves work half done.
-            let work = tokio::spawn(relay.handle(self.method, request));
-            work.await.unwrap_or_else(|e| Err(get_status(Code::INTERNAL, format!("{}: {e}", self.method))))
+            let (waiting, caller) = Waiting::new(caller_s(&request));
+            let work = tokio::spawn(relay.handle(self.method, request, caller));
+            let answer = work
+                .await
+                .unwrap_or_else(|e| Err(get_status(Code::INTERNAL, format!("{}: {e}", self.method))));
+            waiting.answered();
+            answer
         };
         Ok(response(answer))
     }

@@ -2,6 +2,7 @@
 
 use std::{
     fs,
+    net::Shutdown,
     sync::{Arc, atomic::Ordering},
     time::{Duration, Instant, SystemTime},
 };
@@ -13,7 +14,7 @@ use ttrpc::{Code, context};
 
 use crate::{
     fake::{Events, send, soon},
-    pod::{CID, Pod, code, connect, read_all, reader},
+    pod::{CID, Pod, code, connect_mortal, read_all, reader},
 };
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -100,24 +101,65 @@ async fn new_containers_wait_for_the_daemon_and_nothing_else_does() {
     panic!("the daemon was never told of the container's end: {:?}", pod.daemon.released.lock().unwrap());
 }
 
+/// containerd dies, forgets at its restart what was not there, and makes it anew.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_dropped_connection_does_not_cancel_create() {
+async fn a_container_whose_creator_hung_up_is_taken_back() {
     let pod = Pod::new().await;
     pod.guest.create_delay_ms.store(500, Ordering::SeqCst);
-    let (out, request) = (pod.fifo("out"), pod.create_request(CID, &pod.fifo("out")));
-    let impatient = connect(pod.dir.path()).await;
-    let call = tokio::spawn(async move { impatient.create(context::Context::default(), &request).await });
-    sleep(Duration::from_millis(200)).await;
-    call.abort();
-    let _ = call.await;
-    // An expired deadline does not, either: containerd then deletes what it takes for failed.
-    let late = pod.create_request("c2", "");
+    let out = pod.fifo("out");
+    let output = reader(&out);
+    for limit in [None, Some(Duration::from_secs(60))] {
+        let (before, request) = (pod.guest.deleted.lock().unwrap().len(), pod.create_request(CID, &out));
+        let (dying, end) = connect_mortal(pod.dir.path());
+        let call = tokio::spawn(async move {
+            dying.create(limit.map_or_else(context::Context::default, context::with_duration), &request).await
+        });
+        sleep(Duration::from_millis(200)).await;
+        end.shutdown(Shutdown::Both).unwrap();
+        assert!(call.await.unwrap().is_err());
+        assert_eq!(code(pod.state(CID, "").await).0, Code::NOT_FOUND);
+        assert_eq!(pod.guest.created.lock().unwrap().len(), before, "it is being made");
+        // Not "already exists", and not before the first one is gone.
+        let pid = pod.create(CID, &out).await;
+        assert_eq!(pod.guest.deleted.lock().unwrap()[before..], [(CID.to_owned(), String::new())]);
+        assert_eq!(pod.daemon.released.lock().unwrap()[before..], [CID]);
+        let state = pod.state(CID, "").await.unwrap();
+        assert_eq!((state.status.enum_value(), state.pid), (Ok(Status::CREATED), pid));
+        pod.delete(CID, "").await.unwrap();
+    }
+    drop(output);
+    assert!(pod.log().contains("hung up before it was there, so it is taken back"), "{}", pod.log());
+}
+
+/// containerd deletes what it takes for failed, on the same connection.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_expired_deadline_does_not_cancel_create() {
+    let pod = Pod::new().await;
+    pod.guest.create_delay_ms.store(500, Ordering::SeqCst);
+    let late = pod.create_request(CID, "");
     let expired = pod.task.create(context::with_duration(Duration::from_millis(100)), &late).await;
     assert!(expired.is_err(), "{expired:?}");
-    assert_eq!(pod.delete("c2", "").await.unwrap().pid, 101);
-    let state = pod.state(CID, "").await.unwrap();
-    assert_eq!((state.pid, state.stdout), (100, out));
-    assert_eq!(*pod.daemon.released.lock().unwrap(), ["c2"]);
+    assert_eq!(
+        code(pod.task.create(context::Context::default(), &late).await).0,
+        Code::ALREADY_EXISTS,
+        "it is its caller's still"
+    );
+    assert_eq!(pod.delete(CID, "").await.unwrap().pid, 100);
+    assert_eq!(*pod.daemon.released.lock().unwrap(), [CID]);
+}
+
+/// The answer may have arrived or not: a restarted containerd finds the container, and says what becomes of it.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_answered_create_is_never_taken_back() {
+    let pod = Pod::new().await;
+    let (dying, end) = connect_mortal(pod.dir.path());
+    let request = pod.create_request(CID, "");
+    assert_eq!(dying.create(context::Context::default(), &request).await.unwrap().pid, 100);
+    end.shutdown(Shutdown::Both).unwrap();
+    sleep(Duration::from_millis(300)).await;
+    assert_eq!(pod.state(CID, "").await.unwrap().status.enum_value(), Ok(Status::CREATED));
+    assert!(pod.daemon.released.lock().unwrap().is_empty());
+    pod.delete(CID, "").await.unwrap();
 }
 
 /// containerd may be away, and the guest's connection may break: each event arrives once, in order.

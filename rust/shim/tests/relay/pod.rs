@@ -2,7 +2,7 @@
 
 use std::{
     fs::{self, File},
-    os::fd::OwnedFd,
+    os::{fd::OwnedFd, unix::net::UnixStream},
     path::Path,
     process::Child,
     sync::Arc,
@@ -13,7 +13,11 @@ use containerd_shim_protos::{api, shim_async::TaskClient};
 use protobuf::{MessageField, well_known_types::any::Any};
 use tempfile::TempDir;
 use tokio::{io::AsyncReadExt, net::unix::pipe, time::sleep};
-use ttrpc::{Code, asynchronous::Client, asynchronous::Server, context};
+use ttrpc::{
+    Code,
+    asynchronous::{Client, Server, transport::Socket},
+    context,
+};
 
 use crate::fake::{self, Daemon, Guest, soon};
 
@@ -190,6 +194,15 @@ impl Drop for Pod {
 
 pub(crate) async fn connect(dir: &Path) -> TaskClient {
     TaskClient::new(Client::connect(&format!("unix://{}/task.sock", dir.display())).await.unwrap())
+}
+
+/// A connection that can end at once, as that of a process that is killed.
+pub(crate) fn connect_mortal(dir: &Path) -> (TaskClient, UnixStream) {
+    let socket = UnixStream::connect(dir.join("task.sock")).unwrap();
+    socket.set_nonblocking(true).unwrap();
+    let end = socket.try_clone().unwrap();
+    let socket = tokio::net::UnixStream::from_std(socket).unwrap();
+    (TaskClient::new(Client::new(Socket::from(socket))), end)
 }
 
 pub(crate) async fn state(task: &TaskClient, id: &str, exec_id: &str) -> ttrpc::Result<api::StateResponse> {

@@ -17,11 +17,14 @@ use super::{
     sandbox::{folders, until},
 };
 
-async fn containerd_dies(lab: &Lab) -> Result<()> {
+/// It is away for this long.
+async fn containerd_dies(lab: &Lab, away: Duration) -> Result<()> {
     lab.kill_containerd().await?;
-    sleep(Duration::from_millis(500)).await;
+    sleep(away).await;
     lab.restart_containerd().await
 }
+
+const AWAY: Duration = Duration::from_millis(500);
 
 /// The daemon's work does not end with the call for it. What came of it containerd knows, and the kubelet has it removed, or
 /// containerd does not, and the daemon removes it.
@@ -33,7 +36,7 @@ pub(crate) async fn a_containerd_killed_while_a_pod_starts(lab: Arc<Lab>) -> Res
             // Before this, it is containerd's own work only.
             until("the daemon makes a pod", || folders() != others).await?;
             sleep(Duration::from_millis(millis)).await;
-            containerd_dies(&lab).await
+            containerd_dies(&lab, AWAY).await
         };
         let (_, died) = tokio::join!(lab.cri.run_pod(&config, handler()), dies);
         died?;
@@ -52,18 +55,31 @@ pub(crate) async fn a_containerd_killed_while_a_pod_starts(lab: Arc<Lab>) -> Res
     again.remove().await
 }
 
+/// containerd that is back while the container is still being made does not find it, and forgets it: its Create is taken back.
 pub(crate) async fn a_containerd_killed_while_a_container_is_made(lab: Arc<Lab>) -> Result<()> {
     let others = folders();
     let pod = lab.pod("made", handler()).await?;
-    for (number, millis) in [5, 40, 120, 250, 500].into_iter().enumerate() {
-        let what = format!("containerd died {millis} ms after a start");
+    // From the call for it; and from the moment in which its root is mounted, with most of the work still to do.
+    let (call, root) = (false, true);
+    let moments =
+        [(call, 5), (root, 0), (call, 40), (root, 50), (root, 0), (call, 250), (root, 150), (call, 500)];
+    for (number, (after, millis)) in moments.into_iter().enumerate() {
+        let what = if after == root { "its root was mounted" } else { "the call to start it" };
+        let what = format!("containerd died {millis} ms after {what}");
         let id = pod.create(lab::container(&format!("torn-{number}"), BUSYBOX, IDLE)).await?;
         let (_, died) = tokio::join!(lab.cri.start(&id), async {
+            while after == root && !mounted(&pod.id)? {
+                sleep(Duration::from_millis(1)).await;
+            }
             sleep(Duration::from_millis(millis)).await;
-            containerd_dies(&lab).await
+            containerd_dies(&lab, if after == root { Duration::ZERO } else { AWAY }).await
         });
         died?;
-        let state = lab.cri.status(&id).await.with_context(|| what.clone())?.state();
+        let mut state = lab.cri.status(&id).await.with_context(|| what.clone())?.state();
+        if state == ContainerState::ContainerCreated && number % 2 == 1 {
+            lab.cri.start(&id).await.with_context(|| format!("{what}; starting it once more"))?;
+            state = ContainerState::ContainerRunning;
+        }
         if state == ContainerState::ContainerRunning {
             let out = lab.cri.exec(&id, &["echo", "here"]).await?;
             ensure!(out.stdout == "here\n", "{what}; it runs, and an exec gave {out:?}");
@@ -74,8 +90,10 @@ pub(crate) async fn a_containerd_killed_while_a_container_is_made(lab: Arc<Lab>)
         let code = lab.cri.ended(&id, SOON).await?.exit_code;
         ensure!(code == 3, "{what}; the next container ended with {code}");
         lab.cri.remove(&id).await?;
-        ensure!(!mounted(&pod.id)?, "{what}; something of it is mounted still");
+        until(&format!("{what}; nothing of it is mounted"), || mounted(&pod.id).is_ok_and(|is| !is)).await?;
     }
+    let relay = fs::read_to_string(lab::folder_of(handler()).join(&pod.id).join("log/relay.log"))?;
+    ensure!(relay.contains("it is taken back"), "containerd was never back while a container was being made");
     let what = pod.id.clone();
     pod.remove().await?;
     until(&format!("everything of pod {what} is gone"), || folders() == others).await
