@@ -24,8 +24,8 @@ use tokio::{
 use config::{BRIDGE, VARIANTS, cni_config, containerd_config, scratch_file, write_base_specs};
 pub use config::{
     Containerd, NAMESPACE, QEMU, QEMU_9P, QEMU_BLOCKFILE, QEMU_DEVMAPPER, QEMU_EROFS, QEMU_HUGE_PAGES,
-    QEMU_INITRD, QEMU_NATIVE, QEMU_PROFILE, QEMU_STREAM, RUNC, SOCKET, daemon_config, folder_of, handlers,
-    socket_of, table,
+    QEMU_INITRD, QEMU_NATIVE, QEMU_PROFILE, QEMU_STREAM, QEMU_VERITY, RUNC, SOCKET, daemon_config, folder_of,
+    handlers, socket_of, table, vsock,
 };
 pub use networks::{
     MACVLAN_MASTER, NET_DUAL, NET_MACVLAN, NET_PTP, NET_RARE, NET_RULES, NET_TAP, NET_TUN, NET_TWO, NET_V6,
@@ -91,7 +91,7 @@ impl Lab {
         make_folders(&machine)?;
         let mut daemons = Vec::new();
         for (handler, keys) in VARIANTS.iter().filter(|(handler, _)| handlers.contains(handler)) {
-            daemons.push(start_daemon(&machine, &paths, handler, keys)?);
+            daemons.push(start_daemon(&machine, &paths, handler, &daemon_config(&paths, keys)?)?);
         }
         for daemon in &mut daemons {
             let log = log_of(&machine, daemon.handler);
@@ -124,6 +124,17 @@ impl Lab {
         }
     }
 
+    /// Starts a daemon that the lab begins without; it ends with the lab.
+    ///
+    /// # Errors
+    /// When it does not come up; the text shows the end of its log.
+    pub async fn start_daemon(&self, handler: &'static str, config: &toml::Table) -> Result<()> {
+        let mut daemon = start_daemon(&self.machine, &self.paths, handler, config)?;
+        listening(&mut daemon.child, &socket_of(handler), &log_of(&self.machine, handler)).await?;
+        self.daemons.lock().await.push(daemon);
+        Ok(())
+    }
+
     /// Kills a daemon as the kernel does when memory runs out: nothing of it can clean up.
     ///
     /// # Errors
@@ -140,7 +151,8 @@ impl Lab {
     /// When it does not come up; the text shows the end of its log.
     pub async fn restart_daemon(&self, handler: &str) -> Result<()> {
         let (handler, keys) = VARIANTS.iter().find(|(name, _)| *name == handler).context("no such daemon")?;
-        let mut daemon = start_daemon(&self.machine, &self.paths, handler, keys)?;
+        let mut daemon =
+            start_daemon(&self.machine, &self.paths, handler, &daemon_config(&self.paths, keys)?)?;
         // A killed daemon's socket file is still there; what it serves is known by an answer.
         let end = Instant::now() + patient(PATIENCE);
         while tokio::net::UnixStream::connect(socket_of(handler)).await.is_err() {
@@ -415,10 +427,11 @@ fn start_daemon(
     machine: &Machine,
     paths: &Paths,
     handler: &'static str,
-    keys: &[(&str, &str)],
+    config: &toml::Table,
 ) -> Result<Daemon> {
+    let text = toml::to_string(config)?;
     let config = machine.root.join(format!("{handler}.toml"));
-    fs::write(&config, toml::to_string(&daemon_config(paths, keys)?)?)?;
+    fs::write(&config, text)?;
     let mut command = Command::new(&paths.sandboxer);
     command.arg("--config").arg(&config);
     command.arg("--listen").arg(socket_of(handler)).arg("--dir").arg(folder_of(handler));

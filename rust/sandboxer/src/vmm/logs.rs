@@ -25,6 +25,21 @@ const QUOTED_LINE: usize = 256;
 /// How a kernel says why it ends; registers and a stack follow, which say less.
 const PANIC: &str = "Kernel panic - not syncing";
 
+/// What such a panic says of a root that dm-verity checks.
+const DAMAGED: &str = "dm-verity device corrupted";
+
+/// What to do about a kernel that ended because of its root, for the end of an error message; empty if it did not.
+#[must_use]
+pub(super) fn advice(folder: &Path) -> &'static str {
+    match last_lines(&folder.join("console.log")) {
+        Ok(lines) if lines.contains(PANIC) && lines.contains(DAMAGED) => {
+            "; the guest image is damaged: put the file of hypervisor.image_path back as it was built, `kuasar-image verify \
+             --root-hash` says whether it is"
+        }
+        _ => "",
+    }
+}
+
 /// `; <name>: "<last lines>"` for each log that says anything; for the end of an error message. Control characters are
 /// escaped: guests write some of these logs, and people read them on terminals.
 #[must_use]
@@ -162,6 +177,21 @@ mod tests {
         );
         fs::write(dir.path().join("console.log"), "x".repeat(5000)).unwrap();
         assert!(quote(dir.path(), &["console.log"]).len() < 300);
+    }
+
+    #[test]
+    fn a_damaged_root_is_told_from_other_panics() {
+        let dir = tempfile::tempdir().unwrap();
+        assert_eq!(advice(dir.path()), "");
+        let block = "device-mapper: verity: 253:1: data block 7 is corrupted\n";
+        for (panic, damaged) in [(DAMAGED, true), ("VFS: no root", false)] {
+            let text = format!("{block}Kernel panic - not syncing: {panic}\nCPU: 0\n");
+            fs::write(dir.path().join("console.log"), text).unwrap();
+            assert_eq!(advice(dir.path()).contains("hypervisor.image_path"), damaged, "{panic}");
+        }
+        // A container may print what it likes to the console; only the kernel's panic is its end.
+        fs::write(dir.path().join("console.log"), DAMAGED).unwrap();
+        assert_eq!(advice(dir.path()), "");
     }
 
     #[test]

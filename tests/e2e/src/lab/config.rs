@@ -34,6 +34,9 @@ pub const QEMU_NATIVE: &str = "kuasar-qemu-native";
 pub const QEMU_PROFILE: &str = "kuasar-qemu-profile";
 /// [`QEMU`]'s daemon; to every container's spec containerd adds a limit of huge pages.
 pub const QEMU_HUGE_PAGES: &str = "kuasar-qemu-huge-pages";
+/// Handler of a daemon that a case brings up itself, with [`Lab::start_daemon`](super::Lab::start_daemon): its image is checked
+/// by dm-verity.
+pub const QEMU_VERITY: &str = "kuasar-qemu-verity";
 /// Handler of ordinary containers, to tell a fault of the lab from one of ours.
 pub const RUNC: &str = "runc";
 
@@ -103,6 +106,12 @@ pub fn folder_of(handler: &str) -> PathBuf {
     Path::new("/run/kuasar").join(handler.trim_start_matches("kuasar-"))
 }
 
+/// How guests are reached: over the vsock in user space, unless `KUASAR_VSOCK` says something else.
+#[must_use]
+pub fn vsock() -> String {
+    std::env::var("KUASAR_VSOCK").unwrap_or_else(|_| "vhost-user".into())
+}
+
 /// The daemon's configuration: the image's own, with this machine's programs, emulation, and `keys` of `[hypervisor]`.
 ///
 /// # Errors
@@ -115,10 +124,9 @@ pub fn daemon_config(paths: &Paths, keys: &[(&str, &str)]) -> Result<toml::Table
     let part = |name: &str| paths.image.join(name).to_string_lossy().into_owned();
     let hypervisor = table(&mut config, "hypervisor")?;
     let accel = std::env::var("KUASAR_ACCEL").unwrap_or_else(|_| "tcg".into());
-    let vsock = std::env::var("KUASAR_VSOCK").unwrap_or_else(|_| "vhost-user".into());
     for (key, value) in [
         ("accel", accel),
-        ("vsock", vsock),
+        ("vsock", vsock()),
         ("path", tool("qemu-system-x86_64")),
         ("kernel_path", part("vmlinux")),
         ("image_path", part("kuasar.img")),
@@ -223,7 +231,7 @@ disabled_plugins = [
 "#,
         scratch_file(machine).display()
     ));
-    for (handler, _) in VARIANTS {
+    for handler in handlers().chain([QEMU_VERITY]) {
         text.push_str(&format!(
             "[proxy_plugins.{handler}]\n  type = \"sandbox\"\n  address = \"{}\"\n",
             socket_of(handler).display()

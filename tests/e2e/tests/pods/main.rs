@@ -20,6 +20,7 @@ mod restart;
 mod sandbox;
 mod security;
 mod task;
+mod verity;
 mod volumes;
 
 use std::process::ExitCode;
@@ -95,6 +96,7 @@ use layers::{
     a_root_is_made_of_erofs_layers, a_root_of_more_erofs_layers_than_slots, roots_of_mounted_erofs_layers,
     roots_that_are_folders,
 };
+use verity::a_damaged_image_is_the_reason_of_a_pods_end;
 use volumes::{
     a_root_has_any_number_of_layers, a_vm_without_its_file_server_ends,
     a_volume_can_be_read_only_with_all_below, a_volume_in_memory_has_its_size,
@@ -180,6 +182,7 @@ fn main() -> ExitCode {
         ]
         .into_iter()
         .chain(suite::unless(figures::missing(), cases![a_pod_is_resized]))
+        .chain(suite::unless(verity::missing(), cases![a_damaged_image_is_the_reason_of_a_pods_end]))
         .chain(disk_cases())
         .chain(layer_cases())
         .chain(long_cases())

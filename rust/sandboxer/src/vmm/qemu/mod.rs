@@ -189,7 +189,7 @@ impl QemuVm {
             Some(companion) => format!(" because {companion}"),
             None => with_status(outcome.exit.code),
         };
-        VmError::Ended(format!("{why}{}", self.logs()))
+        VmError::Ended(format!("{why}{}{}", self.logs(), logs::advice(&self.dir.join(LOG))))
     }
 }
 
