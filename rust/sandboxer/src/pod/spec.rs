@@ -132,7 +132,7 @@ impl PodSpec {
             }
         };
         let linux = config.linux.clone().unwrap_or_default();
-        refuse_host_namespaces(&linux, &request.netns_path)?;
+        refuse_namespaces(&linux, &request.netns_path)?;
         let mut sysctls: BTreeMap<String, String> =
             DEFAULT_SYSCTLS.map(|(key, value)| (key.to_owned(), value.to_owned())).into();
         sysctls.extend(linux.sysctls.clone());
@@ -166,7 +166,7 @@ fn is(mode: i32, wanted: NamespaceMode) -> bool {
     mode == i32::from(wanted)
 }
 
-fn refuse_host_namespaces(linux: &LinuxPodSandboxConfig, netns: &str) -> Result<(), PodError> {
+fn refuse_namespaces(linux: &LinuxPodSandboxConfig, netns: &str) -> Result<(), PodError> {
     const FIELD: &str = "linux.security_context.namespace_options";
     let way_out = "or give the pod a runtime class that does not use VMs";
     if let Some(options) = namespace_options(linux) {
@@ -181,6 +181,13 @@ fn refuse_host_namespaces(linux: &LinuxPodSandboxConfig, netns: &str) -> Result<
                      set {kubernetes}: false, {way_out}"
                 )));
             }
+        }
+        // Absent is NODE, but within it an absent mode is POD.
+        if options.userns_options.as_ref().is_some_and(|users| !is(users.mode, NamespaceMode::Node)) {
+            return Err(PodError::Refused(format!(
+                "{FIELD}.userns_options.mode is not NODE (hostUsers: false), and user namespaces are not supported in the VM; \
+                 set hostUsers: true, {way_out}"
+            )));
         }
     }
     if netns.is_empty() {
@@ -215,7 +222,7 @@ fn resolv_conf(dns: Option<&DnsConfig>) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::protos::cri::{LinuxSandboxSecurityContext, PodSandboxMetadata};
+    use crate::protos::cri::{LinuxSandboxSecurityContext, PodSandboxMetadata, UserNamespace};
 
     fn request(config: &PodSandboxConfig) -> ControllerCreateRequest {
         ControllerCreateRequest {
@@ -287,7 +294,7 @@ mod tests {
     }
 
     #[test]
-    fn namespaces_of_the_host_are_refused_by_field_with_a_way_out() {
+    fn namespaces_that_a_vm_cannot_have_are_refused_by_field_with_a_way_out() {
         let node = i32::from(NamespaceMode::Node);
         for (options, field, way_out) in [
             (
@@ -297,12 +304,19 @@ mod tests {
             ),
             (NamespaceOption { pid: node, ..kubelets() }, "namespace_options.pid is NODE", "hostPID: false"),
             (NamespaceOption { ipc: node, ..kubelets() }, "namespace_options.ipc is NODE", "hostIPC: false"),
+            (
+                NamespaceOption { userns_options: Some(UserNamespace::default()), ..kubelets() },
+                "namespace_options.userns_options.mode is not NODE",
+                "hostUsers: true",
+            ),
         ] {
             let error = from(&request(&with_namespaces(options))).unwrap_err();
             let text = error.to_string();
             assert!(matches!(error, PodError::Refused(_)), "{text}");
             assert!(text.contains(field) && text.contains(way_out), "{text}");
         }
+        let users = NamespaceOption { userns_options: Some(UserNamespace { mode: node }), ..kubelets() };
+        from(&request(&with_namespaces(users))).unwrap();
         let mut request = request(&with_namespaces(kubelets()));
         request.netns_path.clear();
         let text = from(&request).unwrap_err().to_string();

@@ -64,7 +64,7 @@ use phases::{
 };
 use refused::{
     checkpoints_are_refused, containers_with_what_is_the_hosts_are_refused,
-    pods_with_namespaces_of_the_host_are_refused, profiles_and_huge_pages_of_the_host_are_refused,
+    pods_with_namespaces_that_a_vm_cannot_have_are_refused, profiles_and_huge_pages_of_the_host_are_refused,
 };
 use restart::{
     a_hung_guest_holds_nobody_up_and_can_be_removed, a_killed_daemon_finds_its_pods_again,
@@ -143,7 +143,7 @@ fn main() -> ExitCode {
             guest_kernel_is_not_the_hosts,
             guest_runs_without_virtiofsd,
             guest_runs_from_the_initrd,
-            pods_with_namespaces_of_the_host_are_refused,
+            pods_with_namespaces_that_a_vm_cannot_have_are_refused,
             containers_with_what_is_the_hosts_are_refused,
             profiles_and_huge_pages_of_the_host_are_refused,
             checkpoints_are_refused,

@@ -34,9 +34,11 @@ fn says(what: &str, text: &str, sentence: Sentence) -> Result<()> {
 }
 
 /// Each when the pod is to be made, of which nothing stays.
-pub(crate) async fn pods_with_namespaces_of_the_host_are_refused(lab: Arc<Lab>) -> Result<()> {
+pub(crate) async fn pods_with_namespaces_that_a_vm_cannot_have_are_refused(lab: Arc<Lab>) -> Result<()> {
     let node = i32::from(NamespaceMode::Node);
     let others = super::sandbox::folders();
+    let ids = || vec![IdMapping { host_id: 100_000, container_id: 0, length: 65_536 }];
+    let users = UserNamespace { mode: NamespaceMode::Pod.into(), uids: ids(), gids: ids() };
     for (what, options, sentence) in [
         (
             "hostNetwork",
@@ -52,6 +54,11 @@ pub(crate) async fn pods_with_namespaces_of_the_host_are_refused(lab: Arc<Lab>) 
             "hostIPC",
             NamespaceOption { ipc: node, ..own_pids() },
             ["ipc is NODE (hostIPC: true)", "set hostIPC: false"],
+        ),
+        (
+            "users",
+            NamespaceOption { userns_options: Some(users), ..own_pids() },
+            ["user namespaces are not supported in the VM", "set hostUsers: true"],
         ),
     ] {
         let config = with_namespaces(&lab, options)?;
@@ -123,14 +130,7 @@ pub(crate) async fn containers_with_what_is_the_hosts_are_refused(lab: Arc<Lab>)
             ["containerd.sock at /there: it is a socket of the host", "remove the mount"],
         ),
     ];
-    is_refused(&lab, pod, wanted).await?;
-
-    let ids = || vec![IdMapping { host_id: 100_000, container_id: 0, length: 65_536 }];
-    let users = UserNamespace { mode: NamespaceMode::Pod.into(), uids: ids(), gids: ids() };
-    let options = NamespaceOption { userns_options: Some(users), ..own_pids() };
-    let pod = lab.run(with_namespaces(&lab, options)?, handler()).await?;
-    let sentence = ["user namespaces are not supported in the VM", "set hostUsers: true"];
-    is_refused(&lab, pod, vec![("users", idle(), sentence)]).await
+    is_refused(&lab, pod, wanted).await
 }
 
 /// What containerd itself leaves out on a host without AppArmor or the controller of huge pages, and what its
