@@ -45,13 +45,41 @@ impl VmSize {
     }
 }
 
+/// What goes into a file of the container's cgroup as it is: the runtime writes it after all else.
+fn unified<'a>(resources: &'a Value, file: &str) -> Option<&'a str> {
+    resources.get("unified")?.get(file)?.as_str().map(str::trim)
+}
+
 /// The memory limit in bytes; 0 if there is none.
 fn memory(resources: &Value) -> u64 {
-    resources.pointer("/memory/limit").and_then(Value::as_u64).unwrap_or(0)
+    match unified(resources, "memory.max") {
+        Some(text) => bytes(text),
+        None => resources.pointer("/memory/limit").and_then(Value::as_u64).unwrap_or(0),
+    }
+}
+
+/// A number with a unit, as the kernel reads it (`memparse`); 0 if it is none, like `max`: the kernel refuses others.
+fn bytes(text: &str) -> u64 {
+    let digits = text.trim_end_matches(|c: char| c.is_ascii_alphabetic());
+    let power = match text.get(digits.len()..).unwrap_or_default().to_ascii_lowercase().as_str() {
+        "" => 0,
+        "k" => 1,
+        "m" => 2,
+        "g" => 3,
+        "t" => 4,
+        "p" => 5,
+        _ => 6,
+    };
+    digits.parse().map_or(0, |number: u64| number.saturating_mul(1024_u64.saturating_pow(power)))
 }
 
 /// The limit of CPU time in thousandths of a CPU; 0 if there is none.
 fn cpu_thousandths(resources: &Value) -> u64 {
+    if let Some(text) = unified(resources, "cpu.max") {
+        let mut numbers = text.split_whitespace().map(|word| word.parse::<u64>().unwrap_or(0));
+        let (quota, period) = (numbers.next().unwrap_or(0), numbers.next().filter(|period| *period > 0));
+        return quota.saturating_mul(1000) / period.unwrap_or(PERIOD);
+    }
     let of = |name| resources.pointer(name).and_then(Value::as_u64).filter(|number| *number > 0);
     let quota = of("/cpu/quota").unwrap_or(0);
     quota.saturating_mul(1000) / of("/cpu/period").unwrap_or(PERIOD)
@@ -79,6 +107,22 @@ mod tests {
                 json!({"cpu": {"quota": i64::MAX}}),
                 "its CPU limit of 184467440737.095 CPUs is more than the 2 CPUs",
             ),
+            (
+                json!({"unified": {"memory.max": "1g"}, "memory": {"limit": MIB}}),
+                "its memory limit of 1024 MiB is more than the 256 MiB",
+            ),
+            (
+                json!({"unified": {"memory.max": (257 * MIB).to_string()}}),
+                "its memory limit of 257 MiB is more than the 256 MiB",
+            ),
+            (
+                json!({"unified": {"cpu.max": "50000 10000"}}),
+                "its CPU limit of 5.000 CPUs is more than the 2 CPUs",
+            ),
+            (
+                json!({"unified": {"cpu.max": "300000"}}),
+                "its CPU limit of 3.000 CPUs is more than the 2 CPUs",
+            ),
         ] {
             assert_eq!(VM.refusal(&resources, &json!({})), Some(format!("{why}{vm}")));
         }
@@ -91,6 +135,9 @@ mod tests {
         for resources in [
             within.clone(),
             json!({"memory": {"limit": -1}, "cpu": {"quota": -1, "period": 100_000}}),
+            json!({"unified": {"memory.max": "256M", "cpu.max": "200000 100000", "memory.high": "9G"}}),
+            json!({"unified": {"memory.max": "max", "cpu.max": "max 100000"}, "memory": {"limit": 999 * MIB}}),
+            json!({"unified": {"memory.max": "", "cpu.max": ""}}),
             json!({"memory": {"limit": 0}, "cpu": {"quota": 0, "period": 0, "shares": 2}}),
             json!({}),
         ] {

@@ -91,6 +91,7 @@ pub(crate) async fn a_pod_is_resized(lab: Arc<Lab>) -> Result<()> {
         cpu_quota: cpus * 100_000,
         cpu_period: 100_000,
         cpuset_cpus: set.to_owned(),
+        ..Default::default()
     };
     let mut config = lab.pod_config("resized")?;
     config.linux.get_or_insert_default().resources = Some(limits(128, 1, ""));

@@ -92,15 +92,21 @@ pub(crate) async fn limits_beyond_the_vm_are_refused(lab: Arc<Lab>) -> Result<()
     let memory =
         |memory_limit_in_bytes| LinuxContainerResources { memory_limit_in_bytes, ..Default::default() };
     let cpu = |cpu_quota| LinuxContainerResources { cpu_quota, cpu_period: 100_000, ..Default::default() };
+    let unified = |file: &str, limit: &str| LinuxContainerResources {
+        unified: [(file.into(), limit.into())].into(),
+        ..Default::default()
+    };
     for (limits, why) in [
         (memory(64 << 30), "its memory limit of 65536 MiB is more than the "),
+        (unified("memory.max", "64G"), "its memory limit of 65536 MiB is more than the "),
+        (unified("cpu.max", "6450000 100000"), "its CPU limit of 64.500 CPUs is more than the "),
         (cpu(6_450_000), "its CPU limit of 64.500 CPUs is more than the "),
     ] {
         let error = lab.cri.update(&id, limits).await.err().context("a limit beyond the VM was taken")?;
         let said = error.message();
         ensure!(said.contains(why) && said.contains(way_out), "it says {said}");
     }
-    for limits in [memory(64 << 20), memory(-1), cpu(50_000), cpu(-1)] {
+    for limits in [memory(64 << 20), memory(-1), cpu(50_000), cpu(-1), unified("memory.max", "max")] {
         lab.cri.update(&id, limits.clone()).await.with_context(|| format!("setting {limits:?}"))?;
     }
 
