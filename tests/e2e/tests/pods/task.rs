@@ -81,6 +81,12 @@ pub(crate) async fn independent_steps_go_on_side_by_side(lab: Arc<Lab>) -> Resul
     let spans = Spans::read(&lab.trace(QEMU))?;
     let (network, folder) = (spans.only(&id, "prepare network")?, spans.only(&id, "prepare folder")?);
     ensure!(network.is_beside(folder), "one waits for the other: {network:?}, {folder:?}");
+    // Over the kernel's vsock there is but one companion.
+    if lab::vsock() == "vhost-user" {
+        let (vsock, files) =
+            (spans.only(&id, "start vhost-device-vsock")?, spans.only(&id, "start virtiofsd")?);
+        ensure!(vsock.is_beside(files), "one waits for the other: {vsock:?}, {files:?}");
+    }
     Ok(())
 }
 

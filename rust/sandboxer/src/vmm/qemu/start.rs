@@ -20,6 +20,7 @@ use kuasar_common::{
     constants::pod_files::{LOG, SHARED, VSOCK_SOCKET},
     param::ToCmdLineParams,
 };
+use tracing::Instrument;
 
 use super::{
     CONSOLE_SOCKET, EVENTS_SOCKET, LOGS, QMP_SOCKET, Qemu, QemuVm,
@@ -43,6 +44,12 @@ const VSOCK_DEVICE: &str = "vhost-device-vsock";
 struct Started(BTreeMap<String, Process>);
 
 impl Started {
+    /// Keeps what was started, if it was.
+    fn note(&mut self, name: &str, spawned: Result<Option<Process>, VmError>) -> Result<(), VmError> {
+        self.0.extend(spawned?.map(|process| (name.to_owned(), process)));
+        Ok(())
+    }
+
     async fn end(self) {
         for process in self.0.values() {
             if let Err(error) = process.end(Duration::ZERO).await {
@@ -81,15 +88,7 @@ fn failed(step: &'static str) -> impl Fn(io::Error) -> VmError {
 #[tracing::instrument(name = "start QEMU and its companions", level = "trace", skip_all)]
 async fn start_all(qemu: &Qemu, mut spec: VmSpec, started: &mut Started) -> Result<QemuVm, VmError> {
     let config = &qemu.config;
-    // Both companions start now and find their way while QEMU is being prepared.
-    let watch = match config.vsock {
-        VsockKind::VhostUser => Some(start_vsock_device(config, &spec, started)?),
-        VsockKind::Vhost => None,
-    };
-    let virtiofs = match config.share_fs {
-        ShareFs::Virtiofs => Some(start_virtiofsd(config, &spec, started)?),
-        ShareFs::NineP => None,
-    };
+    let (watch, virtiofs) = start_companions(config, &spec, started).await?;
     let mut spawn = companion(&config.path, &spec, "vmm.log");
     let listen = |name| listener(&spec.dir.join(name)).map_err(failed("listening on behalf of QEMU"));
     let (qmp, console) = (spawn.fd(listen(QMP_SOCKET)?), spawn.fd(listen(CONSOLE_SOCKET)?));
@@ -104,7 +103,7 @@ async fn start_all(qemu: &Qemu, mut spec: VmSpec, started: &mut Started) -> Resu
     let inherited = Inherited { qmp, events, console, virtiofs, vsock };
     let (line, buses) = CommandLine::new(config, &spec, &inherited, &extras)?;
     spawn.args(line.to_cmdline_params("-"));
-    let vmm = run(spawn).await?;
+    let vmm = run(spawn).instrument(tracing::trace_span!("start QEMU")).await?;
     Ok(QemuVm {
         cid,
         bus: Mutex::new(buses),
@@ -124,13 +123,45 @@ fn companion(program: &Path, spec: &VmSpec, log: &str) -> Spawn {
 }
 
 /// Spawning blocks until the program executes.
-#[tracing::instrument(name = "start a process", level = "trace", skip_all)]
 async fn run(spawn: Spawn) -> Result<Process, VmError> {
     let spawned = tokio::task::spawn_blocking(move || spawn.spawn()).await;
-    Ok(spawned.map_err(|e| failed("starting QEMU")(e.into()))??)
+    Ok(spawned.map_err(|e| failed("starting a process")(e.into()))??)
 }
 
-fn start_virtiofsd(config: &VmConfig, spec: &VmSpec, started: &mut Started) -> Result<OwnedFd, VmError> {
+async fn wanted<T>(work: Option<impl Future<Output = Result<T, VmError>>>) -> Result<Option<T>, VmError> {
+    match work {
+        Some(work) => work.await.map(Some),
+        None => Ok(None),
+    }
+}
+
+/// Both companions start now, side by side, and find their way while QEMU is being prepared.
+async fn start_companions(
+    config: &VmConfig,
+    spec: &VmSpec,
+    started: &mut Started,
+) -> Result<(Option<SocketWatch>, Option<OwnedFd>), VmError> {
+    let (watch, vsock) = match config.vsock {
+        VsockKind::VhostUser => Some(vsock_device_spawn(config, spec)?),
+        VsockKind::Vhost => None,
+    }
+    .unzip();
+    let (virtiofs, files) = match config.share_fs {
+        ShareFs::Virtiofs => Some(virtiofsd_spawn(config, spec)?),
+        ShareFs::NineP => None,
+    }
+    .unzip();
+    let vsock = vsock.map(|spawn| run(spawn).instrument(tracing::trace_span!("start vhost-device-vsock")));
+    let files = files.map(|spawn| run(spawn).instrument(tracing::trace_span!("start virtiofsd")));
+    let (vsock, files) = tokio::join!(wanted(vsock), wanted(files));
+    // The one that has started is to be ended when the other has not.
+    let vsock = started.note(VSOCK_DEVICE, vsock);
+    started.note(VIRTIOFSD, files)?;
+    vsock?;
+    Ok((watch, virtiofs))
+}
+
+fn virtiofsd_spawn(config: &VmConfig, spec: &VmSpec) -> Result<(OwnedFd, Spawn), VmError> {
     let step = "starting virtiofsd";
     let path = spec.dir.join("virtiofs.sock");
     let listening = listener(&path).map_err(failed(step))?;
@@ -149,15 +180,10 @@ fn start_virtiofsd(config: &VmConfig, spec: &VmSpec, started: &mut Started) -> R
         "--inode-file-handles=never".into(),
         format!("--log-level={}", if config.debug { "info" } else { "error" }),
     ]);
-    started.0.insert(VIRTIOFSD.into(), spawn.spawn()?);
-    Ok(connected.into())
+    Ok((connected.into(), spawn))
 }
 
-fn start_vsock_device(
-    config: &VmConfig,
-    spec: &VmSpec,
-    started: &mut Started,
-) -> Result<SocketWatch, VmError> {
+fn vsock_device_spawn(config: &VmConfig, spec: &VmSpec) -> Result<(SocketWatch, Spawn), VmError> {
     for name in [VHOST_USER_SOCKET, VSOCK_SOCKET] {
         remove_stale(&spec.dir.join(name)).map_err(failed("starting vhost-device-vsock"))?;
     }
@@ -171,8 +197,7 @@ fn start_vsock_device(
             spec.dir.join(VHOST_USER_SOCKET).display()
         ),
     ]);
-    started.0.insert(VSOCK_DEVICE.into(), spawn.spawn()?);
-    Ok(watch)
+    Ok((watch, spawn))
 }
 
 /// Where `vhost-device-vsock` listens for QEMU.
