@@ -40,7 +40,7 @@ pub struct Collector {
     list: Arc<dyn Known>,
     interval: Duration,
     grace: Duration,
-    /// Since when pods are missing in the list.
+    /// Since when pods are missing in the list, those whose records cannot be read included.
     missing: BTreeMap<String, Instant>,
     /// Since when pods are without a network.
     cut_off: BTreeMap<String, Instant>,
@@ -84,13 +84,15 @@ impl Collector {
     async fn look(&mut self) -> Duration {
         let mut answered = true;
         let pods = self.pods.all();
-        let namespaces: BTreeSet<&str> = pods.iter().map(|pod| pod.namespace.as_str()).collect();
+        let mut ours = self.pods.unreadable();
+        ours.extend(pods.iter().map(|pod| (pod.id().to_owned(), pod.namespace.clone())));
+        let namespaces: BTreeSet<&str> = ours.iter().map(|(_, namespace)| namespace.as_str()).collect();
         let mut missing = Vec::new();
         for namespace in namespaces {
             match self.list.known(namespace).await {
                 Ok(known) => {
-                    let theirs = pods.iter().filter(|pod| pod.namespace == namespace);
-                    missing.extend(theirs.filter(|pod| !known.contains(pod.id())).cloned());
+                    let theirs = ours.iter().filter(|(_, of)| of == namespace).map(|(id, _)| id);
+                    missing.extend(theirs.filter(|id| !known.contains(*id)).map(String::as_str));
                 }
                 Err(error) => {
                     tracing::debug!(%error, "looking for sandboxes that containerd has forgotten");
@@ -99,24 +101,26 @@ impl Collector {
             }
         }
         if answered {
-            for pod in due(&mut self.missing, &missing, self.grace) {
-                self.remove(pod);
+            for id in due(&mut self.missing, &missing, self.grace) {
+                self.remove(id);
             }
         }
-        let cut_off: Vec<_> = pods.into_iter().filter(|pod| is_cut_off(pod)).collect();
-        for pod in due(&mut self.cut_off, &cut_off, self.grace) {
-            stop(pod);
+        let cut_off: Vec<_> = pods.iter().filter(|pod| is_cut_off(pod)).map(|pod| pod.id()).collect();
+        for id in due(&mut self.cut_off, &cut_off, self.grace) {
+            pods.iter().filter(|pod| pod.id() == id).cloned().for_each(stop);
         }
         let quiet = answered && self.missing.is_empty() && self.cut_off.is_empty();
         if quiet { self.interval } else { self.grace.min(self.interval) }
     }
 
-    fn remove(&self, pod: Arc<Pod>) {
-        let (pods, span) = (self.pods.clone(), tracing::info_span!("pod", id = pod.id()));
+    fn remove(&self, id: String) {
+        let (pods, span) = (self.pods.clone(), tracing::info_span!("pod", id));
         let removing = async move {
             tracing::warn!("containerd does not know the sandbox any more; removing it");
-            pod.blame("containerd forgot it");
-            if let Err(error) = pods.remove(pod.id()).await {
+            if let Ok(pod) = pods.get(&id) {
+                pod.blame("containerd forgot it");
+            }
+            if let Err(error) = pods.remove(&id).await {
                 tracing::error!(%error, "removing a sandbox that containerd has forgotten; it is tried again");
             }
         };
@@ -145,15 +149,15 @@ fn stop(pod: Arc<Pod>) {
 }
 
 /// Notes since when these pods are so, forgets others, and returns those for which it has been long enough.
-fn due(since: &mut BTreeMap<String, Instant>, now_so: &[Arc<Pod>], grace: Duration) -> Vec<Arc<Pod>> {
-    since.retain(|id, _| now_so.iter().any(|pod| pod.id() == id));
+fn due(since: &mut BTreeMap<String, Instant>, now_so: &[&str], grace: Duration) -> Vec<String> {
+    since.retain(|id, _| now_so.contains(&id.as_str()));
     let mut due = Vec::new();
-    for pod in now_so {
-        let first = *since.entry(pod.id().to_owned()).or_insert_with(Instant::now);
+    for id in now_so {
+        let first = *since.entry((*id).to_owned()).or_insert_with(Instant::now);
         if first.elapsed() >= grace {
             // Begins anew: what fails is tried again after another grace.
-            since.insert(pod.id().to_owned(), Instant::now());
-            due.push(pod.clone());
+            since.insert((*id).to_owned(), Instant::now());
+            due.push((*id).to_owned());
         }
     }
     due

@@ -217,6 +217,22 @@ fn aside(dir: &Path) -> PathBuf {
 }
 
 impl Pods {
+    /// Pods whose records cannot be read, by id and containerd's namespace. Not those whose record does not even tell the latter:
+    /// nobody can say then whether containerd knows them.
+    pub(super) fn unreadable(&self) -> Vec<(String, String)> {
+        let folders = fs::read_dir(&self.environment().dir).into_iter().flatten().flatten();
+        let of = |folder: fs::DirEntry| {
+            let id = folder.file_name().into_string().ok()?;
+            if self.get(&id).is_ok() {
+                return None;
+            }
+            let record: serde_json::Value =
+                serde_json::from_slice(&fs::read(aside(&folder.path())).ok()?).ok()?;
+            Some((id, record.pointer("/spec/namespace")?.as_str()?.to_owned()))
+        };
+        folders.filter_map(of).collect()
+    }
+
     /// Ends and removes a pod whose record cannot be read: what names its folder, and what is in a cgroup of its name. (What it
     /// has in a network namespace goes with that, which is containerd's.) No other one is touched.
     pub(super) async fn remove_unreadable(&self, id: &str) -> Result<(), PodError> {

@@ -111,6 +111,37 @@ async fn a_pod_that_is_in_the_list_again_stays() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn pods_whose_records_cannot_be_read_are_removed_when_containerd_forgot_them() {
+    let (lab, store) = (Lab::new(Fault::None), FakeStore::default());
+    let later = r#"{"version": 99, "spec": {"namespace": "other", "what": "nobody knows"}}"#;
+    for (id, record) in [
+        ("forgotten", later),
+        ("known", later),
+        ("torn", later.split_at(40).0),
+        ("nameless", r#"{"version": 99}"#),
+    ] {
+        std::fs::create_dir(lab.path("pods").join(id)).unwrap();
+        std::fs::write(lab.path("pods").join(id).join("pod.json"), record).unwrap();
+    }
+    let pods = Arc::new(Pods::new(lab.environment()));
+    assert_eq!(pods.recover().await.unwrap(), 0);
+    // Of that id in the namespace of another one, containerd says nothing.
+    store.set(&[("other", "known"), ("k8s.io", "forgotten")]);
+    let begun = Instant::now();
+    let collecting = collect(&pods, store.serve(&lab), NEVER);
+    let is_there = |id: &str| lab.path("pods").join(id).exists();
+    eventually("the forgotten one goes", || !is_there("forgotten")).await;
+    assert!(begun.elapsed() >= GRACE, "without the grace");
+    tokio::time::sleep(GRACE * 3).await;
+    assert!(["known", "torn", "nameless"].map(is_there).iter().all(|there| *there));
+    collecting.abort();
+    for id in ["known", "torn", "nameless"] {
+        pods.remove(id).await.unwrap();
+    }
+    lab.assert_clean();
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn nothing_is_removed_while_containerd_does_not_answer() {
     let (lab, store) = (Lab::new(Fault::None), FakeStore::default());
     let pods = two_pods(&lab).await;
