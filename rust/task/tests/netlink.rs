@@ -149,8 +149,14 @@ fn peers_metrics_and_links_without_arp() {
         assert!(shown.contains("inet6 fd00::2 peer fd00::1/128"), "{shown}");
     }
     eth0.noarp = false;
+    (eth0.up, eth0.mtu) = (false, Some(1300));
+    network.configure_links(std::slice::from_ref(&eth0)).unwrap();
+    let shown = ip("addr show dev eth0");
+    assert!(!shown.contains("NOARP") && !shown.contains("UP") && shown.contains("mtu 1300"), "{shown}");
+    assert!(shown.contains("inet 10.1.0.2 peer 10.1.0.1/32"), "it has what it had: {shown}");
+    eth0.up = true;
     network.configure_links(&[eth0]).unwrap();
-    assert!(!ip("link show dev eth0").contains("NOARP"));
+    assert!(ip("link show dev eth0").contains("UP"));
     // RTAX_LOCK, RTAX_MTU, RTAX_INITCWND.
     let mut limited = route("10.9.0.0/16", "10.1.0.1", "eth0");
     limited.metrics = [(1, 1 << 2), (2, 1300), (11, 20)].into();

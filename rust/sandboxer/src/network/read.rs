@@ -139,6 +139,7 @@ fn link<'a>(
         {
             interface.type_ = if tap.is_some() { "tap".to_owned() } else { kind.to_string() };
             interface.device.clone_from(&interface.name);
+            interface.down = !flags.contains(LinkFlags::Up);
             interface.raw_flags = flags.bits() & u32::try_from(libc::IFF_NOARP).unwrap_or(0);
             Ok(Some(Link { index: message.header.index, interface, tap }))
         }

@@ -91,6 +91,23 @@ impl Drop for Netns {
 }
 
 #[tokio::test]
+async fn a_link_that_is_down_stays_down() {
+    let Some(netns) = Netns::with_eth0() else { return };
+    let pod = &netns.pod;
+    ip(&format!("-n {pod} link add down0 type veth peer name nothing netns {}", netns.host));
+    let network = prepare(&netns.path(), 1).await.unwrap();
+    assert_eq!(network.interfaces.len(), 1, "without an address it is nothing");
+    remove(&network.record).await.unwrap();
+    drop(network);
+    ip(&format!("-n {pod} addr add 10.78.0.5/24 dev down0"));
+    let network = prepare(&netns.path(), 1).await.unwrap();
+    let mut down: Vec<_> = network.interfaces.iter().map(|i| (i.name.as_str(), i.down)).collect();
+    down.sort_unstable();
+    assert_eq!(down, [("down0", true), ("eth0", false)]);
+    remove(&network.record).await.unwrap();
+}
+
+#[tokio::test]
 async fn a_veth_becomes_a_network_card_and_messages() {
     let Some(netns) = Netns::with_eth0() else { return };
     let network = prepare(&netns.path(), 2).await.unwrap();

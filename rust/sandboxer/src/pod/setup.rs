@@ -32,8 +32,9 @@ pub(super) fn request(id: &str, spec: &PodSpec, network: &PodNetwork) -> SetupSa
 /// Text of `/etc/hosts` for containers that kubelet gave none.
 pub(super) fn hosts(hostname: &str, interfaces: &[Interface]) -> String {
     let mut text = String::from("127.0.0.1\tlocalhost\n::1\tlocalhost ip6-localhost ip6-loopback\n");
-    for address in interfaces.iter().flat_map(|interface| &interface.IPAddresses) {
-        // Only what others can reach the pod by.
+    // Only what others can reach the pod by.
+    let up = interfaces.iter().filter(|interface| !interface.down);
+    for address in up.flat_map(|interface| &interface.IPAddresses) {
         if !address.address.starts_with("fe80:") && !hostname.is_empty() {
             text += &format!("{}\t{hostname}\n", address.address);
         }
@@ -54,8 +55,10 @@ mod tests {
             IPAddresses: vec![address("10.88.0.5"), address("fe80::1"), address("fd00::5")],
             ..Interface::default()
         };
-        let text = hosts("web-0", &[interface]);
+        let down = Interface { down: true, IPAddresses: vec![address("10.88.0.6")], ..Interface::default() };
+        let text = hosts("web-0", &[down, interface]);
         assert!(text.ends_with("10.88.0.5\tweb-0\nfd00::5\tweb-0\n"), "{text}");
+        assert!(!text.contains("10.88.0.6"), "{text}");
         assert!(text.starts_with("127.0.0.1\tlocalhost\n"));
     }
 }

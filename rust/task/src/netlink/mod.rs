@@ -63,7 +63,7 @@ impl Network {
         self.set(RouteNetlinkMessage::SetLink(up), 0).map_err(TaskError::io("bringing lo up"))
     }
 
-    /// Names and configures the links, found by their hardware addresses, and brings them up. Addresses that a link has
+    /// Names and configures the links, found by their hardware addresses, and brings those up that are to be. Addresses that a link has
     /// and shall not have are removed.
     ///
     /// # Errors
@@ -197,7 +197,7 @@ impl Network {
             self.rename_one(other.index, &aside, LinkFlags::empty())
                 .map_err(TaskError::io(format!("renaming {name} to {aside}")))?;
         }
-        // Not while it is up; it is brought up with its addresses.
+        // Not while it is up; it is brought up with its addresses, if it is to be.
         self.rename_one(link.index, name, LinkFlags::Up)
             .map_err(TaskError::io(format!("renaming {} to {name}", link.name)))
     }
@@ -213,7 +213,8 @@ impl Network {
     fn configure(&mut self, index: u32, link: &Link) -> io::Result<()> {
         let mut message = LinkMessage::default();
         message.header.index = index;
-        message.header.flags = if link.noarp { LinkFlags::Up | LinkFlags::Noarp } else { LinkFlags::Up };
+        message.header.flags.set(LinkFlags::Noarp, link.noarp);
+        message.header.flags.set(LinkFlags::Up, link.up);
         message.header.change_mask = LinkFlags::Up | LinkFlags::Noarp;
         message.attributes.extend(link.mtu.map(LinkAttribute::Mtu));
         self.set(RouteNetlinkMessage::SetLink(message), 0)?;

@@ -24,6 +24,8 @@ pub struct Link {
     pub addresses: Vec<Address>,
     /// It does no ARP.
     pub noarp: bool,
+    /// It is to be up.
+    pub up: bool,
 }
 
 /// An address of a link.
@@ -92,6 +94,7 @@ impl TryFrom<&api::Interface> for Link {
             },
             addresses: addresses.collect::<Result<_, TaskError>>()?,
             noarp: from.raw_flags & IFF_NOARP != 0,
+            up: !from.down,
         })
     }
 }
@@ -231,7 +234,8 @@ mod tests {
     fn links_are_typed() {
         let link = Link::try_from(&interface()).unwrap();
         assert_eq!(link.mac, [2, 0, 0, 0xaa, 0xbb, 0xcc]);
-        assert_eq!((link.name.as_str(), link.mtu, link.noarp), ("eth0", Some(1400), false));
+        assert_eq!((link.name.as_str(), link.mtu), ("eth0", Some(1400)));
+        assert_eq!((link.noarp, link.up), (false, true));
         assert_eq!(link.addresses, [Address { ip: "10.0.0.2".parse().unwrap(), bits: 24, peer: None }]);
     }
 

@@ -20,7 +20,8 @@ pub const NET_MACVLAN: &str = "kuasar-net-macvlan";
 pub const NET_TWO: &str = "kuasar-net-two";
 /// A pod with a routing rule, which a VM cannot have.
 pub const NET_RULES: &str = "kuasar-net-rules";
-/// As [`NET_PTP`], with what plugins seldom leave: no ARP, a permanent neighbour, a peer, a preferred source, metrics.
+/// As [`NET_PTP`], with what plugins seldom leave: no ARP, a permanent neighbour, a peer, a preferred source, metrics, a link
+/// that is down.
 pub const NET_RARE: &str = "kuasar-net-rare";
 /// A tap that is a port of a bridge in the pod's namespace.
 pub const NET_TAP: &str = "kuasar-net-tap";
@@ -57,10 +58,11 @@ const TAP: &str = "set -- $(ip -o -4 addr show dev eth0); address=$4; ip link se
     ip link set eth0 master kbr0 mtu 1400 up; ip link set kbr0 up; ip addr add $address dev eth0; \
     ip route add default via 10.88.84.1";
 
-/// No ARP, a neighbour, a peer, and a route with all that one can have.
+/// No ARP, a neighbour, a peer, a route with all that one can have, and a link with an address that is down.
 const RARE: &str = "ip link set eth0 arp off; ip neigh add 10.88.85.200 lladdr 02:00:00:00:00:c8 nud permanent dev eth0; \
     ip addr add 10.88.86.5 peer 10.88.86.1/32 dev eth0; \
-    ip route add 192.0.2.0/24 via 10.88.85.1 src 10.88.86.5 metric 7 mtu lock 1300 advmss 1200";
+    ip route add 192.0.2.0/24 via 10.88.85.1 src 10.88.86.5 metric 7 mtu lock 1300 advmss 1200; \
+    ip link add down0 type veth peer name down1; ip addr add 10.88.88.5/24 dev down0";
 
 /// Address ranges, one for each family, with a default route for each.
 fn ipam(machine: &Machine, subnets: &[&str]) -> Value {

@@ -83,12 +83,15 @@ pub(crate) async fn a_pod_with_what_is_rare(lab: Arc<Lab>) -> Result<()> {
         (&["ip", "neigh"], &["10.88.85.200", "lladdr 02:00:00:00:00:c8", "PERMANENT"]),
         (&["ip", "addr", "show", "eth0"], &["inet 10.88.86.5 peer 10.88.86.1/32"]),
         (&["ip", "route"], &["192.0.2.0/24 via 10.88.85.1 dev eth0", "src 10.88.86.5", "metric 7"]),
+        (&["ip", "addr", "show", "down0"], &["inet 10.88.88.5/24"]),
         // 192.0.2.0 with metric 7; the MTU here is 40 more than what is advertised to TCP (advmss 1200).
         (&["cat", "/proc/net/route"], &["eth0\t000200C0", "\t7\t00FFFFFF\t1240\t"]),
     ] {
         let text = inside(&lab, &id, command).await?;
         ensure!(has(&text, parts), "there is no {parts:?} in what {command:?} says: {text}");
     }
+    let down = inside(&lab, &id, &["ip", "link", "show", "down0"]).await?;
+    ensure!(!down.contains("UP"), "what is down on the host is up: {down}");
     pod.remove().await
 }
 
