@@ -1,10 +1,11 @@
-//! Port-forward: TCP connections to the pod's loopback, carried to the guest's on its port
-//! [`crate::constants::PORT_FORWARD`].
+//! Connections that are carried between host and guest, on the guest's port [`crate::constants::PORT_FORWARD`]: TCP
+//! connections to the pod's loopback (port-forward), and those of containers to sockets of the host that they have mounted
+//! (see [`crate::host_socket`]).
 //!
-//! One vsock connection a TCP connection. The relay opens with a [`Hello`] line, answered by `OK\n` or `ERR <why>\n`. Then
-//! both sides send frames as on the stdio port (see [`crate::stdio`]); length 0 is a TCP half-close. When both directions
+//! One vsock connection each. The relay opens with a [`Hello`] line, answered by `OK\n` or `ERR <why>\n`. Then
+//! both sides send frames as on the stdio port (see [`crate::stdio`]); length 0 is a half-close. When both directions
 //! are at their end, the agent sends one more frame of length 0, and the relay closes: nothing is in flight then, whichever
-//! of the ways to a vsock it is. A connection that ends before that was reset, and so is the TCP connection.
+//! of the ways to a vsock it is. A connection that ends before that was reset, and so is the one that was carried.
 
 use std::{
     io,
@@ -15,10 +16,7 @@ use std::{
 use serde::{Deserialize, Serialize};
 use tokio::{
     io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt},
-    net::{
-        TcpStream,
-        tcp::{ReadHalf, WriteHalf},
-    },
+    net::{TcpStream, UnixStream, tcp, unix},
     time::timeout,
 };
 
@@ -34,12 +32,22 @@ const FAREWELL: Duration = Duration::from_secs(10);
 pub struct Hello {
     /// The pod's token.
     pub token: String,
-    /// TCP port in the guest.
+    /// TCP port in the guest; 0 if it is about a socket.
+    #[serde(default, skip_serializing_if = "is_zero")]
     pub port: u16,
     /// Whether `::1` was called. It is only what is tried first: containerd falls back from one to the other when it is
     /// refused, and here it never is.
-    #[serde(default)]
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub v6: bool,
+    /// A socket of the host's in the guest, whose next connection is to be carried: its path there. Then `OK` comes when
+    /// there is one, followed by who it is of: a [`crate::host_socket::Peer`].
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub socket: String,
+}
+
+#[expect(clippy::trivially_copy_pass_by_ref, reason = "serde's signature")]
+const fn is_zero(port: &u16) -> bool {
+    *port == 0
 }
 
 impl Hello {
@@ -68,11 +76,25 @@ pub enum Side {
 pub async fn carry(mut tcp: TcpStream, conn: impl AsyncRead + AsyncWrite, side: Side) -> io::Result<()> {
     // Who types a letter waits for its echo.
     let _ = tcp.set_nodelay(true);
-    let carried = both(&mut tcp, conn, side).await;
+    let (from, to) = tcp.split();
+    let carried = both(from, to, conn, side).await;
     if carried.is_err() {
         reset(tcp);
     }
     carried
+}
+
+/// The same for a unix socket's connection.
+///
+/// # Errors
+/// When either connection breaks.
+pub async fn carry_unix(
+    mut unix: UnixStream,
+    conn: impl AsyncRead + AsyncWrite,
+    side: Side,
+) -> io::Result<()> {
+    let (from, to) = unix.split();
+    both(from, to, conn, side).await
 }
 
 /// Ends a TCP connection so that its peer sees an error and not an orderly end.
@@ -81,11 +103,41 @@ pub fn reset(tcp: TcpStream) {
     drop(tcp);
 }
 
-async fn both(tcp: &mut TcpStream, conn: impl AsyncRead + AsyncWrite, side: Side) -> io::Result<()> {
+/// What a connection is read from without a buffer that waits for something to come.
+trait Source {
+    fn readable(&self) -> impl Future<Output = io::Result<()>> + Send;
+    fn try_read(&self, buffer: &mut [u8]) -> io::Result<usize>;
+}
+
+impl Source for tcp::ReadHalf<'_> {
+    fn readable(&self) -> impl Future<Output = io::Result<()>> + Send {
+        self.readable()
+    }
+
+    fn try_read(&self, buffer: &mut [u8]) -> io::Result<usize> {
+        self.try_read(buffer)
+    }
+}
+
+impl Source for unix::ReadHalf<'_> {
+    fn readable(&self) -> impl Future<Output = io::Result<()>> + Send {
+        self.readable()
+    }
+
+    fn try_read(&self, buffer: &mut [u8]) -> io::Result<usize> {
+        self.try_read(buffer)
+    }
+}
+
+async fn both(
+    from: impl Source,
+    to: impl AsyncWrite + Unpin,
+    conn: impl AsyncRead + AsyncWrite,
+    side: Side,
+) -> io::Result<()> {
     let (from_conn, to_conn) = tokio::io::split(conn);
     let (mut from_conn, mut to_conn) = (Box::pin(from_conn), Box::pin(to_conn));
-    let (from_tcp, to_tcp) = tcp.split();
-    tokio::try_join!(send(from_tcp, &mut to_conn), receive(&mut from_conn, to_tcp))?;
+    tokio::try_join!(send(from, &mut to_conn), receive(&mut from_conn, to))?;
     let farewell = async {
         let mut head = [0; HEADER];
         match side {
@@ -102,7 +154,7 @@ async fn both(tcp: &mut TcpStream, conn: impl AsyncRead + AsyncWrite, side: Side
     Ok(())
 }
 
-async fn send(from: ReadHalf<'_>, to: &mut (impl AsyncWrite + Unpin)) -> io::Result<()> {
+async fn send(from: impl Source, to: &mut (impl AsyncWrite + Unpin)) -> io::Result<()> {
     loop {
         from.readable().await?;
         // Made when there is something to read, and freed after: most connections are idle most of the time.
@@ -121,7 +173,7 @@ async fn send(from: ReadHalf<'_>, to: &mut (impl AsyncWrite + Unpin)) -> io::Res
     }
 }
 
-async fn receive(from: &mut (impl AsyncRead + Unpin), mut to: WriteHalf<'_>) -> io::Result<()> {
+async fn receive(from: &mut (impl AsyncRead + Unpin), mut to: impl AsyncWrite + Unpin) -> io::Result<()> {
     loop {
         let mut head = [0; HEADER];
         from.read_exact(&mut head).await?;

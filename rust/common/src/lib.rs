@@ -8,6 +8,7 @@ pub mod console;
 pub mod constants;
 pub mod forward;
 pub mod handshake;
+pub mod host_socket;
 pub mod param;
 pub mod stdio;
 pub mod storage;

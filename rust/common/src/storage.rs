@@ -28,10 +28,12 @@ pub mod driver {
     pub const EPHEMERAL: &str = "ephemeral";
     /// An overlay of others: options `lowerdir=`, `upperdir=`, `workdir=`, with paths in the guest.
     pub const OVERLAY: &str = "overlay";
+    /// A socket of the host's: options `uid=`, `gid=`, `mode=` (octal). See [`crate::host_socket`].
+    pub const SOCKET: &str = "socket";
     /// Those whose devices are disks.
     pub const DISKS: [&str; 3] = [BLOCK, SCSI, PMEM];
     /// All of them.
-    pub const ALL: [&str; 6] = [BLOCK, SCSI, PMEM, SHARE, EPHEMERAL, OVERLAY];
+    pub const ALL: [&str; 7] = [BLOCK, SCSI, PMEM, SHARE, EPHEMERAL, OVERLAY, SOCKET];
 }
 
 /// One thing to mount.
@@ -191,7 +193,7 @@ mod tests {
         assert_eq!(
             refused(Storage { driver: "mmioblk".into(), ..storage() }),
             "storage at \"/run/kuasar/storage/c/data\": there is no driver \"mmioblk\"; known are blk, scsi, pmem, share, \
-             ephemeral, overlay"
+             ephemeral, overlay, socket"
         );
         for bad in [
             "",

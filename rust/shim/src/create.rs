@@ -25,6 +25,7 @@ use crate::{
     caller::Caller,
     guest::{Call, CallError, TASK_SERVICE},
     host::HostError,
+    host_socket::{HostSocket, Served},
     life::Exit,
     log::log,
     registry::{Container, Process, lock},
@@ -90,8 +91,8 @@ impl Relay {
             self.host.prepare(&prepare),
             Stdio::connect(files, &self.guest, id, "", &process.life)
         );
-        let (bundle, stdio) = match (prepared, stdio) {
-            (Ok(bundle), Ok(stdio)) => (bundle, stdio),
+        let (prepared, stdio) = match (prepared, stdio) {
+            (Ok(prepared), Ok(stdio)) => (prepared, stdio),
             (Ok(_), Err(e)) => {
                 self.release(id).await;
                 return Err(stdio_error(&doing, &e));
@@ -103,7 +104,15 @@ impl Relay {
                 return Err(host_error(e));
             }
         };
-        match self.create_in_guest(container, &bundle, request).await {
+        let sockets: Result<Vec<_>, _> = prepared.sockets.iter().map(HostSocket::open).collect();
+        let sockets = match sockets {
+            Ok(sockets) => sockets,
+            Err(why) => {
+                self.release(id).await;
+                return Err(get_status(Code::FAILED_PRECONDITION, format!("{doing}: {why}")));
+            }
+        };
+        match self.create_in_guest(container, &prepared.bundle, request).await {
             Ok(_) if container.is_abandoned() => {
                 drop(stdio);
                 self.undo_in_guest(id).await;
@@ -113,6 +122,7 @@ impl Relay {
             }
             // Nothing is waited for from here to the end, so that whoever asks next finds either all of it or none.
             Ok((pid, payload)) => {
+                *lock(&container.sockets) = Served::start(sockets, &self.guest);
                 let watcher =
                     tokio::spawn(watch(Arc::clone(self), id.to_owned(), String::new(), Arc::clone(process)));
                 process.created(pid, stdio, names, watcher.abort_handle());
@@ -261,6 +271,7 @@ impl Relay {
         }
         let answered = self.delete_in_guest(&format!("deleting container {}", container.id), request).await?;
         let response = deleted(&container.init, answered);
+        drop(std::mem::take(&mut *lock(&container.sockets)));
         self.release(&container.id).await;
         self.containers.remove(&container);
         for process in container.processes() {

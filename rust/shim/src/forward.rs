@@ -83,8 +83,8 @@ async fn forward(tcp: TcpStream, guest: &Guest) {
 }
 
 async fn connect(guest: &Guest, port: u16, v6: bool) -> Result<Conn, ForwardError> {
-    let mut line =
-        serde_json::to_vec(&Hello { token: guest.token.clone(), port, v6 }).map_err(io::Error::from)?;
+    let hello = Hello { token: guest.token.clone(), port, v6, socket: String::new() };
+    let mut line = serde_json::to_vec(&hello).map_err(io::Error::from)?;
     line.push(b'\n');
     let mut conn = guest.dial(PORT_FORWARD).await?;
     let talk = async {

@@ -6,7 +6,7 @@ use std::{
 };
 
 use kuasar_common::api::{
-    host::{PrepareRequest, ReleaseRequest, UpdateRequest},
+    host::{PrepareRequest, PrepareResponse, ReleaseRequest, UpdateRequest},
     host_ttrpc::HostClient,
 };
 use tokio::{
@@ -51,8 +51,8 @@ impl Host {
         Self { socket: pod_dir.join(kuasar_common::constants::pod_files::HOST_SOCKET) }
     }
 
-    /// Has a container's files made ready; returns its bundle as the guest sees it. Waits for a daemon that is down.
-    pub(crate) async fn prepare(&self, request: &PrepareRequest) -> Result<String, HostError> {
+    /// Has a container's files made ready. Waits for a daemon that is down.
+    pub(crate) async fn prepare(&self, request: &PrepareRequest) -> Result<PrepareResponse, HostError> {
         let deadline = Instant::now() + PREPARE_LIMIT;
         let mut why = String::from("it never took the call");
         let mut pause = RETRY.0;
@@ -60,7 +60,7 @@ impl Host {
             loop {
                 match self.connect().await {
                     Ok(client) => match client.prepare(until(deadline), request).await {
-                        Ok(response) => return Ok(response.bundle),
+                        Ok(response) => return Ok(response),
                         Err(ttrpc::Error::RpcStatus(status)) => return Err(HostError::Refused(status)),
                         // It went down in the middle; Prepare is idempotent.
                         Err(e) => why = e.to_string(),

@@ -13,6 +13,7 @@ mod fifo;
 mod forward;
 mod guest;
 mod host;
+mod host_socket;
 mod life;
 mod log;
 mod oneshot;

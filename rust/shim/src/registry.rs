@@ -13,6 +13,7 @@ use tokio::task::AbortHandle;
 
 use crate::{
     caller::Caller,
+    host_socket::Served,
     life::Life,
     stdio::{Stdio, Wanted},
     streams::{Names, Outputs},
@@ -144,6 +145,8 @@ pub(crate) struct Container {
     execs: Mutex<HashMap<String, Arc<Process>>>,
     /// The last answer to Stats.
     pub(crate) stats: Mutex<Option<Vec<u8>>>,
+    /// Sockets of the host that it has mounted.
+    pub(crate) sockets: Mutex<Served>,
     /// Held while the container is made and while it is deleted.
     pub(crate) gate: Arc<tokio::sync::Mutex<()>>,
     creator: Caller,
@@ -163,6 +166,7 @@ impl Container {
             init: Arc::new(Process::new(wanted)),
             execs: Mutex::default(),
             stats: Mutex::default(),
+            sockets: Mutex::default(),
             gate: Arc::default(),
             creator,
         }

@@ -1,4 +1,5 @@
-//! Port-forward: carries TCP connections of the host to the guest's own loopback (see [`kuasar_common::forward`]).
+//! Port-forward: carries TCP connections of the host to the guest's own loopback (see [`kuasar_common::forward`]). On the same
+//! port, connections of containers go to sockets of the host.
 
 use std::{io, net::SocketAddr, sync::Arc, time::Duration};
 
@@ -7,6 +8,7 @@ use tokio::{io::AsyncWriteExt, net::TcpStream, sync::Semaphore, time::timeout};
 
 use crate::{
     auth::Token,
+    host_socket::HostSockets,
     stdio::{
         listener::{HELLO_DEADLINE, first_line, refuse},
         registry::{Connection, Transport},
@@ -21,44 +23,62 @@ const DIAL_DEADLINE: Duration = Duration::from_secs(15);
 /// Takes connections in and carries each to where its first line says.
 pub struct Forwards {
     token: Arc<Token>,
+    sockets: Arc<HostSockets>,
     open: Arc<Semaphore>,
 }
 
 impl Forwards {
-    /// For connections that know `token`.
+    /// For connections that know `token`, to the pod's ports or to those who are connected to one of these sockets.
     #[must_use]
-    pub fn new(token: Arc<Token>) -> Self {
-        Self { token, open: Arc::new(Semaphore::new(MAX_OPEN)) }
+    pub fn new(token: Arc<Token>, sockets: Arc<HostSockets>) -> Self {
+        Self { token, sockets, open: Arc::new(Semaphore::new(MAX_OPEN)) }
     }
 
     /// Deals with one accepted connection, in a task of its own. Waits while too many are open.
     pub async fn accept(&self, transport: Box<dyn Transport>) {
         let Ok(permit) = Arc::clone(&self.open).acquire_owned().await else { return };
-        let token = Arc::clone(&self.token);
+        let (token, sockets) = (Arc::clone(&self.token), Arc::clone(&self.sockets));
         tokio::spawn(async move {
-            let _permit = permit;
             let mut connection = Connection::new(transport);
-            match timeout(HELLO_DEADLINE + DIAL_DEADLINE * 2, greet(&mut connection, &token)).await {
-                Ok(Ok(tcp)) => {
-                    if let Err(error) = carry(tcp, connection, Side::Agent).await {
-                        log::debug!("a forwarded connection broke: {error}");
-                    }
+            match timeout(HELLO_DEADLINE, greet(&mut connection, &token)).await {
+                // It may wait for long, and its number is limited by who asks.
+                Ok(Ok(hello)) if !hello.socket.is_empty() => {
+                    drop(permit);
+                    sockets.serve(&hello.socket, connection).await;
                 }
-                Ok(Err(why)) => {
-                    log::info!("refused a forwarded connection: {why}");
-                    refuse(&mut connection, &why).await;
+                Ok(Ok(hello)) => {
+                    let _permit = permit;
+                    forward(&hello, connection).await;
                 }
+                Ok(Err(why)) => refused(&mut connection, &why).await,
                 Err(_) => log::warn!("refused a forwarded connection: no first line in time"),
             }
         });
     }
 }
 
-async fn greet(connection: &mut Connection, token: &Token) -> Result<TcpStream, String> {
+async fn greet(connection: &mut Connection, token: &Token) -> Result<Hello, String> {
     let hello: Hello = first_line(connection).await?;
-    if !token.is(&hello.token) {
-        return Err("wrong token".to_owned());
+    if token.is(&hello.token) { Ok(hello) } else { Err("wrong token".to_owned()) }
+}
+
+async fn refused(connection: &mut Connection, why: &str) {
+    log::info!("refused a forwarded connection: {why}");
+    refuse(connection, why).await;
+}
+
+async fn forward(hello: &Hello, mut connection: Connection) {
+    match connect(hello, &mut connection).await {
+        Ok(tcp) => {
+            if let Err(error) = carry(tcp, connection, Side::Agent).await {
+                log::debug!("a forwarded connection broke: {error}");
+            }
+        }
+        Err(why) => refused(&mut connection, &why).await,
     }
+}
+
+async fn connect(hello: &Hello, connection: &mut Connection) -> Result<TcpStream, String> {
     let [first, second] = hello.targets();
     let tcp = match dial(first).await {
         Ok(tcp) => tcp,
@@ -66,8 +86,12 @@ async fn greet(connection: &mut Connection, token: &Token) -> Result<TcpStream, 
             .await
             .map_err(|other| format!("connecting in the pod: to {first}: {error}; to {second}: {other}"))?,
     };
-    connection.write_all(b"OK\n").await.map_err(|error| error.to_string())?;
-    connection.flush().await.map_err(|error| error.to_string())?;
+    let answer = async {
+        connection.write_all(b"OK\n").await?;
+        connection.flush().await
+    };
+    let answered = timeout(HELLO_DEADLINE, answer).await.unwrap_or(Err(io::ErrorKind::TimedOut.into()));
+    answered.map_err(|error| error.to_string())?;
     Ok(tcp)
 }
 
@@ -89,7 +113,7 @@ mod tests {
         token.set("ab".repeat(32));
         let (ours, theirs) = duplex(16 * 1024);
         let mut theirs = BufReader::new(theirs);
-        Forwards::new(token).accept(Box::new(ours)).await;
+        Forwards::new(token, Arc::default()).accept(Box::new(ours)).await;
         theirs.write_all(hello.as_bytes()).await.unwrap();
         let mut line = String::new();
         theirs.read_line(&mut line).await.unwrap();
@@ -127,5 +151,8 @@ mod tests {
         assert_eq!(line, "ERR wrong token\n");
         let (line, _) = answer("{\"port\":1}\n").await;
         assert!(line.starts_with("ERR parsing the first line: "), "{line}");
+        let socket = format!("{{\"token\":\"{}\",\"socket\":\"/run/x\"}}\n", "ab".repeat(32));
+        let (line, _) = answer(&socket).await;
+        assert_eq!(line, "ERR gone\n");
     }
 }

@@ -18,6 +18,7 @@ pub mod events;
 pub mod forward;
 pub mod handshake;
 pub mod hooks;
+pub mod host_socket;
 mod launch;
 pub mod limits;
 pub mod logging;

@@ -157,7 +157,8 @@ async fn serve(
     let mut server = Server::new().add_listener(Listener::new(Incoming(incoming))).register_service(services);
     server.start().await?;
     vital.spawn(route(ttrpc, calls, Streaming::new(Arc::clone(&streams), Arc::clone(&token))));
-    let forwards = Forwards::new(Arc::clone(&token));
+    let sockets = Arc::clone(&tasks.context.storages.sockets);
+    let forwards = Forwards::new(Arc::clone(&token), sockets);
     vital.spawn(async move {
         loop {
             forwards.accept(Box::new(accepted(&forward, PORT_FORWARD).await)).await;

@@ -7,6 +7,7 @@ pub mod mount;
 pub mod mountinfo;
 mod plan;
 pub mod remove;
+mod sockets;
 pub mod spec;
 mod storage;
 mod volumes;
@@ -15,5 +16,6 @@ pub(crate) use self::storage::write_new;
 pub use self::{
     disks::{Disks, Room},
     plan::Plan,
+    sockets::HostSocket,
     storage::{Storage, StorageError, is_safe_id},
 };

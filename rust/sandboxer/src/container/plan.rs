@@ -18,6 +18,7 @@ use super::{
     layers::{InGuest, Layers},
     mount::{self, MountError, RootfsMount},
     mountinfo,
+    sockets::HostSocket,
     spec::{self, Bind, BlockDevice, CpuSet, Needs, Object, SpecError, Target, refused},
     storage::{StorageError, is_safe_id},
 };
@@ -40,6 +41,7 @@ pub struct Plan {
     /// What the guest mounts, in this order; the first ones are `disks`.
     pub(super) storages: Vec<Storage>,
     disks: Vec<Wanted>,
+    sockets: Vec<HostSocket>,
     cpuset: CpuSet,
 }
 
@@ -66,9 +68,16 @@ impl Plan {
             Some(layers) => (Vec::new(), Some(layers)),
             None => (rootfs, None),
         };
-        let (binds_on_host, storages, disks) = (Vec::new(), Vec::new(), Vec::new());
-        let mut plan =
-            Self { spec, rootfs: Vec::new(), layers: None, binds: binds_on_host, storages, disks, cpuset };
+        let mut plan = Self {
+            spec,
+            rootfs: Vec::new(),
+            layers: None,
+            binds: Vec::new(),
+            storages: Vec::new(),
+            disks: Vec::new(),
+            sockets: Vec::new(),
+            cpuset,
+        };
         if layers.is_none() {
             plan.add_rootfs(target.container, rootfs, room.any())?;
         }
@@ -82,6 +91,7 @@ impl Plan {
         if let Some(layers) = layers {
             plan.add_layers(target.container, layers, room);
         }
+        plan.storages.extend(plan.sockets.iter().map(HostSocket::storage));
         Ok(plan)
     }
 
@@ -89,6 +99,12 @@ impl Plan {
     #[must_use]
     pub fn disks(&self) -> &[Wanted] {
         &self.disks
+    }
+
+    /// Sockets of the host that it has mounted.
+    #[must_use]
+    pub fn sockets(&self) -> &[HostSocket] {
+        &self.sockets
     }
 
     /// Where the guest's CPUs may run for it.
@@ -212,16 +228,33 @@ impl Plan {
         Ok(())
     }
 
-    /// A bind mount of a disk's node is what is on the disk.
     fn add_bind(&mut self, container: &str, bind: Bind) -> Result<(), StorageError> {
         let found = fs::metadata(&bind.source);
-        if !found.as_ref().is_ok_and(|found| found.file_type().is_block_device()) {
-            if bind.read_only && found.is_ok_and(|found| found.is_dir()) {
+        match &found {
+            Ok(found) if found.file_type().is_block_device() => return self.add_file_system(container, bind),
+            Ok(found) if found.file_type().is_socket() => {
+                let socket = HostSocket::new(container, &bind, found)?;
+                self.set_source(container, &bind, &socket.guest);
+                self.sockets.push(socket);
+                return Ok(());
+            }
+            Ok(found) if found.is_dir() && bind.read_only => {
                 self.leave_read_only_to_the_host(container, &bind)?;
             }
-            self.binds.push(bind);
-            return Ok(());
+            _ => {}
         }
+        self.binds.push(bind);
+        Ok(())
+    }
+
+    fn set_source(&mut self, container: &str, bind: &Bind, source: &str) {
+        if let Some(mount) = self.mount_of(container, bind) {
+            mount.insert("source".into(), json!(source));
+        }
+    }
+
+    /// A bind mount of a disk's node is what is on the disk.
+    fn add_file_system(&mut self, container: &str, bind: Bind) -> Result<(), StorageError> {
         let found = file_system::of(&bind.source, 0).map_err(StorageError::file("reading", &bind.source))?;
         let fstype = found.ok_or_else(|| {
             refused(
@@ -235,14 +268,7 @@ impl Plan {
             )
         })?;
         let mount_point = format!("{MOUNT_POINTS}/{container}/mounts/{}", bind.name);
-        let shared =
-            format!("{}/{container}/mounts/{}", kuasar_common::constants::GUEST_STATE_DIR, bind.name);
-        let mounts = self.spec.get_mut("mounts").and_then(Value::as_array_mut).into_iter().flatten();
-        for mount in mounts.filter(|mount| mount.get("source").and_then(Value::as_str) == Some(&shared)) {
-            if let Some(mount) = mount.as_object_mut() {
-                mount.insert("source".into(), json!(mount_point));
-            }
-        }
+        self.set_source(container, &bind, &mount_point);
         let options = if bind.read_only { vec!["ro".to_owned()] } else { Vec::new() };
         let storage = Storage { fstype: fstype.to_owned(), options, mount_point, ..Storage::default() };
         self.add_disk(Wanted { source: bind.source, read_only: bind.read_only }, storage);

@@ -125,3 +125,27 @@ fn layers_are_disks_while_there_is_room_and_shared_when_there_is_not() {
         assert_eq!(plan.spec["root"]["path"], "/run/kuasar/state/c1/rootfs");
     }
 }
+
+#[test]
+fn a_socket_is_listened_at_by_the_agent_and_comes_after_the_disks() {
+    use std::os::unix::fs::PermissionsExt;
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("s");
+    let _listens = std::os::unix::net::UnixListener::bind(&path).unwrap();
+    fs::set_permissions(&path, fs::Permissions::from_mode(0o660)).unwrap();
+    let mount = |destination: &str, source: &Path| json!({"destination": destination, "type": "bind", "source": source, "options": ["rbind", "rprivate", "ro"]});
+    let spec = json!({"mounts": [mount("/d", dir.path()), mount("/s", &path)]});
+    let plan = Bundle::new(&spec).plan(image(&["loop", "rw"]), true).unwrap();
+    let guest = "/run/kuasar/storage/c1/sockets/1";
+    assert_eq!(plan.spec["mounts"][1]["source"], guest);
+    assert_eq!(plan.binds.iter().map(|bind| bind.destination.as_str()).collect::<Vec<_>>(), ["/d"]);
+    let [socket] = plan.sockets() else { panic!("{:?}", plan.sockets()) };
+    assert_eq!((socket.host.as_path(), socket.guest.as_str()), (path.as_path(), guest));
+    let drivers: Vec<_> = plan.storages.iter().map(|storage| storage.driver.as_str()).collect();
+    assert_eq!(drivers, ["blk", "socket"]);
+    assert!(plan.storages[1].options.contains(&"mode=660".to_owned()));
+    let _takes = std::os::unix::net::UnixDatagram::bind(dir.path().join("d")).unwrap();
+    let spec = json!({"mounts": [mount("/d", &dir.path().join("d"))]});
+    let error = Bundle::new(&spec).plan(image(&["rw"]), true).unwrap_err();
+    assert!(error.is_refusal() && error.to_string().contains("takes datagrams"), "{error}");
+}

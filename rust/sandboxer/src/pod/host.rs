@@ -10,7 +10,7 @@ use std::{
 use async_trait::async_trait;
 use kuasar_common::{
     api::{
-        host::{PrepareRequest, PrepareResponse, ReleaseRequest, UpdateRequest},
+        host::{self, PrepareRequest, PrepareResponse, ReleaseRequest, UpdateRequest},
         host_ttrpc::{Host, create_host},
     },
     constants::pod_files,
@@ -25,7 +25,7 @@ use ttrpc::{
 };
 
 use super::Pod;
-use crate::container::{StorageError, mount::RootfsMount};
+use crate::container::{HostSocket, StorageError, mount::RootfsMount};
 
 /// The server; ends when dropped.
 #[derive(Debug)]
@@ -93,7 +93,14 @@ impl Host for HostService {
             pod.prepare(request.container_id, bundle, rootfs.collect()).await
         };
         let mut response = PrepareResponse::new();
-        response.bundle = apart(span, work).await?;
+        let (bundle, sockets) = apart(span, work).await?;
+        response.bundle = bundle;
+        let named = |socket: HostSocket| host::HostSocket {
+            host: socket.host.to_string_lossy().into_owned(),
+            guest: socket.guest,
+            ..Default::default()
+        };
+        response.sockets = sockets.into_iter().map(named).collect();
         Ok(response)
     }
 

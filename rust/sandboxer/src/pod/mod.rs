@@ -60,7 +60,7 @@ use self::{
 use crate::{
     clock::epoch_ns,
     config::HypervisorConfig,
-    container::{Disks, Plan, Storage, StorageError, mount::RootfsMount, spec::Target},
+    container::{Disks, HostSocket, Plan, Storage, StorageError, mount::RootfsMount, spec::Target},
     network::NetworkRecord,
     process::Process,
     protos::types::Metric,
@@ -276,14 +276,15 @@ impl Pod {
         }
     }
 
-    /// Makes what a container needs; returns its bundle's path in the guest.
+    /// Makes what a container needs; returns its bundle's path in the guest, and the sockets whose connections are to be
+    /// carried.
     #[tracing::instrument(name = "prepare container", level = "trace", skip_all)]
     async fn prepare(
         self: &Arc<Self>,
         container: String,
         bundle: PathBuf,
         rootfs: Vec<RootfsMount>,
-    ) -> Result<String, StorageError> {
+    ) -> Result<(String, Vec<HostSocket>), StorageError> {
         let (pod_pid, shared_pids) = (self.view().pid, self.shared_pids);
         let mut disks = self.free(self.disks.lock()).await?;
         let (id, room) = (container.clone(), disks.room()?);
@@ -294,6 +295,7 @@ impl Pod {
         // What an earlier attempt left.
         disks.release(&container).await?;
         let id = container.clone();
+        let sockets = plan.sockets().to_vec();
         let made = async {
             self.pin(&container, Some(plan.cpuset().clone()))?;
             plan.plugged_in(disks.attach(&container, plan.disks()).await?);
@@ -317,7 +319,7 @@ impl Pod {
             }
         }
         self.persist_if_free();
-        made
+        Ok((made?, sockets))
     }
 
     /// Removes what a container needed.

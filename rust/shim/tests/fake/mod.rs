@@ -23,6 +23,7 @@ use async_trait::async_trait;
 use containerd_shim_protos::{api, shim_async};
 use kuasar_common::{
     api::{host, host_ttrpc, sandbox, sandbox_ttrpc},
+    forward,
     stdio::{Hello, Stream, header, payload_len},
 };
 use protobuf::{MessageField, well_known_types::any::Any};
@@ -57,6 +58,8 @@ pub struct Guest {
     pub create_delay_ms: AtomicU32,
     pub create_error: Mutex<Option<String>>,
     pub start_error: Mutex<Option<String>>,
+    /// Connections that wait for one to a socket, and their first lines.
+    pub waiting: Mutex<Vec<(forward::Hello, UnixStream)>>,
     /// What is said to stream connections instead of `OK`.
     pub stream_error: Mutex<Option<String>>,
     /// Stats, Pids, Kill and Check do not answer for as long as this is so.
@@ -137,8 +140,24 @@ impl Guest {
                 conn.write_all(b"OK\n").await.unwrap();
                 self.streams.lock().unwrap().insert((hello.container, hello.exec, hello.stream), conn);
             }
+            "CONNECT 1027" => {
+                conn.write_all(b"OK 1073741826\n").await.unwrap();
+                let hello = serde_json::from_str(&read_line(&mut conn).await).unwrap();
+                self.waiting.lock().unwrap().push((hello, conn));
+            }
             other => panic!("the fake guest was told {other:?}"),
         }
+    }
+
+    /// Takes a connection that waits for one to a socket.
+    pub async fn waiting(&self) -> (forward::Hello, UnixStream) {
+        for _ in 0..PATIENCE.as_millis() / 5 {
+            if let Some(found) = self.waiting.lock().unwrap().pop() {
+                return found;
+            }
+            sleep(Duration::from_millis(5)).await;
+        }
+        panic!("nobody waits for a connection to a socket");
     }
 
     /// Takes a stream's connection.
@@ -402,6 +421,8 @@ pub struct Daemon {
     pub released: Mutex<Vec<String>>,
     pub updated: Mutex<Vec<host::UpdateRequest>>,
     pub prepare_error: Mutex<Option<String>>,
+    /// Sockets of whatever is prepared.
+    pub sockets: Mutex<Vec<host::HostSocket>>,
 }
 
 impl Daemon {
@@ -432,7 +453,8 @@ impl host_ttrpc::Host for HostService {
         }
         let bundle = format!("/run/kuasar/state/{}", req.container_id);
         self.0.prepared.lock().unwrap().push(req);
-        Ok(host::PrepareResponse { bundle, ..Default::default() })
+        let sockets = self.0.sockets.lock().unwrap().clone();
+        Ok(host::PrepareResponse { bundle, sockets, ..Default::default() })
     }
 
     async fn release(

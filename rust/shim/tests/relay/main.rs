@@ -14,4 +14,5 @@ mod fifos;
 mod io;
 mod life;
 mod pod;
+mod sockets;
 mod streams;

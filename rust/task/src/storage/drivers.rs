@@ -8,9 +8,10 @@ use std::{
 
 use kuasar_common::{
     constants::GUEST_STATE_DIR,
+    host_socket::Access,
     storage::{
         Storage,
-        driver::{BLOCK, DISKS, EPHEMERAL, OVERLAY, PMEM, SCSI, SHARE},
+        driver::{BLOCK, DISKS, EPHEMERAL, OVERLAY, PMEM, SCSI, SHARE, SOCKET},
         is_plain,
     },
 };
@@ -61,6 +62,8 @@ pub(super) struct Mounted {
     recursive: bool,
     /// Nothing is mounted: the container has the device itself.
     node: bool,
+    /// Nothing is mounted: the agent listens there.
+    socket: bool,
 }
 
 /// The device that a storage needs, if it is one.
@@ -91,6 +94,9 @@ pub(super) async fn mount(
     storage: &Storage,
     device: Option<Device>,
 ) -> Result<Mounted, TaskError> {
+    if storage.driver == SOCKET {
+        return socket(storages, storage);
+    }
     let options = Options::parse(&storage.options);
     if let Some(device) = device {
         return show(storages, storage, options, device).await;
@@ -107,7 +113,10 @@ pub(super) async fn mount(
 
 /// Takes a storage away.
 pub(super) async fn unmount(storages: &Storages, target: &Path, mounted: &Mounted) -> Result<(), TaskError> {
-    if !mounted.node {
+    if mounted.socket {
+        let doing = format!("removing the socket {}", target.display());
+        storages.sockets.close(target).map_err(TaskError::io(doing))?;
+    } else if !mounted.node {
         let (place, recursive) = (target.to_owned(), mounted.recursive);
         in_thread(move || if recursive { mount::detach_all(&place) } else { mount::detach(&place) }).await?;
     }
@@ -264,6 +273,14 @@ fn share(storage: &Storage, options: &Options) -> Result<Mounted, TaskError> {
     no_data(storage, options)?;
     bind(storage, options, || mount::open_below(Path::new(GUEST_STATE_DIR), &storage.source))?;
     Ok(Mounted { recursive: options.recursive_bind, ..Mounted::default() })
+}
+
+fn socket(storages: &Storages, storage: &Storage) -> Result<Mounted, TaskError> {
+    let access = Access::parse(&storage.options).map_err(|why| storage.refuse(why))?;
+    let path = Path::new(&storage.mount_point);
+    let doing = format!("making a socket at {}", path.display());
+    storages.sockets.open(path, access).map_err(TaskError::io(doing))?;
+    Ok(Mounted { socket: true, ..Mounted::default() })
 }
 
 /// What the kernel would ignore is refused: somebody relies on it.

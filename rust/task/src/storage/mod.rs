@@ -33,6 +33,7 @@ use self::{
 use crate::{
     devices::{Device, Devices},
     error::TaskError,
+    host_socket::HostSockets,
 };
 
 /// Where file systems of devices are mounted, for the agent alone.
@@ -57,6 +58,8 @@ pub struct Storages {
     users: Mutex<HashMap<String, Vec<PathBuf>>>,
     /// Started with the first storage that is a device: most pods have none.
     monitor: OnceCell<Arc<Devices>>,
+    /// Those that are sockets of the host.
+    pub sockets: Arc<HostSockets>,
 }
 
 impl From<StorageError> for TaskError {

@@ -19,6 +19,7 @@ mod refused;
 mod restart;
 mod sandbox;
 mod security;
+mod sockets;
 mod task;
 mod verity;
 mod volumes;
@@ -77,6 +78,7 @@ use sandbox::{
     a_pod_whose_record_cannot_be_read_is_removed, a_pods_cpus_are_counted_apart,
 };
 use security::a_container_sees_the_processes_of_its_target;
+use sockets::{containers_talk_to_a_socket_of_the_host, sockets_are_served_while_the_daemon_is_away};
 use task::{
     a_paused_container_can_be_ended, independent_steps_go_on_side_by_side, limits_beyond_the_vm_are_refused,
     pause_resume_figures_pids_and_limits, the_daemon_traces_where_time_goes,
@@ -175,6 +177,8 @@ fn main() -> ExitCode {
             a_volume_can_be_read_only_with_all_below,
             a_volume_in_memory_has_its_size,
             what_cannot_be_mounted_is_refused_by_name,
+            containers_talk_to_a_socket_of_the_host,
+            sockets_are_served_while_the_daemon_is_away,
             a_root_has_any_number_of_layers,
             shared_memory_is_the_pods,
             users_files_survive_a_busy_mount_and_a_killed_daemon,

@@ -1,7 +1,7 @@
 //! What a VM cannot give: each refused over CRI by one sentence that names what was asked for and the way out. The list is
 //! that of docs/config.md, "What is refused, and where".
 
-use std::{fs, os::unix::net::UnixListener, path::Path, sync::Arc};
+use std::{fs, os::unix::net::UnixDatagram, path::Path, sync::Arc};
 
 use anyhow::{Context, Result, anyhow, bail, ensure};
 use kuasar_e2e::{
@@ -105,8 +105,8 @@ async fn is_refused(lab: &Lab, pod: Pod<'_>, wanted: Vec<(&str, ContainerConfig,
 pub(crate) async fn containers_with_what_is_the_hosts_are_refused(lab: Arc<Lab>) -> Result<()> {
     let folder = lab.machine.root.join("tmp/sockets");
     fs::create_dir_all(&folder)?;
-    let socket = folder.join("containerd.sock");
-    let _listens = UnixListener::bind(&socket)?;
+    let socket = folder.join("dev-log");
+    let _takes = UnixDatagram::bind(&socket)?;
     let device = |path: &str| Device {
         container_path: path.into(),
         host_path: path.into(),
@@ -127,7 +127,7 @@ pub(crate) async fn containers_with_what_is_the_hosts_are_refused(lab: Arc<Lab>)
         (
             "socket",
             ContainerConfig { mounts: vec![mount(&socket)], ..idle() },
-            ["containerd.sock at /there: it is a socket of the host", "remove the mount"],
+            ["dev-log, which takes datagrams", "listen on a stream socket or on a port"],
         ),
     ];
     is_refused(&lab, pod, wanted).await

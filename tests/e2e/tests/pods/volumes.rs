@@ -2,7 +2,7 @@
 
 use std::{
     fs,
-    os::unix::{fs::symlink, net::UnixListener},
+    os::unix::{fs::symlink, net::UnixDatagram},
     path::{Path, PathBuf},
     sync::Arc,
     time::Duration,
@@ -225,14 +225,14 @@ pub(crate) async fn a_volume_in_memory_has_its_size(lab: Arc<Lab>) -> Result<()>
 pub(crate) async fn what_cannot_be_mounted_is_refused_by_name(lab: Arc<Lab>) -> Result<()> {
     let pod = lab.pod("refused", handler()).await?;
     let volume = folder(&lab, "refused")?;
-    let _socket = UnixListener::bind(volume.join("docker.sock"))?;
+    let _socket = UnixDatagram::bind(volume.join("dev-log"))?;
     let bidirectional =
         Mount { propagation: MountPropagation::PropagationBidirectional.into(), ..mount(&volume, "/both") };
     for (name, mount, parts) in [
         (
             "socket",
-            mount(&volume.join("docker.sock"), "/s"),
-            ["docker.sock at /s: it is a socket of the host", "remove the mount"],
+            mount(&volume.join("dev-log"), "/s"),
+            ["dev-log, which takes datagrams", "listen on a stream socket or on a port"],
         ),
         (
             "device",
