@@ -19,6 +19,8 @@ pub const CID_HOST: u32 = 2;
 pub const SHARE_TAG: &str = "kuasar";
 /// Where the guest mounts the shared folder.
 pub const GUEST_STATE_DIR: &str = "/run/kuasar/state";
+/// Sources of bind mounts that the agent puts a disk's node in the place of: this, a slash, and the host's number of the disk.
+pub const GUEST_BLOCK_NODES: &str = "/dev/block";
 /// Name of the OCI runtime in the guest's image.
 pub const GUEST_RUNC: &str = "/bin/runc";
 

@@ -12,7 +12,7 @@ use crate::{
     cgroup::Cgroup,
     container::{Container, Exec},
     error::TaskError,
-    hooks,
+    guest_devices, hooks,
     process::Process,
     runc::{ChildStdio, RuncError},
     spec,
@@ -37,6 +37,7 @@ pub(crate) async fn create(context: &Context, container: &Arc<Container>) -> Res
     let devices = context.storages.attach(&container.id, Path::new(&container.bundle)).await?;
     spec::set_devices(&mut spec, &devices);
     container.set_shares_pids(context.pids.resolve(&mut spec, &context.runc)?);
+    guest_devices::check(&spec, Path::new("/sys"))?;
     hooks::check(&spec, Path::new("/"))?;
     let _ = container.cgroup.set(cgroup_of(context, &spec));
     let bundle = write_bundle(context, container, &spec)?;

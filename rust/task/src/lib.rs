@@ -16,6 +16,7 @@ pub mod devices;
 pub mod error;
 pub mod events;
 pub mod forward;
+pub mod guest_devices;
 pub mod handshake;
 pub mod hooks;
 pub mod host_socket;

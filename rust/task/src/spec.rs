@@ -6,9 +6,13 @@
 
 use std::path::{Component, Path};
 
+use kuasar_common::constants::GUEST_BLOCK_NODES;
 use serde_json::{Map, Value, json};
 
-use crate::{error::TaskError, storage::Numbers};
+use crate::{
+    error::TaskError,
+    storage::{Node, Nodes},
+};
 
 /// Cgroup of all containers, as specs name it.
 pub const CGROUPS: &str = "/kuasar";
@@ -46,19 +50,29 @@ pub fn rewrite(json: &[u8], target: Target) -> Result<Value, TaskError> {
     Ok(spec)
 }
 
-/// Gives block devices the guest's numbers in place of those that the host lists them under, as nodes and in the rules of
-/// who may use them.
-pub fn set_devices(spec: &mut Value, numbers: &Numbers) {
+/// Gives block devices the guest's numbers in place of those that the host lists them under, as nodes, in the rules of
+/// who may use them, and where they are bound.
+pub fn set_devices(spec: &mut Value, nodes: &Nodes) {
     for list in ["/linux/devices", "/linux/resources/devices"] {
         let devices = spec.pointer_mut(list).and_then(Value::as_array_mut).into_iter().flatten();
         for device in devices.filter_map(Value::as_object_mut) {
             let number = |key| device.get(key).and_then(Value::as_u64);
             let block = device.get("type").and_then(Value::as_str) == Some("b");
             let given = number("major").zip(number("minor")).filter(|_| block);
-            if let Some((major, minor)) = given.and_then(|given| numbers.get(&given)) {
+            if let Some(Node { major, minor, .. }) = given.and_then(|given| nodes.get(&given)) {
                 device.insert("major".to_owned(), json!(major));
                 device.insert("minor".to_owned(), json!(minor));
             }
+        }
+    }
+    let mounts = spec.get_mut("mounts").and_then(Value::as_array_mut).into_iter().flatten();
+    for mount in mounts.filter_map(Value::as_object_mut) {
+        let source = mount.get("source").and_then(Value::as_str).unwrap_or_default();
+        let given =
+            source.strip_prefix(GUEST_BLOCK_NODES).and_then(|rest| rest.strip_prefix('/')?.split_once(':'));
+        let given = given.and_then(|(major, minor)| Some((major.parse().ok()?, minor.parse().ok()?)));
+        if let Some(node) = given.and_then(|given| nodes.get(&given)) {
+            mount.insert("source".to_owned(), json!(node.path));
         }
     }
 }
@@ -235,13 +249,21 @@ mod tests {
         let device =
             |kind: &str, minor: u64| json!({"path": "/dev/x", "type": kind, "major": 8, "minor": minor});
         let list = json!([device("b", 16), device("b", 32), device("c", 16), {"allow": false}]);
-        let mut spec = json!({"linux": {"devices": list.clone(), "resources": {"devices": list}}});
+        let bind = |source: &str| json!({"type": "bind", "source": source});
+        let mut spec = json!({
+            "linux": {"devices": list.clone(), "resources": {"devices": list}},
+            "mounts": [bind("/dev/block/8:32"), bind("/dev/block/8:48"), bind("/dev/null"), {}],
+        });
         // One's number in the guest is the other's on the host.
-        set_devices(&mut spec, &Numbers::from([((8, 16), (8, 32)), ((8, 32), (254, 0))]));
+        let node = |major, minor, path: &str| Node { major, minor, path: path.into() };
+        let nodes = Nodes::from([((8, 16), node(8, 32, "/dev/sdc")), ((8, 32), node(254, 0, "/dev/vda"))]);
+        set_devices(&mut spec, &nodes);
         let other = json!({"path": "/dev/x", "type": "b", "major": 254, "minor": 0});
         let expected = json!([device("b", 32), other, device("c", 16), {"allow": false}]);
-        assert_eq!(spec, json!({"linux": {"devices": expected.clone(), "resources": {"devices": expected}}}));
-        set_devices(&mut json!({}), &Numbers::new());
+        let expected = json!({"devices": expected.clone(), "resources": {"devices": expected}});
+        assert_eq!(spec["linux"], expected);
+        assert_eq!(spec["mounts"], json!([bind("/dev/vda"), bind("/dev/block/8:48"), bind("/dev/null"), {}]));
+        set_devices(&mut json!({}), &Nodes::new());
     }
 
     #[test]

@@ -5,6 +5,7 @@ mod disks;
 mod layers;
 pub mod mount;
 pub mod mountinfo;
+mod nodes;
 mod plan;
 pub mod remove;
 mod sockets;

@@ -31,6 +31,7 @@ impl Lab {
             destination: "/data".into(),
             read_only,
             recursive: true,
+            disk: None,
         }
     }
 }

@@ -8,7 +8,7 @@ use std::{
 };
 
 use kuasar_common::{
-    constants::GUEST_STATE_DIR,
+    constants::{GUEST_BLOCK_NODES, GUEST_STATE_DIR},
     storage::{MOUNT_POINTS, Storage, driver},
 };
 use serde_json::{Value, json};
@@ -17,10 +17,11 @@ use super::{
     disks::{Room, Wanted},
     layers::{InGuest, Layers},
     mount::{self, MountError, RootfsMount},
-    mountinfo,
+    mountinfo, nodes,
     sockets::HostSocket,
     spec::{self, Bind, BlockDevice, CpuSet, Needs, Object, SpecError, Target, refused},
     storage::{StorageError, is_safe_id},
+    volumes,
 };
 use crate::file_system;
 
@@ -230,8 +231,24 @@ impl Plan {
 
     fn add_bind(&mut self, container: &str, bind: Bind) -> Result<(), StorageError> {
         let found = fs::metadata(&bind.source);
+        let block = found.as_ref().is_ok_and(|found| found.file_type().is_block_device());
+        if let Some((fstype, options)) = bind.disk.clone() {
+            if !block {
+                return Err(volumes::not_mountable(&bind.destination, &fstype).into());
+            }
+            return self.add_file_system(container, bind, fstype, options);
+        }
         match &found {
-            Ok(found) if found.file_type().is_block_device() => return self.add_file_system(container, bind),
+            Ok(found) if block => {
+                self.add_node(container, bind, found.rdev());
+                return Ok(());
+            }
+            Ok(found) if found.file_type().is_char_device() => {
+                if let Some(path) = nodes::in_guest(found.rdev()) {
+                    self.set_source(container, &bind, path);
+                    return Ok(());
+                }
+            }
             Ok(found) if found.file_type().is_socket() => {
                 let socket = HostSocket::new(container, &bind, found)?;
                 self.set_source(container, &bind, &socket.guest);
@@ -253,11 +270,43 @@ impl Plan {
         }
     }
 
-    /// A bind mount of a disk's node is what is on the disk.
-    fn add_file_system(&mut self, container: &str, bind: Bind) -> Result<(), StorageError> {
+    /// A bind mount of a disk's node is the node. What may be done with it, the rules about devices say, as on the host; a disk
+    /// that they say nothing of cannot be written even by who gets around them.
+    fn add_node(&mut self, container: &str, bind: Bind, rdev: u64) {
+        let (major, minor) = (nix::sys::stat::major(rdev), nix::sys::stat::minor(rdev));
+        let device = format!("{major}:{minor}");
+        self.set_source(container, &bind, &format!("{GUEST_BLOCK_NODES}/{device}"));
+        let linux = self.spec.get("linux").and_then(Value::as_object);
+        let writes = linux.is_some_and(|linux| nodes::may_write(linux, major, minor));
+        let read_only = bind.read_only || !writes;
+        let listed = self.storages.iter().position(|storage| storage.device == device);
+        let known = listed.and_then(|at| self.storages.get_mut(at).zip(self.disks.get_mut(at)));
+        match known {
+            // The same disk under several names: writable if one of them is.
+            Some((storage, disk)) if !read_only => {
+                storage.options.clear();
+                disk.read_only = false;
+            }
+            Some(_) => {}
+            None => {
+                let options = if read_only { vec!["ro".to_owned()] } else { Vec::new() };
+                let storage = Storage { device, options, ..Storage::default() };
+                self.add_disk(Wanted { source: bind.source, read_only }, storage);
+            }
+        }
+    }
+
+    /// A disk that is to be mounted.
+    fn add_file_system(
+        &mut self,
+        container: &str,
+        bind: Bind,
+        fstype: String,
+        options: Vec<String>,
+    ) -> Result<(), StorageError> {
         let found = file_system::of(&bind.source, 0).map_err(StorageError::file("reading", &bind.source))?;
-        let fstype = found.ok_or_else(|| {
-            refused(
+        if found.is_none() {
+            return Err(refused(
                 "mounts",
                 format!(
                     "{} is the disk {}, which has no file system to mount; make one, or give it to the container as a device \
@@ -266,11 +315,11 @@ impl Plan {
                     bind.source.display()
                 ),
             )
-        })?;
+            .into());
+        }
         let mount_point = format!("{MOUNT_POINTS}/{container}/mounts/{}", bind.name);
         self.set_source(container, &bind, &mount_point);
-        let options = if bind.read_only { vec!["ro".to_owned()] } else { Vec::new() };
-        let storage = Storage { fstype: fstype.to_owned(), options, mount_point, ..Storage::default() };
+        let storage = Storage { fstype, options, mount_point, ..Storage::default() };
         self.add_disk(Wanted { source: bind.source, read_only: bind.read_only }, storage);
         Ok(())
     }

@@ -149,3 +149,52 @@ fn a_socket_is_listened_at_by_the_agent_and_comes_after_the_disks() {
     let error = Bundle::new(&spec).plan(image(&["rw"]), true).unwrap_err();
     assert!(error.is_refusal() && error.to_string().contains("takes datagrams"), "{error}");
 }
+
+#[test]
+fn a_bind_of_a_device_node_is_the_guests_node_or_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    // Another name for one that is no other.
+    std::os::unix::fs::symlink("/dev/null", dir.path().join("nothing")).unwrap();
+    let mount = |source: &Path| json!({"destination": "/m", "type": "bind", "source": source, "options": ["rbind", "rprivate", "rw"]});
+    let spec = json!({"mounts": [mount(Path::new("/dev/zero")), mount(&dir.path().join("nothing"))]});
+    let plan = Bundle::new(&spec).plan(image(&["rw"]), true).unwrap();
+    let source = |at: usize| plan.spec["mounts"][at]["source"].as_str().unwrap();
+    assert_eq!((source(0), source(1)), ("/dev/zero", "/dev/null"));
+    assert!(plan.binds.is_empty() && plan.storages.is_empty());
+    // What is no disk has no file system to be mounted.
+    let spec = json!({"mounts": [{"destination": "/m", "type": "ext4", "source": "/dev/zero"}]});
+    let error = Bundle::new(&spec).plan(image(&["rw"]), true).unwrap_err();
+    assert!(
+        error.is_refusal() && error.to_string().contains("/m is of type \"ext4\", which the VM cannot mount"),
+        "{error}"
+    );
+}
+
+#[test]
+fn a_bind_of_a_disks_node_is_plugged_in_as_the_rules_allow() {
+    let bind = |read_only| Bind {
+        name: "0".into(),
+        source: "/dev/sdx".into(),
+        destination: "/m".into(),
+        read_only,
+        recursive: true,
+        disk: None,
+    };
+    let allowed = json!({"resources": {"devices": [{"allow": true, "type": "b", "major": 8, "minor": 16, "access": "rw"}]}});
+    let spec = |linux: &Value| json!({"linux": linux, "mounts": [{"destination": "/m", "type": "bind", "source": "/run/kuasar/state/c1/mounts/0"}]});
+    let planned = |linux: &Value, binds: &[bool]| {
+        let mut plan = Bundle::new(&json!({})).plan(image(&["rw"]), true).unwrap();
+        plan.spec = spec(linux);
+        for read_only in binds {
+            plan.add_node("c1", bind(*read_only), nix::sys::stat::makedev(8, 16));
+        }
+        assert_eq!(plan.spec["mounts"][0]["source"], "/dev/block/8:16");
+        assert!(plan.storages.len() == 1 && plan.storages[0].device == "8:16");
+        assert_eq!(plan.storages[0].options == ["ro"], plan.disks[0].read_only);
+        plan.disks[0].read_only
+    };
+    assert!(planned(&json!({}), &[false]), "nobody may write to it");
+    assert!(!planned(&allowed, &[false]));
+    assert!(planned(&allowed, &[true]));
+    assert!(!planned(&allowed, &[true, false, true]), "one of its names is for writing");
+}

@@ -93,6 +93,7 @@ mod tests {
             destination: "/s".into(),
             read_only: false,
             recursive: true,
+            disk: None,
         };
         check_kind(KNOWN, std::slice::from_ref(&bind.source), &bind).err().map(|error| error.to_string())
     }

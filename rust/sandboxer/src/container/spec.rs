@@ -10,7 +10,7 @@ use kuasar_common::constants::GUEST_STATE_DIR;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 
-use super::volumes;
+use super::{nodes, volumes};
 
 /// What a spec is rewritten for.
 #[derive(Debug)]
@@ -23,7 +23,7 @@ pub struct Target<'a> {
     pub shared_pids: bool,
 }
 
-/// A bind mount that has to be made on the host so that the guest sees its source.
+/// A mount of something of the host's, which has to be made there so that the guest sees its source.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Bind {
     /// Name below `shared/<container>/mounts/`.
@@ -36,6 +36,8 @@ pub struct Bind {
     pub read_only: bool,
     /// With the mounts below it.
     pub recursive: bool,
+    /// The file system of a disk, and the options that it is mounted with.
+    pub disk: Option<(String, Vec<String>)>,
 }
 
 /// A disk of the host that the container gets as a device node.
@@ -127,7 +129,7 @@ pub fn rewrite(spec: &mut Value, target: &Target) -> Result<Needs, SpecError> {
     linux.insert("cgroupsPath".into(), json!(format!("/kuasar/{}", target.container)));
     linux.remove("mountLabel");
     linux.remove("intelRdt");
-    let devices = block_devices(linux)?;
+    let devices = nodes::block_devices(linux)?;
     let mut cpuset = CpuSet::default();
     if let Some(resources) = linux.get_mut("resources").and_then(Value::as_object_mut) {
         cpuset = CpuSet::take(resources);
@@ -201,56 +203,6 @@ fn pid_in(path: &str) -> Result<u32, SpecError> {
             "linux.namespaces",
             format!("the PID namespace {path} is one of the host; only those of the pod and of its containers can be joined"),
         )
-    })
-}
-
-/// Character devices that every guest has under the same numbers as the host.
-const GUEST_DEVICES: [(u64, u64); 9] =
-    [(1, 3), (1, 5), (1, 7), (1, 8), (1, 9), (5, 0), (5, 1), (5, 2), (10, 229)];
-
-/// Disks are plugged in; character devices have to be the guest's own.
-fn block_devices(linux: &Object) -> Result<Vec<BlockDevice>, SpecError> {
-    let mut disks = Vec::new();
-    for device in linux.get("devices").and_then(Value::as_array).into_iter().flatten() {
-        let number = |key| device.get(key).and_then(Value::as_u64).unwrap_or(u64::MAX);
-        let (major, minor) = (number("major"), number("minor"));
-        let path = device.get("path").and_then(Value::as_str).unwrap_or("?");
-        match device.get("type").and_then(Value::as_str) {
-            Some("b") => {
-                let read_only = !may_write(linux, major, minor);
-                disks.push(BlockDevice { path: path.to_owned(), major, minor, read_only });
-            }
-            Some("c") if GUEST_DEVICES.contains(&(major, minor)) => {}
-            _ => {
-                return Err(refused(
-                    "linux.devices",
-                    format!(
-                        "{path} is a device of the host, which the VM does not have; remove it, or for a privileged \
-                         container set privileged_without_host_devices = true in containerd's runtime table"
-                    ),
-                ));
-            }
-        }
-    }
-    Ok(disks)
-}
-
-/// Whether the rules let the container write to a disk: the last that is about it counts.
-fn may_write(linux: &Object, major: u64, minor: u64) -> bool {
-    let rules =
-        linux.get("resources").and_then(|resources| resources.get("devices")).and_then(Value::as_array);
-    let is_about = |rule: &&Value| {
-        let any = |key, wanted| {
-            rule.get(key)
-                .and_then(Value::as_i64)
-                .is_none_or(|number| number < 0 || number.cast_unsigned() == wanted)
-        };
-        let kind = rule.get("type").and_then(Value::as_str).unwrap_or("a");
-        matches!(kind, "a" | "b") && any("major", major) && any("minor", minor)
-    };
-    rules.into_iter().flatten().rfind(is_about).is_some_and(|rule| {
-        let access = rule.get("access").and_then(Value::as_str).unwrap_or("rwm");
-        rule.get("allow").and_then(Value::as_bool).unwrap_or(false) && access.contains('w')
     })
 }
 

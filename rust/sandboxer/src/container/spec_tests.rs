@@ -253,10 +253,13 @@ fn disks_are_plugged_in_as_the_last_rule_about_them_allows() {
 }
 
 #[test]
-fn a_bind_of_a_standard_device_takes_the_guests() {
+fn a_mount_with_a_file_system_of_its_own_may_be_a_disks() {
     let mut spec = cri();
-    spec["mounts"][9]["source"] = json!("/dev/null");
+    spec["mounts"][9] =
+        json!({"destination": "/d", "type": "ext4", "source": "/dev/sdx", "options": ["ro", "noatime"]});
     let (spec, binds) = rewritten(spec);
-    assert_eq!(mount(&spec, "/secret")["source"], "/dev/null");
-    assert_eq!(binds.len(), 2);
+    let disk = Some(("ext4".to_owned(), vec!["ro".to_owned(), "noatime".to_owned()]));
+    assert!(binds[2].disk == disk && binds[2].read_only && !binds[0].read_only, "{binds:?}");
+    let mounted = mount(&spec, "/d");
+    assert_eq!((&mounted["type"], &mounted["options"]), (&json!("bind"), &json!(["bind", "ro"])));
 }

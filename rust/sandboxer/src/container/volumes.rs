@@ -10,9 +10,6 @@ use super::spec::{Bind, Object, SpecError, refused};
 /// File systems that the guest's kernel makes itself.
 const OF_THE_GUEST: [&str; 7] = ["proc", "sysfs", "tmpfs", "devpts", "mqueue", "cgroup", "cgroup2"];
 
-/// Device nodes that the guest has, too: a bind of them takes the guest's own.
-const GUEST_NODES: [&str; 5] = ["/dev/null", "/dev/zero", "/dev/full", "/dev/random", "/dev/urandom"];
-
 /// Files of the pod that containers get unless CRI already gave them one: name in the shared folder, destination.
 const POD_FILES: [(&str, &str); 3] =
     [("hosts", "/etc/hosts"), ("hostname", "/etc/hostname"), ("resolv.conf", "/etc/resolv.conf")];
@@ -61,17 +58,15 @@ fn rewrite_one(mount: &mut Object, container: &str, index: usize) -> Result<Opti
         return Ok(None);
     }
     let has = |name: &str| options.iter().any(|option| option == name);
-    if kind != "bind" && !has("bind") && !has("rbind") {
+    let is_bind = kind == "bind" || has("bind") || has("rbind");
+    if !is_bind {
         if OF_THE_GUEST.contains(&kind.as_str()) {
             return Ok(None);
         }
-        return Err(refused(
-            "mounts",
-            format!("{destination} is of type {kind:?}, which the VM cannot mount; use a bind mount"),
-        ));
-    }
-    if GUEST_NODES.contains(&source.as_str()) {
-        return Ok(None);
+        // One that is on a disk may be.
+        if !source.starts_with('/') {
+            return Err(not_mountable(&destination, &kind));
+        }
     }
     if has("rshared") || has("shared") {
         return Err(refused(
@@ -92,7 +87,19 @@ fn rewrite_one(mount: &mut Object, container: &str, index: usize) -> Result<Opti
     let read_only = has("ro") || has("rro");
     // "bind" without "rbind" means the top mount only.
     let recursive = has("rbind") || !has("bind");
-    Ok(Some(Bind { name, source: PathBuf::from(source), destination, read_only, recursive }))
+    let disk = (!is_bind).then(|| {
+        mount.insert("type".into(), json!("bind"));
+        mount.insert("options".into(), json!(["bind", if read_only { "ro" } else { "rw" }]));
+        (kind, options)
+    });
+    Ok(Some(Bind { name, source: PathBuf::from(source), destination, read_only, recursive, disk }))
+}
+
+pub(super) fn not_mountable(destination: &str, kind: &str) -> SpecError {
+    refused(
+        "mounts",
+        format!("{destination} is of type {kind:?}, which the VM cannot mount; use a bind mount"),
+    )
 }
 
 /// Whether a mount at `/dev/shm` is the one that every container gets, and not a volume of the user's, which is what a pod

@@ -43,8 +43,19 @@ const DEVICE_DEADLINE: Duration = Duration::from_secs(10);
 /// How long one storage may take to be mounted or unmounted: a journal may have to be replayed first.
 const MOUNT_DEADLINE: Duration = Duration::from_secs(30);
 
-/// Devices of a container: the number in its spec, and the guest's.
-pub type Numbers = HashMap<(u64, u64), (u64, u64)>;
+/// Devices of a container: the number in its spec, and what the guest has under another.
+pub type Nodes = HashMap<(u64, u64), Node>;
+
+/// A device that a container uses itself.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Node {
+    /// The guest's number of it, first half.
+    pub major: u64,
+    /// And second half.
+    pub minor: u64,
+    /// Its node in the guest.
+    pub path: PathBuf,
+}
 
 /// Whose a mount is, and what: two that differ in any of it are not the same.
 type Identity = (Option<String>, Storage);
@@ -78,25 +89,26 @@ impl Storages {
     ///
     /// # Errors
     /// At the first that cannot be mounted.
-    pub async fn attach(self: &Arc<Self>, container: &str, bundle: &Path) -> Result<Numbers, TaskError> {
+    pub async fn attach(self: &Arc<Self>, container: &str, bundle: &Path) -> Result<Nodes, TaskError> {
         let list = self.list(bundle.join(storage::FILE)).await?;
         // Devices are waited for side by side; mounts may build on one another.
         let mut waits = Vec::with_capacity(list.len());
         for storage in &list {
             waits.push(self.wait_for_device(storage).await?);
         }
-        let mut numbers = Numbers::new();
+        let mut nodes = Nodes::new();
         for (storage, wait) in list.into_iter().zip(waits) {
             let device = match wait {
                 Some(wait) => Some(joined(wait.await)?),
                 None => None,
             };
             if let (Some(given), Some(device)) = (storage.number(), &device) {
-                numbers.insert(given, (u64::from(device.major), u64::from(device.minor)));
+                let (major, minor) = (device.major.into(), device.minor.into());
+                nodes.insert(given, Node { major, minor, path: device.node.clone() });
             }
             self.attach_one(container, storage, device).await?;
         }
-        Ok(numbers)
+        Ok(nodes)
     }
 
     async fn list(&self, file: PathBuf) -> Result<Vec<Storage>, TaskError> {

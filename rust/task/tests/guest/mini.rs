@@ -5,11 +5,12 @@ use std::{path::Path, process::Command};
 use containerd_shim_protos::{api, cgroups::metrics::Metrics, events::task::TaskOOM, shim_async::TaskClient};
 use kuasar_common::api::sandbox::ExecVMProcessRequest;
 use protobuf::Message;
+use serde_json::{Value, json};
 
 use crate::{
     given::{Given, Kind},
     limits::{create_with, event, little_memory},
-    pod::Pod,
+    pod::{Pod, code},
     storages::{at, disk_with, end, guest_file, sh, start, storage},
     vm::{Vm, bundle},
 };
@@ -37,6 +38,31 @@ fn scsi(dir: &Path) -> String {
         disk("two"),
         disk("late"),
     )
+}
+
+/// Which of the devices that a spec may name there are, the guest's kernel decides: this one has tunnels.
+#[tokio::test]
+#[ignore = "needs a guest: set KUASAR_MINI_KERNEL"]
+async fn a_container_has_the_devices_of_this_kernel() {
+    let pod = pod("", |_| String::new());
+    let bind = json!({"destination": "/tun", "type": "bind", "source": "/dev/net/tun", "options": ["rbind"]});
+    let name = |spec: &mut Value, minor: u64| {
+        spec["mounts"].as_array_mut().unwrap().push(bind.clone());
+        spec["linux"]["devices"] = json!([{"path": "/dev/it", "type": "c", "major": 10, "minor": minor}]);
+    };
+    create_with(&pod, "c", &["sleep", "1000"], false, |spec| name(spec, 200)).await.unwrap();
+    pod.start("c", "").await.unwrap();
+    assert_eq!(
+        sh(&pod, "c", "see", "ls -l /tun /dev/it | cut -c 1-10; ls -l /tun | grep -c '10, *200'").await,
+        "0 crw-rw-rw-\ncrw-rw-rw-\n1"
+    );
+    end(&pod, "c").await;
+    // KVM is the host's.
+    let error = code(create_with(&pod, "none", &["true"], false, |spec| name(spec, 232)).await).1;
+    assert!(
+        error.contains("linux.devices of the container's spec: /dev/it is a device of the host"),
+        "{error}"
+    );
 }
 
 #[tokio::test]

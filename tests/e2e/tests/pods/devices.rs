@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use anyhow::{Result, anyhow, ensure};
 use kuasar_e2e::{
-    cri::{ContainerConfig, Device},
+    cri::{ContainerConfig, Device, Mount},
     image::BUSYBOX,
     lab::{self, Lab},
     suite::handler,
@@ -43,5 +43,47 @@ pub(crate) async fn devices_of_every_guest_are_passed(lab: Arc<Lab>) -> Result<(
     }
     let out = sh(&lab, &plain, "mknod /tmp/fuse c 10 229; exec 3<>/tmp/fuse && echo open").await?;
     ensure!(out.contains("not permitted"), "who did not ask for /dev/fuse opens it: {out:?}");
+    pod.remove().await
+}
+
+/// What `hostPath` of type `CharDevice` gives: the guest's own node, and as on the host, no right to use it.
+pub(crate) async fn devices_are_bound_from_the_guest(lab: Arc<Lab>) -> Result<()> {
+    let pod = lab.pod("nodes", handler()).await?;
+    let mount = |path: &str, at: &str| Mount {
+        container_path: at.into(),
+        host_path: path.into(),
+        ..Mount::default()
+    };
+    let mounts =
+        vec![mount("/dev/fuse", "/dev/fuse"), mount("/dev/zero", "/nothing"), mount("/dev/tty", "/tty")];
+    let bound = ContainerConfig { mounts: mounts.clone(), ..lab::container("bound", BUSYBOX, IDLE) };
+    let fuse = Device {
+        container_path: "/dev/other".into(),
+        host_path: "/dev/fuse".into(),
+        permissions: "rwm".into(),
+    };
+    let allowed = ContainerConfig { mounts, devices: vec![fuse], ..lab::container("allowed", BUSYBOX, IDLE) };
+    let start = async |config: ContainerConfig| {
+        let id = pod.create(config).await?;
+        lab.cri.start(&id).await.map_err(|e| anyhow!("starting it: {}", e.message()))?;
+        anyhow::Ok(id)
+    };
+    let (bound, allowed) = (start(bound).await?, start(allowed).await?);
+    let open = "exec 3<>/dev/fuse && echo open";
+    for (container, script, expected) in [
+        (&bound, "stat -c '%F %t:%T %a' /dev/fuse", "0 character special file a:e5 666"),
+        (
+            &bound,
+            "stat -c '%F %t:%T' /nothing /tty",
+            "0 character special file 1:5\ncharacter special file 5:0",
+        ),
+        (&bound, "head -c 2 /nothing | hexdump -e '\"%x\"'", "0 0"),
+        (&allowed, open, "0 open"),
+    ] {
+        let out = sh(&lab, container, script).await?;
+        ensure!(out == expected, "`{script}` gave {out:?}");
+    }
+    let out = sh(&lab, &bound, open).await?;
+    ensure!(out.contains("not permitted"), "who did not ask for the device opens it: {out:?}");
     pod.remove().await
 }

@@ -2,6 +2,7 @@
 
 use std::{
     fs,
+    io::Write,
     path::{Path, PathBuf},
     sync::Arc,
     time::Duration,
@@ -12,6 +13,7 @@ use kuasar_e2e::{
     cri::{ContainerConfig, Device, Mount},
     image::BUSYBOX,
     lab::{self, Lab, Pod, QEMU_BLOCKFILE, QEMU_DEVMAPPER, run},
+    store,
     suite::handler,
 };
 use nix::sys::signal::{Signal, kill};
@@ -76,8 +78,20 @@ fn with_mount(name: &str, disk: &Disk, readonly: bool) -> ContainerConfig {
     ContainerConfig { mounts: vec![mount], ..lab::container(name, BUSYBOX, IDLE) }
 }
 
+/// Mounts of disks are of their file systems; CRI itself can only ask for binds.
 async fn started(lab: &Lab, pod: &Pod<'_>, config: ContainerConfig) -> Result<String> {
     let id = pod.create(config).await?;
+    store::change_spec(&id, |spec| {
+        for mount in spec["mounts"].as_array_mut().into_iter().flatten() {
+            if mount["source"].as_str().is_some_and(|source| source.starts_with("/dev/loop")) {
+                let has_ro =
+                    mount["options"].as_array().is_some_and(|options| options.contains(&"ro".into()));
+                mount["type"] = "ext4".into();
+                mount["options"] = serde_json::json!([if has_ro { "ro" } else { "rw" }]);
+            }
+        }
+    })
+    .await?;
     lab.cri.start(&id).await.map_err(|e| anyhow::anyhow!("starting: {}", e.message()))?;
     Ok(id)
 }
@@ -137,6 +151,42 @@ pub(crate) async fn a_disk_is_a_device_of_the_container(lab: Arc<Lab>) -> Result
     gone(&lab, &other).await?;
     pod.remove().await?;
     second.free().await
+}
+
+/// What a `hostPath` of type `BlockDevice` is: the node, with which only who is allowed to can do anything.
+pub(crate) async fn a_disk_that_is_bound_is_a_node(lab: Arc<Lab>) -> Result<()> {
+    let pod = lab.pod("node", handler()).await?;
+    let disk = Disk::new(&lab, "node", true).await?;
+    fs::OpenOptions::new().write(true).open(&disk.file)?.write_all(b"from the host")?;
+    let bound = async |config: ContainerConfig| {
+        let id = pod.create(config).await?;
+        lab.cri.start(&id).await.map_err(|e| anyhow::anyhow!("starting: {}", e.message()))?;
+        anyhow::Ok(id)
+    };
+    // Bound alone, it is there to be looked at.
+    let alone = bound(with_mount("alone", &disk, false)).await?;
+    let out = sh(&lab, &alone, "stat -c %F /data; head -c 13 /data").await?;
+    ensure!(
+        out.starts_with("1 block special file") && out.contains("not permitted"),
+        "who is not allowed to use it gets {out:?}"
+    );
+    gone(&lab, &alone).await?;
+    let mounts = with_mount("", &disk, false).mounts;
+    let both = bound(ContainerConfig { mounts, ..with_device("both", &disk, "rw") }).await?;
+    let script = "head -c 13 /data; [ $(stat -c %t:%T /data) = $(stat -c %t:%T /dev/data) ] && \
+                  echo written | dd of=/data bs=4096 seek=1 conv=sync 2>/dev/null && sync";
+    let out = sh(&lab, &both, script).await?;
+    ensure!(out == "0 from the host", "who may use it gets {out:?}");
+    gone(&lab, &both).await?;
+    let mounts = with_mount("", &disk, true).mounts;
+    let reads = bound(ContainerConfig { mounts, ..with_device("reads", &disk, "r") }).await?;
+    let out = sh(&lab, &reads, "dd if=/data bs=4096 skip=1 count=1 2>/dev/null | head -c 7; echo x > /data")
+        .await?;
+    ensure!(out.starts_with("1 written") && out.contains("not permitted"), "who may read it gets {out:?}");
+    pod.remove().await?;
+    disk.free().await?;
+    ensure!(fs::read(&disk.file)?.get(4096..4103) == Some(b"written"), "what was written did not arrive");
+    Ok(())
 }
 
 pub(crate) async fn the_file_system_of_a_disk_is_a_volume(lab: Arc<Lab>) -> Result<()> {

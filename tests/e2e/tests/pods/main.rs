@@ -36,7 +36,7 @@ use cancelled::a_pod_whose_start_is_cancelled_leaves_nothing;
 use cgroups::{
     a_guest_runs_on_the_cpus_of_its_containers, a_pod_is_below_its_cgroup_and_unlimited_stays_unlimited,
 };
-use devices::devices_of_every_guest_are_passed;
+use devices::{devices_are_bound_from_the_guest, devices_of_every_guest_are_passed};
 use figures::{a_pod_is_resized, figures_of_pods_never_fail};
 use guest::{
     a_guest_is_reached_any_number_of_times, a_kernel_panic_is_the_reason_of_a_pods_end,
@@ -86,8 +86,8 @@ use task::{
 
 use begins::{a_containerd_killed_while_a_container_is_made, a_containerd_killed_while_a_pod_starts};
 use disks::{
-    a_disk_is_a_device_of_the_container, a_hung_vm_gives_its_disks_back, a_root_is_a_device_of_the_mapper,
-    a_root_is_an_image_file, a_vm_ends_with_its_disks,
+    a_disk_is_a_device_of_the_container, a_disk_that_is_bound_is_a_node, a_hung_vm_gives_its_disks_back,
+    a_root_is_a_device_of_the_mapper, a_root_is_an_image_file, a_vm_ends_with_its_disks,
     a_vmm_that_stands_still_while_the_daemon_restarts_goes_on, the_file_system_of_a_disk_is_a_volume,
 };
 use ends::{
@@ -150,6 +150,7 @@ fn main() -> ExitCode {
             profiles_and_huge_pages_of_the_host_are_refused,
             checkpoints_are_refused,
             devices_of_every_guest_are_passed,
+            devices_are_bound_from_the_guest,
             figures_of_pods_never_fail,
             a_killed_daemon_finds_its_pods_again,
             a_daemon_killed_while_a_pod_starts,
@@ -199,6 +200,7 @@ fn disk_cases() -> Vec<Case<Lab>> {
         disks::missing(),
         cases![
             a_disk_is_a_device_of_the_container,
+            a_disk_that_is_bound_is_a_node,
             the_file_system_of_a_disk_is_a_volume,
             a_vm_ends_with_its_disks,
             a_hung_vm_gives_its_disks_back,

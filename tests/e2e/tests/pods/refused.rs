@@ -14,6 +14,8 @@ use kuasar_e2e::{
     suite::handler,
 };
 
+use nix::sys::stat::{Mode, SFlag, makedev, mknod};
+
 use super::IDLE;
 
 /// What must be said: what was asked for and why it cannot be, and what to do.
@@ -107,10 +109,11 @@ pub(crate) async fn containers_with_what_is_the_hosts_are_refused(lab: Arc<Lab>)
     fs::create_dir_all(&folder)?;
     let socket = folder.join("dev-log");
     let _takes = UnixDatagram::bind(&socket)?;
-    let device = |path: &str| Device {
-        container_path: path.into(),
-        host_path: path.into(),
-        permissions: "rwm".into(),
+    let kvm = folder.join("kvm");
+    mknod(&kvm, SFlag::S_IFCHR, Mode::S_IRUSR, makedev(10, 232))?;
+    let device = |path: &Path| {
+        let path = path.to_string_lossy().into_owned();
+        Device { container_path: path.clone(), host_path: path, permissions: "rwm".into() }
     };
     let mount = |path: &Path| Mount {
         container_path: "/there".into(),
@@ -121,8 +124,18 @@ pub(crate) async fn containers_with_what_is_the_hosts_are_refused(lab: Arc<Lab>)
     let wanted = vec![
         (
             "device",
-            ContainerConfig { devices: vec![device("/dev/net/tun")], ..idle() },
-            ["/dev/net/tun is a device of the host, which the VM does not have", "remove it, or"],
+            ContainerConfig { devices: vec![device(Path::new("/dev/net/tun"))], ..idle() },
+            ["/dev/net/tun is a device of the host, which the VM's kernel does not have", "remove it, or"],
+        ),
+        (
+            "number",
+            ContainerConfig { devices: vec![device(&kvm)], ..idle() },
+            ["kvm is a device of the host, which the VM does not have", "remove it, or"],
+        ),
+        (
+            "bound",
+            ContainerConfig { mounts: vec![mount(Path::new("/dev/net/tun"))], ..idle() },
+            ["/dev/net/tun is a device of the host, which the VM's kernel does not have", "remove it, or"],
         ),
         (
             "socket",

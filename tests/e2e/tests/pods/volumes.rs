@@ -16,6 +16,7 @@ use kuasar_e2e::{
     store,
     suite::handler,
 };
+use nix::sys::stat::{Mode, SFlag, makedev, mknod};
 use tokio::process::Command;
 
 use super::{
@@ -226,6 +227,8 @@ pub(crate) async fn what_cannot_be_mounted_is_refused_by_name(lab: Arc<Lab>) -> 
     let pod = lab.pod("refused", handler()).await?;
     let volume = folder(&lab, "refused")?;
     let _socket = UnixDatagram::bind(volume.join("dev-log"))?;
+    let kvm = volume.join("kvm");
+    mknod(&kvm, SFlag::S_IFCHR, Mode::S_IRUSR, makedev(10, 232))?;
     let bidirectional =
         Mount { propagation: MountPropagation::PropagationBidirectional.into(), ..mount(&volume, "/both") };
     for (name, mount, parts) in [
@@ -234,11 +237,7 @@ pub(crate) async fn what_cannot_be_mounted_is_refused_by_name(lab: Arc<Lab>) -> 
             mount(&volume.join("dev-log"), "/s"),
             ["dev-log, which takes datagrams", "listen on a stream socket or on a port"],
         ),
-        (
-            "device",
-            mount(Path::new("/dev/fuse"), "/f"),
-            ["/dev/fuse at /f: it is a device of the host", "remove the mount"],
-        ),
+        ("device", mount(&kvm, "/k"), ["kvm at /k: it is a device of the host", "remove the mount"]),
         ("both", bidirectional, ["/both asks for mount propagation to the host", "HostToContainer or None"]),
     ] {
         let error = match started(&lab, &pod, config(name, &[mount])).await {
