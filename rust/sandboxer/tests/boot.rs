@@ -233,7 +233,7 @@ async fn the_pods_address_answers() {
     let Some(lab) = Lab::new() else { return };
     let netns = Netns::new();
     let path = PathBuf::from("/run/netns").join(&netns.0);
-    let network = network::prepare(&path, 2).await.unwrap();
+    let network = network::Plan::read(&path).await.unwrap().make(2).await.unwrap();
     let devices = network.nics.into_iter().map(DeviceInfo::Tap).collect();
     let spec = VmSpec { netns: Some(path), devices, vcpus: 2, ..lab.spec() };
     let (vm, _guest) = lab.boot(spec).await;

@@ -95,17 +95,16 @@ pub(super) fn open(name: &str, many: bool, queues: u32) -> Result<Vec<OwnedFd>, 
     })
 }
 
-/// The addresses on a tap are the guest's, and the namespace's kernel, which has them as well so that CNI finds them, must not
-/// answer for them on a bridge. Whether it would have; [`speak_up`] makes it do so again.
-pub(super) fn keep_quiet() -> Result<bool, NetworkError> {
-    let set = || {
-        let would = fs::read_to_string(ARP_IGNORE)?.trim() == "0";
-        if would {
-            fs::write(ARP_IGNORE, "1")?;
-        }
-        Ok(would)
-    };
-    set().map_err(NetworkError::io(format!("setting {ARP_IGNORE}")))
+/// Whether the namespace's kernel answers for all its addresses. Those on a tap are the guest's, and the kernel, which has them
+/// as well so that CNI finds them, must not answer for them on a bridge.
+pub(super) fn answers() -> Result<bool, NetworkError> {
+    let now = fs::read_to_string(ARP_IGNORE).map_err(NetworkError::io(format!("reading {ARP_IGNORE}")))?;
+    Ok(now.trim() == "0")
+}
+
+/// Keeps it from that. [`speak_up`] makes it do so again.
+pub(super) fn keep_quiet() -> Result<(), NetworkError> {
+    fs::write(ARP_IGNORE, "1").map_err(NetworkError::io(format!("setting {ARP_IGNORE}")))
 }
 
 /// Undoes [`keep_quiet`].

@@ -49,7 +49,7 @@ pub struct PodNetwork {
     pub record: NetworkRecord,
 }
 
-/// What [`prepare`] made in the pod's network namespace, so that it can be removed after a restart, too.
+/// What [`Plan::make`] makes in the pod's network namespace, so that it can be removed after a restart, too.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct NetworkRecord {
@@ -111,17 +111,82 @@ impl NetworkError {
     }
 }
 
-/// Gives every link of the pod's network namespace a tap for the VM, with `queues` queues each. On error nothing is left.
-///
-/// # Errors
-/// When the namespace cannot be entered or read, or has a link, route or rule of a kind that cannot be given to a VM.
-#[tracing::instrument(name = "prepare network", level = "trace", skip_all)]
-pub async fn prepare(netns: &Path, queues: u32) -> Result<PodNetwork, NetworkError> {
-    let path = netns.to_owned();
-    within(netns, move |handle| async move { prepare_here(&handle, &path, queues).await }).await
+/// A pod's network as CNI left it, and what is to be made beside it for the VM. Nothing is made yet.
+#[derive(Debug)]
+pub struct Plan {
+    pod: read::Pod,
+    record: NetworkRecord,
 }
 
-/// Removes what [`prepare`] made. A namespace, tap or qdisc that is gone is no error.
+impl Plan {
+    /// Reads the pod's network namespace.
+    ///
+    /// # Errors
+    /// When it cannot be entered or read, or has a link, route or rule of a kind that cannot be given to a VM.
+    #[tracing::instrument(name = "read network", level = "trace", skip_all)]
+    pub async fn read(netns: &Path) -> Result<Self, NetworkError> {
+        let path = netns.to_owned();
+        within(netns, move |handle| async move { Self::read_here(&handle, path).await }).await
+    }
+
+    /// What will have been made, for the pod's record: whoever comes after a daemon that died meanwhile goes by it.
+    #[must_use]
+    pub const fn record(&self) -> &NetworkRecord {
+        &self.record
+    }
+
+    /// Gives every link a tap for the VM, with `queues` queues each. On error nothing is left.
+    ///
+    /// # Errors
+    /// When the namespace cannot be entered, or the kernel refuses.
+    #[tracing::instrument(name = "prepare network", level = "trace", skip_all)]
+    pub async fn make(self, queues: u32) -> Result<PodNetwork, NetworkError> {
+        let path = self.record.netns.clone();
+        within(&path, move |handle| async move { self.make_here(&handle, queues).await }).await
+    }
+
+    async fn read_here(handle: &rtnetlink::Handle, netns: PathBuf) -> Result<Self, NetworkError> {
+        let pod = read::pod(handle).await?;
+        let taken = read::ingress(handle).await?;
+        let (theirs, ours): (Vec<_>, Vec<_>) = pod.links.iter().partition(|link| link.tap.is_some());
+        let quiet = !theirs.is_empty() && existing::answers()?;
+        let taps = ours.iter().map(|link| tap_beside(link)).collect();
+        // Where somebody else's is in the way, nothing will be made, and nothing is to be removed.
+        let redirected = ours.iter().filter(|link| !taken.contains(&link.index));
+        let redirected = redirected.map(|link| link.interface.name.clone()).collect();
+        Ok(Self { pod, record: NetworkRecord { netns, taps, redirected, quiet } })
+    }
+
+    async fn make_here(self, handle: &rtnetlink::Handle, queues: u32) -> Result<PodNetwork, NetworkError> {
+        let Self { pod, record } = self;
+        let mut network = PodNetwork {
+            interfaces: pod.links.iter().map(|link| link.interface.clone()).collect(),
+            routes: pod.routes,
+            neighbours: pod.neighbours,
+            record,
+            ..PodNetwork::default()
+        };
+        if let Err(error) = add_nics(handle, &pod.links, queues, &mut network).await {
+            // Closes the taps' descriptors, which removes them; what was done to the links is undone here.
+            network.nics.clear();
+            if let Err(error) = remove_here(handle, &network.record).await {
+                tracing::warn!(%error, netns = %network.record.netns.display(), "undoing half a network");
+            }
+            return Err(error);
+        }
+        let netns = &network.record.netns;
+        match forward::prepare(handle, netns).await {
+            Ok(forward) => network.forward = Some(forward),
+            // A pod without it is worth more than none.
+            Err(error) => {
+                tracing::warn!(%error, netns = %netns.display(), "the pod runs, but no port can be forwarded to it");
+            }
+        }
+        Ok(network)
+    }
+}
+
+/// Removes what [`Plan::make`] made. A namespace, tap or qdisc that is gone is no error.
 ///
 /// # Errors
 /// When something is there and cannot be removed.
@@ -141,70 +206,47 @@ pub async fn remove(record: &NetworkRecord) -> Result<(), NetworkError> {
     }
 }
 
-async fn prepare_here(
+async fn add_nics(
     handle: &rtnetlink::Handle,
-    netns: &Path,
-    queues: u32,
-) -> Result<PodNetwork, NetworkError> {
-    let pod = read::pod(handle).await?;
-    let mut network = PodNetwork {
-        interfaces: pod.links.iter().map(|link| link.interface.clone()).collect(),
-        routes: pod.routes,
-        neighbours: pod.neighbours,
-        record: NetworkRecord { netns: netns.to_owned(), ..NetworkRecord::default() },
-        ..PodNetwork::default()
-    };
-    for link in pod.links {
-        if let Err(error) = add_nic(handle, &link, queues, &mut network).await {
-            // Closes the taps' descriptors, which removes them; what was done to the links is undone here.
-            network.nics.clear();
-            if let Err(error) = remove_here(handle, &network.record).await {
-                tracing::warn!(%error, netns = %netns.display(), "undoing half a network");
-            }
-            return Err(error);
-        }
-    }
-    match forward::prepare(handle, netns).await {
-        Ok(forward) => network.forward = Some(forward),
-        // A pod without it is worth more than none.
-        Err(error) => {
-            tracing::warn!(%error, netns = %netns.display(), "the pod runs, but no port can be forwarded to it");
-        }
-    }
-    Ok(network)
-}
-
-async fn add_nic(
-    handle: &rtnetlink::Handle,
-    link: &read::Link,
+    links: &[read::Link],
     queues: u32,
     network: &mut PodNetwork,
 ) -> Result<(), NetworkError> {
-    let mtu = u32::try_from(link.interface.mtu).unwrap_or(u32::MAX);
+    if network.record.quiet {
+        existing::keep_quiet()?;
+    }
+    for link in links {
+        let nic = add_nic(handle, link, queues).await?;
+        network.nics.push(nic);
+    }
+    Ok(())
+}
+
+/// The name of a link's tap.
+fn tap_beside(link: &read::Link) -> String {
+    format!("kua{}", link.index)
+}
+
+async fn add_nic(handle: &rtnetlink::Handle, link: &read::Link, queues: u32) -> Result<Nic, NetworkError> {
+    let (name, mtu) = (&link.interface.name, u32::try_from(link.interface.mtu).unwrap_or(u32::MAX));
     let (tap, fds) = if let Some(tun) = link.tap {
-        if !network.record.quiet {
-            network.record.quiet = existing::keep_quiet()?;
-        }
-        (link.interface.name.clone(), existing::open(&link.interface.name, tun.many, queues)?)
+        (name.clone(), existing::open(name, tun.many, queues)?)
     } else {
-        let tap = format!("kua{}", link.index);
+        let tap = tap_beside(link);
         let fds = tap::queues(&tap, queues.max(1), queues > 1);
         let fds = fds.map_err(NetworkError::io(format!("creating the tap {tap}")))?;
-        network.record.taps.push(tap.clone());
         let tap_index = tap::configure(handle, &tap, mtu).await?;
-        redirect::both_ways(handle, (&link.interface.name, link.index), (&tap, tap_index)).await?;
-        network.record.redirected.push(link.interface.name.clone());
+        redirect::both_ways(handle, (name, link.index), (&tap, tap_index)).await?;
         (tap, fds)
     };
-    network.nics.push(Nic {
+    Ok(Nic {
         id: format!("net{}", link.index),
         tap,
         mac: link.interface.hwAddr.clone(),
         mtu,
         vhost: tap::vhost_net(fds.len()),
         queues: fds,
-    });
-    Ok(())
+    })
 }
 
 async fn remove_here(handle: &rtnetlink::Handle, record: &NetworkRecord) -> Result<(), NetworkError> {

@@ -1,7 +1,7 @@
 //! What CNI left in the pod's network namespace, in the agent's words.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     net::{IpAddr, Ipv4Addr, Ipv6Addr},
 };
 
@@ -16,6 +16,7 @@ use netlink_packet_route::{
         RouteType,
     },
     rule::{RuleAttribute, RuleMessage},
+    tc::TcHandle,
 };
 use nix::libc;
 use rtnetlink::{IpVersion, RouteMessageBuilder, packet_core::Nla};
@@ -71,6 +72,13 @@ pub(super) async fn pod(handle: &rtnetlink::Handle) -> Result<Pod, NetworkError>
     let messages = all(handle.neighbours().get().execute(), "reading the pod's neighbours").await?;
     let neighbours = messages.iter().filter_map(|message| neighbour(message, &links)).collect();
     Ok(Pod { links, routes, neighbours })
+}
+
+/// Indices of the links that have an ingress qdisc.
+pub(super) async fn ingress(handle: &rtnetlink::Handle) -> Result<BTreeSet<u32>, NetworkError> {
+    let messages = all(handle.qdisc().get().execute(), "reading the pod's traffic control").await?;
+    let there = messages.iter().filter(|message| message.header.parent == TcHandle::INGRESS);
+    Ok(there.filter_map(|message| u32::try_from(message.header.index).ok()).collect())
 }
 
 /// Finds a link; `None` when there is none of that name.

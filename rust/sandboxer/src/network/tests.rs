@@ -82,12 +82,34 @@ impl Netns {
     }
 }
 
+async fn prepare(netns: &Path, queues: u32) -> Result<PodNetwork, NetworkError> {
+    Plan::read(netns).await?.make(queues).await
+}
+
 impl Drop for Netns {
     fn drop(&mut self) {
         for name in [&self.pod, &self.host] {
             drop(Command::new("ip").args(["netns", "del", name]).status());
         }
     }
+}
+
+/// What a daemon that dies while it makes a network leaves is known by what it recorded before.
+#[tokio::test]
+async fn what_will_be_made_is_known_before() {
+    let Some(netns) = Netns::with_eth0() else { return };
+    let plan = Plan::read(&netns.path()).await.unwrap();
+    assert!(!netns.links().contains("kua") && !netns.tc().contains("ingress"), "it is made already");
+    let record = plan.record().clone();
+    // Before anything was made, and after all was.
+    remove(&record).await.unwrap();
+    let network = plan.make(1).await.unwrap();
+    assert_eq!(network.record, record);
+    assert_eq!((record.taps.len(), record.redirected.as_slice()), (1, &["eth0".to_owned()][..]));
+    drop(network);
+    assert!(netns.tc().contains("ingress"));
+    remove(&record).await.unwrap();
+    assert!(!netns.tc().contains("ingress"), "{}", netns.tc());
 }
 
 #[tokio::test]
@@ -268,7 +290,9 @@ async fn a_failure_half_way_leaves_nothing() {
     let status =
         Command::new("tc").args(["-n", pod, "qdisc", "add", "dev", "eth1", "clsact"]).status().unwrap();
     assert!(status.success());
-    let error = prepare(&netns.path(), 1).await.unwrap_err().to_string();
+    let plan = Plan::read(&netns.path()).await.unwrap();
+    assert_eq!(plan.record().redirected, ["eth0"], "the other one is somebody else's");
+    let error = plan.make(1).await.unwrap_err().to_string();
     assert!(error.starts_with("redirecting the traffic of eth1 to kua"), "{error}");
     assert!(!netns.links().contains("kua"), "{}", netns.links());
     let tc = netns.tc();

@@ -70,6 +70,9 @@ impl Pod {
         let deadline = Deadline::new(self.environment.start_timeout);
         let size = VmSize::of(&work.spec, &self.environment.sizes)?;
         let cgroups = step("creating the sandbox's cgroup", self.cgroups().map_err(StepError::Cgroup))?;
+        let plan = network::Plan::read(&work.spec.netns).await;
+        let plan = step("giving the VM the pod's network", plan)?;
+        work.network = Some(plan.record().clone());
         work.size = Some(size);
         work.cgroups = cgroups.paths();
         self.set_phase(Phase::Starting);
@@ -79,9 +82,10 @@ impl Pod {
         let limits = work.spec.resources.limits();
         let limited = cgroups.limit(&limits).map(drop).map_err(StepError::Cgroup);
         step("limiting the sandbox's cgroup", limited)?;
-        let (network, files) = tokio::join!(network::prepare(&work.spec.netns, size.vcpus), self.files());
+        let (network, files) = tokio::join!(plan.make(size.vcpus), self.files());
+        // Then there is nothing of it, and nothing to be removed.
+        let network = network.inspect_err(|_| work.network = None);
         let network = step("giving the VM the pod's network", network)?;
-        work.network = Some(network.record.clone());
         let (token, endpoint, host) = step("preparing the sandbox's folder", files)?;
         work.host = Some(host);
         step("writing the sandbox's files", self.pod_files(work, &network).await)?;

@@ -36,6 +36,38 @@ async fn a_caller_that_goes_away_in_a_step_that_hangs_leaves_nothing() {
     }
 }
 
+/// What a daemon leaves that dies while it makes a pod's network is known to the next one.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_network_is_recorded_before_it_is_made() {
+    let lab = Lab::new(Fault::None);
+    let (mut client, _pods) = serve(&lab).await;
+    client.create(create(&lab, &pod_config())).await.unwrap();
+    // Beside the network the token is written, into what takes it when somebody reads.
+    let token = lab.path("pods/p1/token");
+    nix::unistd::mkfifo(&token, nix::sys::stat::Mode::S_IRWXU).unwrap();
+    let mut other = client.clone();
+    let starting = tokio::spawn(async move { start(&mut other).await });
+    let recorded = || {
+        let text = fs::read(lab.path("pods/p1/pod.json")).unwrap();
+        serde_json::from_slice::<serde_json::Value>(&text).unwrap()
+    };
+    // The runtime's own clock may stand still with the thread that writes the token.
+    let began = Instant::now();
+    while recorded()["phase"] != "starting" {
+        assert!(began.elapsed() < Duration::from_secs(10), "the start is not recorded");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    let netns = lab.netns();
+    assert_eq!(recorded()["network"]["netns"], *netns.to_str().unwrap());
+    assert!(!starting.is_finished());
+    let text = fs::read(&token).unwrap();
+    fs::remove_file(&token).unwrap();
+    fs::write(&token, text).unwrap();
+    starting.await.unwrap().unwrap();
+    shutdown(&mut client).await.unwrap();
+    lab.assert_clean();
+}
+
 /// At every millisecond of a start, so that every step is hit; a start that was faster than its caller is a running pod.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_caller_that_goes_away_at_any_time_leaves_nothing_or_a_pod() {
