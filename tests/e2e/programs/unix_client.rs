@@ -1,26 +1,17 @@
 //! `unix_client PATH`: sends its standard input to a unix socket, ends that direction, and writes the answer to its
 //! standard output. Built static by the tests that run it in containers: busybox knows no unix sockets.
+//!
+//! `io::copy` splices (splice(2)), so the pipes of standard input and output are locked for as long as the socket has nothing to
+//! give or to take: the agent, at their other ends, must not mind.
 
 use std::{
-    io::{self, Read, Write},
+    fs::File,
+    io,
     net::Shutdown,
-    os::unix::net::UnixStream,
+    os::{fd::AsFd, unix::net::UnixStream},
     process::ExitCode,
     thread,
 };
-
-/// `io::copy` would use splice(2), which holds the lock of a pipe that it writes to for as long as it waits for the socket.
-fn copy(from: &mut impl Read, to: &mut impl Write) -> io::Result<()> {
-    let mut buffer = [0; 8192];
-    loop {
-        let read = from.read(&mut buffer)?;
-        to.write_all(&buffer[..read])?;
-        to.flush()?;
-        if read == 0 {
-            return Ok(());
-        }
-    }
-}
 
 fn talk() -> Result<(), String> {
     let path = std::env::args().nth(1).ok_or("PATH is missing")?;
@@ -28,8 +19,10 @@ fn talk() -> Result<(), String> {
     let stream = UnixStream::connect(path).map_err(said("connect"))?;
     let mut from = stream.try_clone().map_err(said("clone"))?;
     let mut to = stream;
-    let answer = thread::spawn(move || copy(&mut from, &mut io::stdout().lock()));
-    copy(&mut io::stdin().lock(), &mut to).map_err(said("write"))?;
+    // Itself, not the buffer before it.
+    let mut output = File::from(io::stdout().as_fd().try_clone_to_owned().map_err(said("clone"))?);
+    let answer = thread::spawn(move || io::copy(&mut from, &mut output));
+    io::copy(&mut io::stdin().lock(), &mut to).map_err(said("write"))?;
     to.shutdown(Shutdown::Write).map_err(said("shutdown"))?;
     answer.join().map_err(|_| "panic".to_owned())?.map_err(said("read"))?;
     Ok(())

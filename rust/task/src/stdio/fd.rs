@@ -6,6 +6,7 @@ use rustix::io::Errno;
 use tokio::{
     io::{Interest, unix::AsyncFd},
     sync::watch,
+    task::{JoinHandle, spawn_blocking},
     time::timeout,
 };
 
@@ -13,6 +14,9 @@ use crate::reaper::Exit;
 
 /// How long a terminal stays open for descendants of a process that has exited, in case there is more output.
 const TTY_GRACE: Duration = Duration::from_millis(200);
+
+/// How long the pipe of a process that has exited may be locked by a descendant before what is in it is given up.
+const LOCKED_GRACE: Duration = Duration::from_secs(1);
 
 /// More than the kernel keeps of a terminal's output.
 const TTY_BUFFER: usize = 128 * 1024;
@@ -43,12 +47,21 @@ impl Fd {
         self.fd.get_ref()
     }
 
+    /// Does something with a pipe in a thread that may be held up: whoever splices into a pipe or out of it has it locked for
+    /// as long as the other end of the splice keeps them waiting (splice(2)), and then not even FIONREAD returns at once.
+    fn apart<T: Send + 'static>(&self, work: impl FnOnce(&OwnedFd) -> T + Send + 'static) -> JoinHandle<T> {
+        let fd = Arc::clone(&self.fd);
+        spawn_blocking(move || work(fd.get_ref()))
+    }
+
     /// Bytes that wait to be read, or more: a terminal does not know.
-    fn waiting(&self) -> usize {
+    async fn waiting(&self) -> usize {
         if self.tty {
             return TTY_BUFFER;
         }
-        rustix::io::ioctl_fionread(self.get()).ok().and_then(|bytes| usize::try_from(bytes).ok()).unwrap_or(0)
+        let asked = self.apart(|fd| rustix::io::ioctl_fionread(fd));
+        let bytes = timeout(LOCKED_GRACE, asked).await.ok().and_then(Result::ok).and_then(Result::ok);
+        bytes.and_then(|bytes| usize::try_from(bytes).ok()).unwrap_or(0)
     }
 
     async fn read_ready(&self, buffer: &mut [u8]) -> usize {
@@ -71,6 +84,16 @@ impl Fd {
     pub async fn write_all(&self, mut bytes: &[u8]) -> io::Result<()> {
         while !bytes.is_empty() {
             let mut ready = self.fd.writable().await?;
+            if !self.tty {
+                let own = bytes.to_vec();
+                match self.apart(move |fd| rustix::io::write(fd, &own)).await.map_err(io::Error::other)? {
+                    Ok(written) => bytes = bytes.get(written..).unwrap_or_default(),
+                    Err(Errno::AGAIN) => ready.clear_ready(),
+                    Err(Errno::INTR) => {}
+                    Err(error) => return Err(error.into()),
+                }
+                continue;
+            }
             match ready.try_io(|fd| Ok(rustix::io::write(fd.get_ref(), bytes)?)) {
                 Ok(Ok(written)) => bytes = bytes.get(written..).unwrap_or_default(),
                 Ok(Err(error)) if error.kind() == io::ErrorKind::Interrupted => {}
@@ -82,9 +105,14 @@ impl Fd {
     }
 }
 
+/// A read of a pipe, and what it was read into.
+type Reading = JoinHandle<(rustix::io::Result<usize>, Vec<u8>)>;
+
 /// What a process writes, up to the end of it.
 pub struct Source {
     fd: Fd,
+    /// Under way; kept if nobody waits for it any more.
+    reading: Option<Reading>,
     /// Bytes still to be read of a process that has exited.
     rest: Option<usize>,
 }
@@ -93,16 +121,17 @@ impl Source {
     /// Reads from `fd`.
     #[must_use]
     pub fn new(fd: Fd) -> Self {
-        Self { fd, rest: None }
+        Self { fd, reading: None, rest: None }
     }
 
     /// Reads what there is; 0 at the end. Once the process has exited, the end is behind what it had written, because a
-    /// descendant may keep the other side open, and even write, for ever. Cancelling loses nothing.
+    /// descendant may keep the other side open, and even write, for ever. Cancelling loses nothing, as long as the next
+    /// buffer has as much room.
     pub async fn read(&mut self, buffer: &mut [u8], exited: &mut watch::Receiver<Option<Exit>>) -> usize {
         if self.rest.is_none() && exited.borrow().is_none() {
             tokio::select! {
                 biased;
-                read = self.fd.read_ready(buffer) => return read,
+                read = self.read_ready(buffer) => return read,
                 // Or it was forgotten: its output will not end by itself then.
                 () = has_exited(exited) => {}
             }
@@ -110,17 +139,65 @@ impl Source {
         self.read_rest(buffer).await
     }
 
+    async fn read_ready(&mut self, buffer: &mut [u8]) -> usize {
+        if self.fd.tty {
+            return self.fd.read_ready(buffer).await;
+        }
+        let fd = self.fd.clone();
+        loop {
+            let Ok(mut ready) = fd.fd.readable().await else { return 0 };
+            match self.read_apart(buffer).await {
+                Ok(read) => return read,
+                Err(Errno::AGAIN) => ready.clear_ready(),
+                Err(Errno::INTR) => {}
+                Err(_) => return 0,
+            }
+        }
+    }
+
+    /// One read, which goes on if it is not waited for.
+    async fn read_apart(&mut self, buffer: &mut [u8]) -> rustix::io::Result<usize> {
+        let room = buffer.len();
+        let reading = self.reading.get_or_insert_with(|| {
+            self.fd.apart(move |fd| {
+                let mut own = vec![0; room];
+                (rustix::io::read(fd, &mut own), own)
+            })
+        });
+        let done = reading.await;
+        self.reading = None;
+        let (read, own) = done.map_err(|_| Errno::IO)?;
+        let read = read?.min(room);
+        if let Some((to, from)) = buffer.get_mut(..read).zip(own.get(..read)) {
+            to.copy_from_slice(from);
+        }
+        Ok(read)
+    }
+
     async fn read_rest(&mut self, buffer: &mut [u8]) -> usize {
-        let rest = *self.rest.get_or_insert_with(|| self.fd.waiting());
+        if self.reading.is_some() {
+            // Of before the exit, and so not counted.
+            match timeout(LOCKED_GRACE, self.read_apart(buffer)).await {
+                Ok(Ok(read @ 1..)) => return read,
+                Ok(_) => {}
+                Err(_) => return 0,
+            }
+        }
+        let rest = match self.rest {
+            Some(rest) => rest,
+            None => *self.rest.insert(self.fd.waiting().await),
+        };
         let wanted = rest.min(buffer.len());
         let Some(buffer) = buffer.get_mut(..wanted).filter(|buffer| !buffer.is_empty()) else { return 0 };
-        let read = match rustix::io::read(self.fd.get(), &mut *buffer) {
-            Ok(read) => read,
-            // Closing the other side of a terminal ends it with EIO, after all output. Still open: wait a little.
-            Err(Errno::AGAIN) if self.fd.tty => {
-                timeout(TTY_GRACE, self.fd.read_ready(buffer)).await.unwrap_or(0)
+        let read = if self.fd.tty {
+            match rustix::io::read(self.fd.get(), &mut *buffer) {
+                Ok(read) => read,
+                // Closing the other side of a terminal ends it with EIO, after all output. Still open: wait a little.
+                Err(Errno::AGAIN) => timeout(TTY_GRACE, self.fd.read_ready(buffer)).await.unwrap_or(0),
+                Err(_) => 0,
             }
-            Err(_) => 0,
+        } else {
+            timeout(LOCKED_GRACE, self.read_apart(buffer)).await.ok().and_then(Result::ok).unwrap_or(0)
         };
         self.rest = Some(rest.saturating_sub(read));
         read
@@ -134,7 +211,7 @@ async fn has_exited(exited: &mut watch::Receiver<Option<Exit>>) {
 
 #[cfg(test)]
 mod tests {
-    use std::{sync::Arc, time::SystemTime};
+    use std::{os::fd::RawFd, sync::Arc, time::SystemTime};
 
     use rustix::pipe::pipe;
 
@@ -162,6 +239,53 @@ mod tests {
         // Two were left at the exit; whether more is taken together with them is up to the kernel, but it ends.
         assert_eq!(all.first(), Some(&2));
         assert_eq!(all.last(), Some(&0));
+    }
+
+    /// What `io::copy` of Rust's library does in a container that copies a socket to its output.
+    #[tokio::test]
+    async fn who_splices_holds_nobody_else_up() {
+        use std::{io::Write, os::fd::AsRawFd, os::unix::net::UnixStream, thread, time::Instant};
+
+        let splice = |from: RawFd, to: RawFd| {
+            // SAFETY: the descriptors are open until the thread that calls this has ended; there are no offsets.
+            unsafe { libc::splice(from, std::ptr::null_mut(), to, std::ptr::null_mut(), 1000, 0) }
+        };
+        let soon = Duration::from_millis(300);
+        let (read, write) = pipe().unwrap();
+        let (mut sends, waits) = UnixStream::pair().unwrap();
+        rustix::io::write(&write, b"before").unwrap();
+        let splicing = thread::spawn(move || splice(waits.as_raw_fd(), write.as_raw_fd()));
+        thread::sleep(soon);
+        let (_sender, mut seen) = watch::channel(None);
+        let mut source = Source::new(Fd::new(read, Interest::READABLE, false).unwrap());
+        let mut buffer = [0; 16];
+        let begun = Instant::now();
+        let early = timeout(soon, source.read(&mut buffer, &mut seen)).await;
+        assert!(begun.elapsed() < soon * 10 && early.is_err(), "{early:?} after {:?}", begun.elapsed());
+        sends.write_all(b"after").unwrap();
+        let mut all = Vec::new();
+        while let read @ 1.. = source.read(&mut buffer, &mut seen).await {
+            all.extend_from_slice(&buffer[..read]);
+        }
+        assert_eq!(all, b"beforeafter");
+        assert_eq!(splicing.join().unwrap(), 5);
+
+        // And out of it, into what nobody reads.
+        let (read, write) = pipe().unwrap();
+        let (full, _kept) = UnixStream::pair().unwrap();
+        full.set_nonblocking(true).unwrap();
+        while (&full).write(&[0; 4096]).is_ok() {}
+        full.set_nonblocking(false).unwrap();
+        let sink = Fd::new(write, Interest::WRITABLE, false).unwrap();
+        sink.write_all(b"first").await.unwrap();
+        let (kept, splicing) =
+            (full.try_clone().unwrap(), thread::spawn(move || splice(read.as_raw_fd(), full.as_raw_fd())));
+        thread::sleep(soon);
+        let begun = Instant::now();
+        assert!(timeout(soon, sink.write_all(b"second")).await.is_err());
+        assert!(begun.elapsed() < soon * 10, "it took {:?}", begun.elapsed());
+        kept.shutdown(std::net::Shutdown::Both).unwrap();
+        assert_eq!(splicing.join().unwrap(), -1);
     }
 
     #[tokio::test]
