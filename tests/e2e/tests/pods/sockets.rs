@@ -73,7 +73,7 @@ async fn client(lab: &Lab) -> Result<PathBuf> {
     let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("programs/unix_client.rs");
     if !program.exists() {
         let mut rustc = Command::new("rustc");
-        rustc.args(["--edition", "2024", "-O", "-C", "target-feature=+crt-static", "-o"]);
+        rustc.args(["--edition", "2024", "-C", "target-feature=+crt-static", "-o"]);
         run(rustc.arg(&program).arg(source)).await.context("building the client")?;
     }
     Ok(program)

@@ -1,7 +1,10 @@
 //! The list of storages in a container's bundle: what is taken has its mount points where the agent wants them, options
 //! that say one thing, and sources that mean what they say.
 
-use kuasar_common::storage::{MAX_STORAGES, MOUNT_POINTS, parse};
+use kuasar_common::{
+    host_socket::Access,
+    storage::{MAX_STORAGES, MOUNT_POINTS, parse},
+};
 use vmm_task::{devices::Matcher, storage::options::Options};
 
 const ALL: &str = r#"[{"driver":"blk","source":"pci:0000:00:05.0","fstype":"ext4","options":["ro","noexec,nodev","rslave"],
@@ -10,7 +13,8 @@ const ALL: &str = r#"[{"driver":"blk","source":"pci:0000:00:05.0","fstype":"ext4
 "mount_point":"/run/kuasar/storage/c/c"},{"driver":"share","source":"vol/sub","options":["rro","rshared"],"mount_point":
 "/run/kuasar/storage/c/d"},{"driver":"ephemeral","fstype":"hugetlbfs","options":["size=64Mi","pagesize=2M"],"mount_point":
 "/run/kuasar/storage/c/e"},{"driver":"overlay","options":["lowerdir=/a:/b","upperdir=/c","workdir=/d"],"mount_point":
-"/run/kuasar/storage/c/f"}]"#;
+"/run/kuasar/storage/c/f"},{"driver":"socket","options":["uid=0","gid=998","mode=660"],"mount_point":
+"/run/kuasar/storage/c/g"}]"#;
 const ONE: &str = r#"[{"driver":"blk","source":"serial:data","fstype":"ext4","mount_point":"/run/kuasar/storage/x"}]"#;
 
 pub(crate) fn seeds() -> Vec<Vec<u8>> {
@@ -27,6 +31,10 @@ pub(crate) fn run(input: &[u8]) {
         // Times of access are a field of several bits, which is cleared as a whole.
         let both = (options.attributes & options.cleared).bits() & !0x70;
         assert_eq!(both, 0, "{options:?}");
+        if let Ok(access) = Access::parse(&storage.options) {
+            assert!(access.mode <= 0o7777);
+            assert_eq!(Access::parse(&access.storage(&storage.mount_point).options), Ok(access));
+        }
         if let Ok(matcher) = storage.source.parse::<Matcher>() {
             assert_eq!(matcher.to_string().parse::<Matcher>().as_ref(), Ok(&matcher));
         }
