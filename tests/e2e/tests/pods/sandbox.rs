@@ -6,7 +6,7 @@ use anyhow::{Context, Result, ensure};
 use kuasar_e2e::{
     cri::PodSandboxState,
     image::BUSYBOX,
-    lab::{Lab, folder_of},
+    lab::{Lab, Pod, folder_of},
     store,
     suite::{handler, patient},
 };
@@ -138,8 +138,31 @@ pub(crate) async fn a_pod_that_containerd_forgot_is_collected(lab: Arc<Lab>) -> 
     until("the forgotten pod's folder is gone", || !folders().contains(&pod.id)).await?;
     // The machine is looked over at the end: VM, relay, tap, mounts and cgroups are gone as well, or the run fails.
     ensure!(is_ready(&lab, &known.id).await, "a pod that is known was collected, too");
+
+    // Whether their records can be read or not.
+    let (lost, vmm) = (lab.pod("lost", handler()).await?, vmm_of(&known)?);
+    return_to_an_older_daemon(&lab, &[&lost, &known]).await?;
+    store::forget(&lost.id).await?;
+    until("the folder of the one without a record is gone", || !folders().contains(&lost.id)).await?;
+    ensure!(kill(vmm, None).is_ok(), "a pod that is known was collected for its record");
     known.remove().await?;
+    lost.remove().await?;
     pod.remove().await
+}
+
+/// It finds records of a later version.
+async fn return_to_an_older_daemon(lab: &Lab, pods: &[&Pod<'_>]) -> Result<()> {
+    let mut records = Vec::new();
+    for pod in pods {
+        let mut record = pod.record()?;
+        *record.get_mut("version").context("no version")? = 99.into();
+        records.push((folder_of(handler()).join(&pod.id).join("pod.json"), record.to_string()));
+    }
+    lab.kill_daemon(handler()).await?;
+    for (file, text) in records {
+        fs::write(file, text)?;
+    }
+    lab.restart_daemon(handler()).await
 }
 
 /// As after the return to an older daemon: it cannot know what lives, so it ends nothing, until the pod is to be removed.
@@ -147,11 +170,7 @@ pub(crate) async fn a_pod_whose_record_cannot_be_read_is_removed(lab: Arc<Lab>) 
     let (pod, other) = (lab.pod("alien", handler()).await?, lab.pod("other", handler()).await?);
     pod.container("idle", BUSYBOX, IDLE).await?;
     let (vmm, folder) = (vmm_of(&pod)?, folder_of(handler()).join(&pod.id));
-    let mut record = pod.record()?;
-    *record.get_mut("version").context("no version")? = 99.into();
-    lab.kill_daemon(handler()).await?;
-    fs::write(folder.join("pod.json"), record.to_string())?;
-    lab.restart_daemon(handler()).await?;
+    return_to_an_older_daemon(&lab, &[&pod]).await?;
     lab.ready_again(&other.id).await?;
     until_ready(&lab, &pod.id, false).await?;
     ensure!(kill(vmm, None).is_ok(), "its VM was ended on no evidence");
