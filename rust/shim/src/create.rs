@@ -1,13 +1,9 @@
-//! Making and unmaking: Create, Exec and Delete, in which daemon, guest and stdio have to come together.
+//! Making: Create and Exec, in which daemon, guest and stdio have to come together.
 
 use std::{sync::Arc, time::Duration};
 
-use containerd_shim_protos::{
-    api::{
-        CreateTaskRequest, CreateTaskResponse, DeleteRequest, DeleteResponse, ExecProcessRequest,
-        WaitRequest, WaitResponse,
-    },
-    protobuf::MessageField,
+use containerd_shim_protos::api::{
+    CreateTaskRequest, CreateTaskResponse, DeleteRequest, ExecProcessRequest, WaitRequest, WaitResponse,
 };
 use kuasar_common::{
     api::host::{HostMount, PrepareRequest},
@@ -21,12 +17,11 @@ use ttrpc::{
 };
 
 use crate::{
-    answer::{Answer, decode, encode, guest_error, host_error, not_found, stdio_error},
+    answer::{Answer, decode, encode, guest_error, host_error, stdio_error},
     caller::Caller,
     guest::{Call, CallError, TASK_SERVICE},
     host::HostError,
     host_socket::{HostSocket, Served},
-    life::Exit,
     log::log,
     registry::{Container, Process, lock},
     stdio::{Files, Opener, Stdio, StdioError, Wanted},
@@ -38,10 +33,8 @@ use crate::{
 const EXIT_UNKNOWN: u32 = 255;
 /// Limit of tidying up in the guest after a failed Create.
 const TIDY_LIMIT: Duration = Duration::from_secs(5);
-/// How often the daemon may fail to release before it is left to it.
-const REFUSALS: u32 = 5;
-/// Pause between attempts to wait for an exit, and to tell the daemon of a release.
-const RETRY: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(10));
+/// Pause between attempts to wait for an exit.
+const RETRY: Duration = Duration::from_secs(1);
 
 impl Relay {
     pub(crate) async fn create(self: Arc<Self>, request: Request, caller: Caller) -> Answer {
@@ -86,33 +79,9 @@ impl Relay {
         let mut names = Names::default();
         let files = self.open_files(process, &mut names, false).map_err(|e| stdio_error(&doing, &e))?;
         self.pay_release(id).await.map_err(host_error)?;
-        let prepare = prepare_request(&create);
-        let (prepared, stdio) = tokio::join!(
-            self.host.prepare(&prepare),
-            Stdio::connect(files, &self.guest, id, "", &process.life)
-        );
-        let (prepared, stdio) = match (prepared, stdio) {
-            (Ok(prepared), Ok(stdio)) => (prepared, stdio),
-            (Ok(_), Err(e)) => {
-                self.release(id).await;
-                return Err(stdio_error(&doing, &e));
-            }
-            (Err(e), _) => {
-                if matches!(e, HostError::Absent { .. }) {
-                    self.owe_release(id);
-                }
-                return Err(host_error(e));
-            }
-        };
-        let sockets: Result<Vec<_>, _> = prepared.sockets.iter().map(HostSocket::open).collect();
-        let sockets = match sockets {
-            Ok(sockets) => sockets,
-            Err(why) => {
-                self.release(id).await;
-                return Err(get_status(Code::FAILED_PRECONDITION, format!("{doing}: {why}")));
-            }
-        };
-        match self.create_in_guest(container, &prepared.bundle, request).await {
+        let (bundle, sockets, stdio) =
+            self.prepare(&doing, process, files, &prepare_request(&create)).await?;
+        match self.create_in_guest(container, &bundle, request).await {
             Ok(_) if container.is_abandoned() => {
                 drop(stdio);
                 self.undo_in_guest(id).await;
@@ -132,6 +101,43 @@ impl Relay {
             }
             Err(status) => {
                 drop(stdio);
+                self.release(id).await;
+                Err(status)
+            }
+        }
+    }
+
+    /// What host and stdio have to do before the guest: the container's bundle there, the sockets of the host that it has
+    /// mounted, and its stdio. On an error nothing of it stays.
+    async fn prepare(
+        self: &Arc<Self>,
+        doing: &str,
+        process: &Process,
+        files: Files,
+        request: &PrepareRequest,
+    ) -> Result<(String, Vec<HostSocket>, Stdio), Status> {
+        let id = request.container_id.as_str();
+        let (prepared, stdio) = tokio::join!(
+            self.host.prepare(request),
+            Stdio::connect(files, &self.guest, id, "", &process.life)
+        );
+        let prepared = match prepared {
+            Ok(prepared) => prepared,
+            Err(e) => {
+                if matches!(e, HostError::Absent { .. }) {
+                    self.owe_release(id);
+                }
+                return Err(host_error(e));
+            }
+        };
+        let ready = stdio.map_err(|e| stdio_error(doing, &e)).and_then(|stdio| {
+            let sockets: Result<Vec<_>, _> = prepared.sockets.iter().map(HostSocket::open).collect();
+            let failed = |why| get_status(Code::FAILED_PRECONDITION, format!("{doing}: {why}"));
+            Ok((sockets.map_err(failed)?, stdio))
+        });
+        match ready {
+            Ok((sockets, stdio)) => Ok((prepared.bundle, sockets, stdio)),
+            Err(status) => {
                 self.release(id).await;
                 Err(status)
             }
@@ -256,103 +262,6 @@ impl Relay {
             process.life.close();
         }
     }
-
-    pub(crate) async fn delete(self: Arc<Self>, request: Request) -> Answer {
-        let delete: DeleteRequest = decode(&request.payload)?;
-        let missing = || not_found(&format!("container {}", delete.id));
-        let container = self.containers.get(&delete.id).ok_or_else(missing)?;
-        if !delete.exec_id.is_empty() {
-            return self.delete_exec(&container, &delete.exec_id, request).await;
-        }
-        // Waits for a Create or another Delete that containerd did not wait for.
-        let _gate = container.gate.lock().await;
-        if !self.containers.holds(&container) {
-            return Err(missing());
-        }
-        let answered = self.delete_in_guest(&format!("deleting container {}", container.id), request).await?;
-        let response = deleted(&container.init, answered);
-        drop(std::mem::take(&mut *lock(&container.sockets)));
-        self.release(&container.id).await;
-        self.containers.remove(&container);
-        for process in container.processes() {
-            process.deleted(EXIT_KILLED);
-        }
-        log!("container {} is deleted, exit status {}", container.id, response.exit_status);
-        encode(&response)
-    }
-
-    async fn delete_exec(&self, container: &Container, exec_id: &str, request: Request) -> Answer {
-        let what = format!("exec {exec_id} of container {}", container.id);
-        let process = container.process(exec_id).ok_or_else(|| not_found(&what))?;
-        let answered = self.delete_in_guest(&format!("deleting {what}"), request).await?;
-        let response = deleted(&process, answered);
-        container.remove_exec(exec_id);
-        process.deleted(EXIT_KILLED);
-        encode(&response)
-    }
-
-    /// Deletes in the guest; nothing if the guest has it no more.
-    async fn delete_in_guest(&self, doing: &str, request: Request) -> Result<Option<DeleteResponse>, Status> {
-        let limit = Some(at_least(WORK_LIMIT, &request));
-        let call = Call { limit, repeatable: true, ..work("Delete", request) };
-        match self.guest.call(call).await {
-            Ok(payload) => decode(&payload).map(Some),
-            Err(CallError::Dead) => Ok(None),
-            Err(CallError::Status(status)) if status.code() == Code::NOT_FOUND => Ok(None),
-            Err(e) => {
-                let status = guest_error(doing, e);
-                log!("{doing} in the guest: {}", status.message());
-                Err(status)
-            }
-        }
-    }
-
-    /// Has the daemon undo what it prepared. If it cannot now, it is told later.
-    async fn release(self: &Arc<Self>, id: &str) {
-        let _one = self.releasing.lock().await;
-        if let Err(e) = self.host.release(id).await {
-            log!("{e}; trying again later");
-            self.owe_release(id);
-        }
-    }
-
-    /// Tells the daemon of a container's end as soon as it can be told.
-    fn owe_release(self: &Arc<Self>, id: &str) {
-        if !lock(&self.unreleased).insert(id.to_owned()) {
-            return;
-        }
-        let (relay, id) = (Arc::clone(self), id.to_owned());
-        tokio::spawn(async move {
-            let (mut pause, mut refusals) = (RETRY.0, 0);
-            // Then the daemon knows of it at least, and has its own recovery.
-            while refusals < REFUSALS {
-                sleep(pause).await;
-                pause = (pause * 2).min(RETRY.1);
-                match relay.pay_release(&id).await {
-                    Ok(()) => return,
-                    Err(HostError::Absent { .. }) => {}
-                    Err(HostError::Refused(status)) => {
-                        refusals += 1;
-                        log!("releasing container {id}: {}", status.message());
-                    }
-                }
-            }
-            lock(&relay.unreleased).remove(&id);
-        });
-    }
-
-    /// Releases an id if that is still owed.
-    async fn pay_release(&self, id: &str) -> Result<(), HostError> {
-        if !lock(&self.unreleased).contains(id) {
-            return Ok(());
-        }
-        let _one = self.releasing.lock().await;
-        if lock(&self.unreleased).contains(id) {
-            self.host.release(id).await?;
-            lock(&self.unreleased).remove(id);
-        }
-        Ok(())
-    }
 }
 
 /// Waits in the guest for a process's exit, across broken connections.
@@ -384,23 +293,12 @@ async fn watch(relay: Arc<Relay>, id: String, exec_id: String, process: Arc<Proc
             Err(CallError::Status(status)) if status.code() == Code::NOT_FOUND => EXIT_UNKNOWN,
             Err(e) => {
                 log!("waiting for {what}: {e}");
-                sleep(RETRY.0).await;
+                sleep(RETRY).await;
                 continue;
             }
         };
         return process.life.end(status);
     }
-}
-
-/// The answer to Delete: what the relay knows of the exit comes first, then what the guest said.
-fn deleted(process: &Process, answered: Option<DeleteResponse>) -> DeleteResponse {
-    let status = answered.map_or(EXIT_KILLED, |response| response.exit_status);
-    process.life.end(status);
-    let Exit { status, .. } =
-        process.life.exit().unwrap_or(Exit { status, at: std::time::SystemTime::now() });
-    let exited_at =
-        process.life.exit().map_or_else(MessageField::none, |exit| MessageField::some(exit.timestamp()));
-    DeleteResponse { pid: process.pid(), exit_status: status, exited_at, ..Default::default() }
 }
 
 /// Marks, for the guest, of the streams that are wanted.

@@ -8,6 +8,7 @@ mod answer;
 mod args;
 mod caller;
 mod create;
+mod delete;
 mod events;
 mod fifo;
 mod forward;
