@@ -146,10 +146,12 @@ impl Source {
         let fd = self.fd.clone();
         loop {
             let Ok(mut ready) = fd.fd.readable().await else { return 0 };
+            // What a kept read found says nothing of now: bytes may have come since, and their only notice.
+            let is_kept = self.reading.is_some();
             match self.read_apart(buffer).await {
                 Ok(read) => return read,
-                Err(Errno::AGAIN) => ready.clear_ready(),
-                Err(Errno::INTR) => {}
+                Err(Errno::AGAIN) if !is_kept => ready.clear_ready(),
+                Err(Errno::AGAIN | Errno::INTR) => {}
                 Err(_) => return 0,
             }
         }
@@ -239,6 +241,29 @@ mod tests {
         // Two were left at the exit; whether more is taken together with them is up to the kernel, but it ends.
         assert_eq!(all.first(), Some(&2));
         assert_eq!(all.last(), Some(&0));
+    }
+
+    #[tokio::test]
+    async fn a_read_that_nobody_waited_for_does_not_hide_what_came_after_it() {
+        let (read, write) = pipe().unwrap();
+        let (_sender, mut seen) = watch::channel(None);
+        let mut source = Source::new(Fd::new(read, Interest::READABLE, false).unwrap());
+        let mut buffer = [0; 16];
+        rustix::io::write(&write, b"one").unwrap();
+        assert_eq!(source.read(&mut buffer, &mut seen).await, 3);
+        // Begun, as more may be there, and given up: whoever reads has gone.
+        tokio::select! {
+            biased;
+            read = source.read(&mut buffer, &mut seen) => panic!("it read {read} bytes"),
+            () = std::future::ready(()) => {}
+        }
+        assert!(source.reading.is_some());
+        let soon = Duration::from_millis(50);
+        tokio::time::sleep(soon).await;
+        rustix::io::write(&write, b"two").unwrap();
+        tokio::time::sleep(soon).await;
+        let read = timeout(soon * 100, source.read(&mut buffer, &mut seen)).await;
+        assert_eq!(read, Ok(3));
     }
 
     /// What `io::copy` of Rust's library does in a container that copies a socket to its output.
