@@ -9,18 +9,16 @@ use std::{io, sync::Arc, time::Duration};
 use kuasar_common::{
     constants::PORT_FORWARD,
     forward::{Hello, Side, carry, reset},
-    handshake::MAX_LINE,
 };
 use tokio::{
-    io::AsyncWriteExt,
     net::{TcpListener, TcpStream},
     sync::Semaphore,
     task::JoinSet,
-    time::{sleep, timeout},
+    time::sleep,
 };
 
 use crate::{
-    guest::{Conn, DialError, Guest, read_line},
+    guest::{Conn, DialError, Guest, ask},
     log::log,
 };
 
@@ -87,11 +85,7 @@ async fn connect(guest: &Guest, port: u16, v6: bool) -> Result<Conn, ForwardErro
     let mut line = serde_json::to_vec(&hello).map_err(io::Error::from)?;
     line.push(b'\n');
     let mut conn = guest.dial(PORT_FORWARD).await?;
-    let talk = async {
-        conn.write_all(&line).await?;
-        read_line(&mut conn, MAX_LINE).await
-    };
-    let answer = timeout(HELLO_LIMIT, talk).await.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()))?;
+    let answer = ask(&mut conn, &line, HELLO_LIMIT).await?;
     if answer == b"OK" {
         Ok(conn)
     } else {

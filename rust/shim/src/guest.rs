@@ -15,6 +15,7 @@ use std::{
 use kuasar_common::{
     address::GuestAddress,
     constants::{PORT_TTRPC, TOKEN_METADATA},
+    handshake::MAX_LINE,
 };
 use tokio::{
     io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, ReadBuf},
@@ -293,6 +294,15 @@ async fn dial_hybrid(path: &PathBuf, port: u32) -> io::Result<UnixStream> {
         Err(io::Error::new(io::ErrorKind::ConnectionRefused, format!("the answer to CONNECT was {line:?}")))
     });
     answered.await?
+}
+
+/// Sends the line that a connection to one of the agent's ports begins with, and reads the one that answers it.
+pub(crate) async fn ask(conn: &mut Conn, first_line: &[u8], limit: Duration) -> io::Result<Vec<u8>> {
+    let talk = async {
+        conn.write_all(first_line).await?;
+        read_line(conn, MAX_LINE).await
+    };
+    timeout(limit, talk).await.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()))
 }
 
 /// Reads up to a newline, which is left out, and not a byte further: what follows is the connection's own.

@@ -15,7 +15,6 @@ use std::{
 
 use kuasar_common::{
     constants::PORT_STDIO,
-    handshake::MAX_LINE,
     stdio::{Hello, Stream, header},
     streaming::id_of,
 };
@@ -28,7 +27,7 @@ use tokio::{
 };
 
 use crate::{
-    guest::{Conn, DialError, Guest, read_line},
+    guest::{Conn, DialError, Guest, ask},
     life::Life,
     log::log,
     pump::{self, Source},
@@ -186,12 +185,7 @@ impl Port {
         line.push(b'\n');
         let mut conn =
             self.guest.dial(PORT_STDIO).await.map_err(|source| StdioError::Dial { stream, source })?;
-        let talk = async {
-            conn.write_all(&line).await?;
-            read_line(&mut conn, MAX_LINE).await
-        };
-        let answer = timeout(HELLO_LIMIT, talk).await.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()));
-        match answer {
+        match ask(&mut conn, &line, HELLO_LIMIT).await {
             Ok(line) if line == b"OK" => Ok(conn),
             Ok(line) => Err(StdioError::Refused { stream, why: String::from_utf8_lossy(&line).into_owned() }),
             Err(e) => Err(failed(e)),
