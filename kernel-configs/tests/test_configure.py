@@ -112,6 +112,7 @@ REQUIRED_OF_MINI = {
     "IPV6_MIP6": "mobility of IPv6",
     "INET6_ESP": "IPsec",
     "IPV6_SEG6_LWTUNNEL": "segment routing",
+    "CRYPTO_MANAGER_DISABLE_TESTS": "no self tests of ciphers in every boot",
     "MEMCG_V1": "task.cgroup=v1",
     "CGROUP_DEVICE": "task.cgroup=v1",
     "CGROUP_FREEZER": "task.cgroup=v1",
