@@ -14,7 +14,7 @@ use std::{
     time::Duration,
 };
 
-use anyhow::{Context, Result, anyhow, bail};
+use anyhow::{Context, Result, anyhow, bail, ensure};
 use tokio::{
     process::{Child, Command},
     sync::Mutex,
@@ -43,6 +43,7 @@ use crate::{
     image, leaks,
     machine::Machine,
     paths::Paths,
+    services,
     suite::patient,
 };
 
@@ -145,10 +146,11 @@ impl Lab {
         daemon.child.kill().await.with_context(|| format!("killing the daemon of {handler}"))
     }
 
-    /// Starts a daemon again that was killed.
+    /// Starts a daemon again that was killed, and waits until containerd, which tries at most every 3 s, has found it: until
+    /// then every pod's calls fail at once.
     ///
     /// # Errors
-    /// When it does not come up; the text shows the end of its log.
+    /// When it does not come up, or is not found; the text shows the end of its log.
     pub async fn restart_daemon(&self, handler: &str) -> Result<()> {
         let (handler, keys) = VARIANTS.iter().find(|(name, _)| *name == handler).context("no such daemon")?;
         let mut daemon =
@@ -165,10 +167,14 @@ impl Lab {
         let mut daemons = self.daemons.lock().await;
         daemons.retain(|daemon| daemon.handler != *handler);
         daemons.push(daemon);
+        while !services::reaches(handler).await? {
+            ensure!(Instant::now() < end, "containerd does not find {handler} again: {}", self.log(handler));
+            sleep(Duration::from_millis(100)).await;
+        }
         Ok(())
     }
 
-    /// Waits until containerd, which tries at most every 3 s, has found the daemon of a pod again.
+    /// Waits until a pod is ready again, after its daemon came back.
     ///
     /// # Errors
     /// When it has not after some time.

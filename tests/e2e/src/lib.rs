@@ -20,7 +20,7 @@ pub mod lab;
 pub mod leaks;
 pub mod machine;
 pub mod paths;
-pub mod store;
+pub mod services;
 pub mod suite;
 pub mod trace;
 pub mod usage;

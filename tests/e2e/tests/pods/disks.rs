@@ -13,7 +13,7 @@ use kuasar_e2e::{
     cri::{ContainerConfig, Device, Mount},
     image::BUSYBOX,
     lab::{self, Lab, Pod, QEMU_BLOCKFILE, QEMU_DEVMAPPER, run},
-    store,
+    services,
     suite::handler,
 };
 use nix::sys::signal::{Signal, kill};
@@ -81,7 +81,7 @@ fn with_mount(name: &str, disk: &Disk, readonly: bool) -> ContainerConfig {
 /// Mounts of disks are of their file systems; CRI itself can only ask for binds.
 async fn started(lab: &Lab, pod: &Pod<'_>, config: ContainerConfig) -> Result<String> {
     let id = pod.create(config).await?;
-    store::change_spec(&id, |spec| {
+    services::change_spec(&id, |spec| {
         for mount in spec["mounts"].as_array_mut().into_iter().flatten() {
             if mount["source"].as_str().is_some_and(|source| source.starts_with("/dev/loop")) {
                 let has_ro =

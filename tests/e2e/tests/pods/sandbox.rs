@@ -7,7 +7,7 @@ use kuasar_e2e::{
     cri::PodSandboxState,
     image::BUSYBOX,
     lab::{Lab, Pod, folder_of},
-    store,
+    services,
     suite::{handler, patient},
 };
 use nix::sys::signal::{Signal, kill};
@@ -134,7 +134,7 @@ pub(crate) async fn a_killed_vm_is_a_pod_that_is_not_ready_and_says_why(lab: Arc
 pub(crate) async fn a_pod_that_containerd_forgot_is_collected(lab: Arc<Lab>) -> Result<()> {
     let (pod, known) = (lab.pod("forgotten", handler()).await?, lab.pod("known", handler()).await?);
     ensure!(folders().contains(&pod.id) && folders().contains(&known.id), "{:?}", folders());
-    store::forget(&pod.id).await?;
+    services::forget(&pod.id).await?;
     until("the forgotten pod's folder is gone", || !folders().contains(&pod.id)).await?;
     // The machine is looked over at the end: VM, relay, tap, mounts and cgroups are gone as well, or the run fails.
     ensure!(is_ready(&lab, &known.id).await, "a pod that is known was collected, too");
@@ -142,7 +142,7 @@ pub(crate) async fn a_pod_that_containerd_forgot_is_collected(lab: Arc<Lab>) -> 
     // Whether their records can be read or not.
     let (lost, vmm) = (lab.pod("lost", handler()).await?, vmm_of(&known)?);
     return_to_an_older_daemon(&lab, &[&lost, &known]).await?;
-    store::forget(&lost.id).await?;
+    services::forget(&lost.id).await?;
     until("the folder of the one without a record is gone", || !folders().contains(&lost.id)).await?;
     ensure!(kill(vmm, None).is_ok(), "a pod that is known was collected for its record");
     known.remove().await?;

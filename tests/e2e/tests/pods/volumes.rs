@@ -13,7 +13,7 @@ use kuasar_e2e::{
     cri::{ContainerConfig, ImageSpec, Mount, MountPropagation, PodSandboxState},
     image::{BASH, BUSYBOX},
     lab::{self, Lab, Pod, run},
-    store,
+    services,
     suite::handler,
 };
 use nix::sys::stat::{Mode, SFlag, makedev, mknod};
@@ -174,7 +174,7 @@ pub(crate) async fn a_volume_can_be_read_only_with_all_below(lab: Arc<Lab>) -> R
     let write = "cat /volume/below/f; echo x > /volume/x; echo x > /volume/below/x";
     for (access, writes) in [("rro", false), ("ro", true)] {
         let id = pod.create(config(access, std::slice::from_ref(&readonly))).await?;
-        store::change_spec(&id, |spec| {
+        services::change_spec(&id, |spec| {
             for mount in spec["mounts"].as_array_mut().into_iter().flatten() {
                 if mount["destination"] == "/volume" {
                     mount["options"] = serde_json::json!(["rbind", "rprivate", access]);

@@ -1,9 +1,9 @@
-//! What containerd has noted of sandboxes and containers, changed behind its CRI's back.
+//! containerd's own services, for what its CRI neither shows nor lets through.
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use serde_json::Value;
 use tonic::{
-    Request,
+    Code, Request,
     transport::{Channel, Endpoint},
 };
 
@@ -37,6 +37,22 @@ pub async fn forget(id: &str) -> Result<()> {
     let request = request(generated::StoreDeleteRequest { sandbox_id: id.to_owned() })?;
     generated::store_client::StoreClient::new(channel().await?).delete(request).await?;
     Ok(())
+}
+
+/// Whether containerd reaches a daemon: it asks it for a sandbox that nobody has.
+///
+/// # Errors
+/// When containerd itself is not reached.
+pub async fn reaches(sandboxer: &str) -> Result<bool> {
+    let message =
+        generated::ControllerStatusRequest { sandbox_id: "nobody".into(), sandboxer: sandboxer.into() };
+    let mut client = generated::controller_client::ControllerClient::new(channel().await?);
+    match client.status(request(message)?).await {
+        Ok(_) => bail!("{sandboxer} has a sandbox \"nobody\""),
+        Err(status) if status.code() == Code::Unavailable => Ok(false),
+        Err(status) if status.code() == Code::NotFound => Ok(true),
+        Err(status) => Err(status).context(format!("asking {sandboxer} through containerd")),
+    }
 }
 
 /// Changes the OCI spec of a container that is created and not started: for what CRI does not let through.
