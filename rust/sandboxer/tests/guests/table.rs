@@ -42,8 +42,6 @@ again and compares the rows, not the figures.
 - dm-verity reads what it checks into the guest's own page cache: such a root has no DAX, on pmem or not.
 - QEMU's machine for aarch64 has no virtio-pmem. StratoVirt enters no vmlinux, and its filter of system calls does not know the one that
   maps its pmem: with such a root it runs without the filter. It opens an image on pmem for writing, though it maps it for itself alone.
-- mini under Cloud Hypervisor and StratoVirt, and on aarch64, was booted before the fragment `no-crypto-tests` took the self tests of ciphers
-  out of it.
 
 | hypervisor | architecture | kernel | MB | root | MB | mounted as | boot | guest memory, MiB |
 |---|---|---|---|---|---|---|---|---|
