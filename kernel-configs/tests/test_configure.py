@@ -111,8 +111,10 @@ REQUIRED_OF_MINI = {
     "IPV6_GRE": "tunnels of IPv6",
     "IPV6_MIP6": "mobility of IPv6",
     "INET6_ESP": "IPsec",
+    "XFRM_USER": "IPsec that somebody can set up",
     "IPV6_SEG6_LWTUNNEL": "segment routing",
     "CRYPTO_MANAGER_DISABLE_TESTS": "no self tests of ciphers in every boot",
+    "CMDLINE_BOOL": "no start-up test of jitterentropy in every boot",
     "MEMCG_V1": "task.cgroup=v1",
     "CGROUP_DEVICE": "task.cgroup=v1",
     "CGROUP_FREEZER": "task.cgroup=v1",
@@ -126,7 +128,7 @@ NOT_OF = {
         "stratovirt": QEMU_ONLY,
     },
     "aarch64": {
-        "": {"PVH", "SMP", "KVM_GUEST", "VIRTIO_MMIO_CMDLINE_DEVICES", "ACPI_HOTPLUG_CPU", "ACPI_HOTPLUG_MEMORY", "HOTPLUG_PCI_ACPI"},
+        "": {"PVH", "SMP", "KVM_GUEST", "VIRTIO_MMIO_CMDLINE_DEVICES", "ACPI_HOTPLUG_CPU", "ACPI_HOTPLUG_MEMORY", "HOTPLUG_PCI_ACPI", "CMDLINE_BOOL"},
     },
 }
 
