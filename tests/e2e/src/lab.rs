@@ -14,7 +14,7 @@ use std::{
     time::Duration,
 };
 
-use anyhow::{Context, Result, anyhow, bail, ensure};
+use anyhow::{Context, Result, anyhow, bail};
 use tokio::{
     process::{Child, Command},
     sync::Mutex,
@@ -157,7 +157,7 @@ impl Lab {
             start_daemon(&self.machine, &self.paths, handler, &daemon_config(&self.paths, keys)?)?;
         // A killed daemon's socket file is still there; what it serves is known by an answer.
         let end = Instant::now() + patient(PATIENCE);
-        while tokio::net::UnixStream::connect(socket_of(handler)).await.is_err() {
+        while !services::reaches(handler).await? {
             let ended = daemon.child.try_wait().context("looking after the daemon")?;
             if ended.is_some() || Instant::now() >= end {
                 bail!("the daemon of {handler} does not come back: {}", self.log(handler));
@@ -167,10 +167,6 @@ impl Lab {
         let mut daemons = self.daemons.lock().await;
         daemons.retain(|daemon| daemon.handler != *handler);
         daemons.push(daemon);
-        while !services::reaches(handler).await? {
-            ensure!(Instant::now() < end, "containerd does not find {handler} again: {}", self.log(handler));
-            sleep(Duration::from_millis(100)).await;
-        }
         Ok(())
     }
 

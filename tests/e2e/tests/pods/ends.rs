@@ -35,7 +35,7 @@ async fn ends(lab: &Lab, pod: Pod<'_>, others: &[String]) -> Result<()> {
 
 /// A stop takes some 300 ms here; the daemon dies in every part of it.
 pub(crate) async fn a_daemon_killed_while_a_pod_stops(lab: Arc<Lab>) -> Result<()> {
-    // By its state it is known when containerd, which pauses between attempts, has found the daemon again.
+    // Nobody touches it, and each daemon finds it again.
     let witness = lab.pod("witness", handler()).await?;
     let others = folders();
     for millis in [5, 40, 120, 250] {

@@ -55,8 +55,7 @@ pub(crate) async fn until_ready(lab: &Lab, id: &str, ready: bool) -> Result<()> 
 
 /// A start takes about 1.5 s here; the daemon dies in every part of it.
 pub(crate) async fn a_daemon_killed_while_a_pod_starts(lab: Arc<Lab>) -> Result<()> {
-    // By its state it is known when containerd, which pauses between attempts, has found the daemon again: before that, no pod
-    // would even begin to start.
+    // Nobody touches it, and each daemon finds it again.
     let witness = lab.pod("witness", handler()).await?;
     let others = folders();
     for millis in [20, 60, 120, 250, 500, 900, 1400] {
