@@ -1,5 +1,6 @@
 """Tests of the benchmark's arithmetic and of what it says when it cannot run. They boot nothing and time nothing."""
 
+import argparse
 import importlib.machinery
 import importlib.util
 import pathlib
@@ -52,6 +53,23 @@ class Boot(unittest.TestCase):
             guest.sendall(b'{"ready":')
             guest.close()
             self.assertEqual(self.boot.read_line(ours), b"")
+
+    def test_machines_of_both_architectures(self):
+        self.boot.tool = lambda name: name
+        for arch, program, root, device in (
+            ("x86_64", "qemu-system-x86_64", "root=/dev/pmem0p1 rootflags=dax ro", "virtio-pmem-pci,memdev=img,id=root"),
+            ("aarch64", "qemu-system-aarch64", "root=/dev/vda1 ro", "virtio-blk-pci,drive=img"),
+        ):
+            with tempfile.NamedTemporaryFile() as image:
+                case = self.boot.Case("c", image.name, None)
+                options = argparse.Namespace(arch=arch, accel="tcg", vcpus=1, memory=128, kernel="K", append="word")
+                command = [str(part) for part in self.boot.qemu_command(options, case, "/pod", ["-S"])]
+            words = command[command.index("-append") + 1]
+            self.assertEqual(command[0], program)
+            self.assertTrue(words.startswith(root) and words.endswith(" word"), words)
+            self.assertEqual("tsc=reliable" in words, arch == "x86_64", words)
+            self.assertIn(device, command)
+            self.assertEqual(command[-1], "-S")
 
     def test_missing_artefacts_are_named(self):
         with tempfile.TemporaryDirectory() as folder:
