@@ -8,7 +8,7 @@ use std::{
 
 use containerd_shim_protos::shim_async::TaskClient;
 use kuasar_common::{
-    api::sandbox::{CheckRequest, ExecVMProcessRequest},
+    api::sandbox::CheckRequest,
     console::{INPUT, RESIZE},
     constants::PORT_DEBUG,
     stdio::Stream,
@@ -77,12 +77,7 @@ async fn a_debug_console_is_a_shell_of_the_vm() {
     let (mut console, _) = open(&vm, &hello);
     type_in(&mut console, "/run/kuasar/state/tools/rootfs/bin/sleep 4711\n");
     let sleepers = || async {
-        let request = ExecVMProcessRequest {
-            command: "/run/kuasar/state/tools/rootfs/bin/ps".into(),
-            ..Default::default()
-        };
-        let output = vm.sandbox().exec_vm_process(vm.context(), &request).await.unwrap();
-        output.out.contains("sleep 4711")
+        vm.run("/run/kuasar/state/tools/rootfs/bin/ps").await.unwrap().out.contains("sleep 4711")
     };
     while !sleepers().await {
         tokio::time::sleep(Duration::from_millis(50)).await;

@@ -30,8 +30,7 @@ use containerd_shim_protos::{api, shim_async::TaskClient};
 use given::{Given, Kind};
 use kuasar_common::{
     api::sandbox::{
-        CheckRequest, ExecVMProcessRequest, IPAddress, Interface, Route, SetupSandboxRequest,
-        ShutdownRequest, SyncClockPacket,
+        CheckRequest, IPAddress, Interface, Route, SetupSandboxRequest, ShutdownRequest, SyncClockPacket,
     },
     constants::PORT_DEBUG,
     stdio::Stream,
@@ -128,20 +127,18 @@ async fn token(pod: &Pod) {
 }
 
 async fn vm_process(pod: &Pod, on: bool) {
-    let client = pod.vm.sandbox();
-    let run = |command: &str| ExecVMProcessRequest { command: command.into(), ..Default::default() };
     if !on {
-        let off = code(client.exec_vm_process(pod.vm.context(), &run("/bin/runc --version")).await);
+        let off = code(pod.vm.run("/bin/runc --version").await);
         assert_eq!(off.0, Code::FAILED_PRECONDITION);
         assert!(off.1.contains("start the pod with task.debug"), "{}", off.1);
         assert_eq!(pod.vm.try_connect(PORT_DEBUG).1, "", "nor is there a debug console");
         return;
     }
-    let output = client.exec_vm_process(pod.vm.context(), &run("/bin/runc --version")).await.unwrap();
+    let output = pod.vm.run("/bin/runc --version").await.unwrap();
     assert!(output.out.starts_with("runc version") && output.exit_status == 0, "{output}");
-    let output = client.exec_vm_process(pod.vm.context(), &run("/bin/runc nonsense")).await.unwrap();
+    let output = pod.vm.run("/bin/runc nonsense").await.unwrap();
     assert!(output.exit_status != 0, "{output}");
-    let missing = code(client.exec_vm_process(pod.vm.context(), &run("/bin/sh")).await).1;
+    let missing = code(pod.vm.run("/bin/sh").await).1;
     assert!(missing.contains("running /bin/sh in the VM: No such file"), "{missing}");
 }
 

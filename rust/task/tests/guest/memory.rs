@@ -1,6 +1,6 @@
 //! What the agent costs every pod.
 
-use kuasar_common::api::sandbox::{CheckRequest, ExecVMProcessRequest};
+use kuasar_common::api::sandbox::CheckRequest;
 
 use crate::{
     given,
@@ -29,9 +29,8 @@ async fn the_agent_has_little_memory_when_the_pod_is_ready() {
         );
         bundle(&given, &vm, "tools", &["sh"], false);
         vm.sandbox().check(vm.context(), &CheckRequest::new()).await.unwrap();
-        let command = "/run/kuasar/state/tools/rootfs/bin/busybox cat /proc/1/smaps_rollup".to_owned();
-        let request = ExecVMProcessRequest { command, ..Default::default() };
-        let output = vm.sandbox().exec_vm_process(vm.context(), &request).await.unwrap();
+        let command = "/run/kuasar/state/tools/rootfs/bin/busybox cat /proc/1/smaps_rollup";
+        let output = vm.run(command).await.unwrap();
         assert_eq!(output.exit_status, 0, "{output}");
         let (clean, dirty) = (kib(&output.out, "Private_Clean"), kib(&output.out, "Private_Dirty"));
         println!(

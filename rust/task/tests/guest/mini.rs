@@ -3,7 +3,6 @@
 use std::{fs, path::Path, process::Command};
 
 use containerd_shim_protos::{api, cgroups::metrics::Metrics, events::task::TaskOOM, shim_async::TaskClient};
-use kuasar_common::api::sandbox::ExecVMProcessRequest;
 use protobuf::Message;
 use serde_json::{Value, json};
 
@@ -157,10 +156,8 @@ async fn containers_have_cgroup_v1_when_asked_for() {
     pod.kill("c", "", 9, true).await.unwrap();
     assert_eq!(pod.wait("c", "").await.unwrap(), 137);
     pod.delete("c", "").await.unwrap();
-    let find =
-        "/run/kuasar/state/tools/rootfs/bin/busybox find /sys/fs/cgroup -mindepth 2 -type d".to_owned();
-    let find = ExecVMProcessRequest { command: find, ..Default::default() };
-    let left = pod.vm.sandbox().exec_vm_process(pod.vm.context(), &find).await.unwrap().out;
+    let find = "/run/kuasar/state/tools/rootfs/bin/busybox find /sys/fs/cgroup -mindepth 2 -type d";
+    let left = pod.vm.run(find).await.unwrap().out;
     assert!(left.contains("/memory/kuasar\n") && left.lines().all(|dir| dir.ends_with("/kuasar")), "{left}");
 }
 
@@ -184,8 +181,7 @@ async fn ipsec_is_there_and_no_boot_waits_for_its_random_numbers() {
     let pod = pod("", |_| String::new());
     let ip = ip_of_the_host(&pod);
     let run = async |words: &str| {
-        let request = ExecVMProcessRequest { command: format!("{ip} {words}"), ..Default::default() };
-        let answer = pod.vm.sandbox().exec_vm_process(pod.vm.context(), &request).await.unwrap();
+        let answer = pod.vm.run(&format!("{ip} {words}")).await.unwrap();
         assert_eq!(answer.exit_status, 0, "{words}: {}", answer.out);
         answer.out
     };

@@ -1,10 +1,7 @@
 //! PID namespaces that containers share.
 
 use containerd_shim_protos::shim_async::TaskClient;
-use kuasar_common::{
-    api::sandbox::{ExecVMProcessRequest, SetupSandboxRequest},
-    stdio::Stream,
-};
+use kuasar_common::{api::sandbox::SetupSandboxRequest, stdio::Stream};
 
 use crate::{
     given,
@@ -75,8 +72,6 @@ async fn containers_share_pid_namespaces() {
     pod.delete("two", "").await.unwrap();
 
     // The orphan was collected.
-    let ps = "/run/kuasar/state/one/rootfs/bin/busybox ps -o stat,comm".to_owned();
-    let request = ExecVMProcessRequest { command: ps, ..Default::default() };
-    let all = pod.vm.sandbox().exec_vm_process(pod.vm.context(), &request).await.unwrap().out;
+    let all = pod.vm.run("/run/kuasar/state/one/rootfs/bin/busybox ps -o stat,comm").await.unwrap().out;
     assert!(!all.lines().any(|line| line.starts_with('Z')), "{all}");
 }

@@ -9,10 +9,7 @@ use std::{
 };
 
 use containerd_shim_protos::shim_async::TaskClient;
-use kuasar_common::{
-    api::sandbox::ExecVMProcessRequest,
-    storage::{self, MOUNT_POINTS, Storage},
-};
+use kuasar_common::storage::{self, MOUNT_POINTS, Storage};
 use serde_json::json;
 
 use crate::{
@@ -95,11 +92,7 @@ pub(crate) async fn sh(pod: &Pod, id: &str, exec: &str, script: &str) -> String 
 
 /// A file of the guest, outside of containers.
 pub(crate) async fn guest_file(pod: &Pod, path: &str) -> String {
-    let request = ExecVMProcessRequest {
-        command: format!("/run/kuasar/state/tools/rootfs/bin/busybox cat {path}"),
-        ..Default::default()
-    };
-    pod.vm.sandbox().exec_vm_process(pod.vm.context(), &request).await.unwrap().out
+    pod.vm.run(&format!("/run/kuasar/state/tools/rootfs/bin/busybox cat {path}")).await.unwrap().out
 }
 
 fn devices(dir: &Path) -> String {

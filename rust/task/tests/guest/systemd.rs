@@ -9,7 +9,7 @@ use std::{
 };
 
 use containerd_shim_protos::shim_async::TaskClient;
-use kuasar_common::{api::sandbox::ExecVMProcessRequest, stdio::Stream};
+use kuasar_common::stdio::Stream;
 use tempfile::TempDir;
 
 use crate::{
@@ -228,8 +228,7 @@ async fn a_service_that_is_stopped_takes_its_pod_and_the_guest_along() {
     let mut output = pod.vm.stream("end", "", Stream::Stdout);
     assert_eq!(read_frame(&mut output), b"ready\n");
     // The agent may be told to end before systemctl has ended, and its answer is lost with it.
-    let request = exec_request("/bin/systemctl stop --no-block vmm-task.service");
-    match pod.vm.sandbox().exec_vm_process(pod.vm.context(), &request).await {
+    match pod.vm.run("/bin/systemctl stop --no-block vmm-task.service").await {
         Ok(answer) => assert_eq!(answer.out, ""),
         Err(error) => assert!(matches!(error, ttrpc::Error::Socket(_)), "{error}"),
     }
@@ -248,11 +247,7 @@ async fn file(pod: &Pod, path: &str) -> String {
 }
 
 async fn in_vm(pod: &Pod, command: &str) -> String {
-    pod.vm.sandbox().exec_vm_process(pod.vm.context(), &exec_request(command)).await.unwrap().out
-}
-
-fn exec_request(command: &str) -> ExecVMProcessRequest {
-    ExecVMProcessRequest { command: command.into(), ..Default::default() }
+    pod.vm.run(command).await.unwrap().out
 }
 
 #[test]

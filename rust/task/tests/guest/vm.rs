@@ -14,7 +14,10 @@ use std::{
 };
 
 use kuasar_common::{
-    api::sandbox_ttrpc::SandboxServiceClient,
+    api::{
+        sandbox::{ExecVMProcessRequest, ExecVMProcessResponse},
+        sandbox_ttrpc::SandboxServiceClient,
+    },
     constants::{PORT_READY, PORT_STDIO, PORT_TTRPC, TOKEN_METADATA},
     stdio::{HEADER, Hello, Stream, header, payload_len},
 };
@@ -197,6 +200,12 @@ impl Vm {
 
     pub(crate) fn sandbox(&self) -> SandboxServiceClient {
         SandboxServiceClient::new(self.client())
+    }
+
+    /// A program of the VM itself, outside of containers: what it said, and how it ended.
+    pub(crate) async fn run(&self, command: &str) -> ttrpc::Result<ExecVMProcessResponse> {
+        let request = ExecVMProcessRequest { command: command.into(), ..Default::default() };
+        self.sandbox().exec_vm_process(self.context(), &request).await
     }
 
     /// What every call carries.
