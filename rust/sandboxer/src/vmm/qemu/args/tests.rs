@@ -169,7 +169,8 @@ fn the_machine_of_aarch64() {
     let (virt, bus) = argv(&config, &spec(), &inherited, &[]);
     for part in [
         "-machine virt,accel=tcg,memory-backend=ram,acpi=off,gic-version=max -cpu max -smp cpus=2",
-        "-append root=/dev/vda1 ro rootfstype=ext4 console=hvc0 reboot=t panic=-1 quiet task.sharefs_type=9p",
+        "-append root=/dev/vda1 ro rootfstype=ext4 console=hvc0 reboot=t panic=-1 \
+         initcall_blacklist=jent_mod_init quiet task.sharefs_type=9p",
         "-device virtio-blk-pci,id=root-device,bus=pcie.0,addr=0x1,drive=root",
         "-device pci-bridge,id=plug,bus=pcie.0,addr=0x6,chassis_nr=1,shpc=on",
     ] {
