@@ -4,6 +4,7 @@ import argparse
 import importlib.machinery
 import importlib.util
 import pathlib
+import platform
 import socket
 import subprocess
 import tempfile
@@ -70,6 +71,15 @@ class Boot(unittest.TestCase):
             self.assertEqual("tsc=reliable" in words, arch == "x86_64", words)
             self.assertIn(device, command)
             self.assertEqual(command[-1], "-S")
+
+    def test_an_image_with_an_empty_init_for_others(self):
+        with tempfile.TemporaryDirectory() as folder:
+            # Stands for kuasar-image: its image is what it was told.
+            maker, image = pathlib.Path(folder) / "maker", pathlib.Path(folder) / "floor.img"
+            maker.write_text('#!/bin/sh\ntest -x "$3/sbin/init" && echo "$1 $6 $7 $8 $9" >"$5"\n')
+            maker.chmod(0o755)
+            subprocess.run([PROGRAM, "--make-floor-image", image, "--kuasar-image", maker, "--arch", platform.machine()], timeout=60, check=True)
+            self.assertEqual(image.read_text(), f"build --fs ext4 --arch {platform.machine()}\n")
 
     def test_missing_artefacts_are_named(self):
         with tempfile.TemporaryDirectory() as folder:
