@@ -88,6 +88,7 @@ REQUIRED = {
     "UTS_NS": "namespaces",
     "RD_GZIP": "initrd boot path",
     "TMPFS": "volumes in memory, /dev/shm",
+    "CRYPTO_MANAGER_DISABLE_TESTS": "no self tests of ciphers in every boot",
 }
 
 # What mini is for.
@@ -113,7 +114,6 @@ REQUIRED_OF_MINI = {
     "INET6_ESP": "IPsec",
     "XFRM_USER": "IPsec that somebody can set up",
     "IPV6_SEG6_LWTUNNEL": "segment routing",
-    "CRYPTO_MANAGER_DISABLE_TESTS": "no self tests of ciphers in every boot",
     "CMDLINE_BOOL": "no start-up test of jitterentropy in every boot",
     "MEMCG_V1": "task.cgroup=v1",
     "CGROUP_DEVICE": "task.cgroup=v1",
