@@ -14,6 +14,8 @@ import tarfile
 import tempfile
 import unittest
 
+from . import stub
+
 CONFIGS = pathlib.Path(__file__).resolve().parent.parent
 HYPERVISORS = ["qemu", "cloud-hypervisor", "stratovirt"]
 
@@ -138,7 +140,6 @@ allnoconfig:
 olddefconfig:
 \t@true
 """
-MERGE = '#!/bin/sh\n# merge_config.sh -m -O OUT INITIAL FRAGMENT...\nshift 3\ncat "$@" > .config\n'
 KCONFIG = """\
 config GOOD
 \tbool "Good"
@@ -174,18 +175,10 @@ def run(source, out, *lists, **variables):
     return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, env=environment)
 
 
-class StubTree(unittest.TestCase):
+class StubTree(stub.InFolder):
     def setUp(self):
-        folder = tempfile.TemporaryDirectory()
-        self.addCleanup(folder.cleanup)
-        self.folder = pathlib.Path(folder.name)
-        self.tree = self.folder / "linux"
-        (self.tree / "scripts/kconfig").mkdir(parents=True)
-        (self.tree / "arch/x86").mkdir(parents=True)
-        (self.tree / "Makefile").write_text(MAKEFILE)
-        (self.tree / "scripts/kconfig/merge_config.sh").write_text(MERGE)
-        (self.tree / "Kconfig").write_text(KCONFIG)
-        (self.tree / "arch/Kconfig").write_text("")
+        super().setUp()
+        self.tree = stub.tree(self.folder / "linux", MAKEFILE, KCONFIG)
         self.dropped()
         self.extra("")
         (self.folder / "fragments").mkdir()

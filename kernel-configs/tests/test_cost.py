@@ -6,11 +6,11 @@ import os
 import pathlib
 import shutil
 import subprocess
-import tempfile
 import unittest
 
+from . import stub
+
 CONFIGS = pathlib.Path(__file__).resolve().parent.parent
-MERGE = '#!/bin/sh\n# merge_config.sh -m -O OUT INITIAL FRAGMENT...\nshift 3\ncat "$@" > .config\n'
 MAKEFILE = """\
 allnoconfig:
 \t@if grep -qx CONFIG_GOOD=y $(KCONFIG_ALLCONFIG); then cat $(KCONFIG_ALLCONFIG); else grep -v CONFIG_NEEDS= $(KCONFIG_ALLCONFIG) || true; fi >$(O)/.config
@@ -28,29 +28,23 @@ FRAGMENTS = {
 }
 
 
-class Cost(unittest.TestCase):
+class Cost(stub.InFolder):
     def cost(self, *options):
         command = [self.configs / "cost", "-s", self.tree, "-o", self.build, *options, self.configs / "a.list"]
         environment = os.environ | {"CROSS_COMPILE": f"{self.configs}/"}
         return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, env=environment)
 
     def setUp(self):
-        folder = tempfile.TemporaryDirectory()
-        self.addCleanup(folder.cleanup)
-        folder = pathlib.Path(folder.name)
-        self.tree, self.configs, self.build = folder / "linux", folder / "configs", folder / "build"
-        (self.tree / "scripts/kconfig").mkdir(parents=True)
-        (self.tree / "Makefile").write_text(MAKEFILE)
-        (self.tree / "scripts/kconfig/merge_config.sh").write_text(MERGE)
-        (self.tree / "arch/x86").mkdir(parents=True)
-        for file in "Kconfig", "arch/Kconfig":
-            (self.tree / file).write_text("")
+        super().setUp()
+        self.tree = stub.tree(self.folder / "linux", MAKEFILE)
+        self.configs, self.build = self.folder / "configs", self.folder / "build"
         (self.configs / "fragments").mkdir(parents=True)
         for name in "cost", "configure", "build", "requests.awk", "missing.awk", "explain.awk":
             shutil.copy(CONFIGS / name, self.configs)
-        # A stub has nothing to strip.
+        # A stub has nothing to strip, and nothing to lay out.
         (self.configs / "strip").write_text("#!/bin/sh\ncp \"$4\" \"$3\"\n")
         (self.configs / "strip").chmod(0o755)
+        (self.configs / "flat").write_text("#!/bin/sh\n")
         self.fragments(FRAGMENTS)
 
     def fragments(self, fragments):
