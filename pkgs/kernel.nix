@@ -23,8 +23,8 @@ let
   inherit (stdenv.hostPlatform) isx86_64 linuxArch;
   folder = ../kernel-configs;
   arch = lib.optionalString (!isx86_64) "-a ${linuxArch} ";
-  # An Image is entered as it is, like x86's vmlinux; there is nothing packed beside it.
-  results = if isx86_64 then "{vmlinux,bzImage,config}" else "{Image,config}";
+  # An Image is entered as it is, like x86's vmlinux.bin; there is nothing packed beside it.
+  results = if isx86_64 then "{vmlinux,vmlinux.bin,bzImage,config}" else "{Image,config}";
   # Only what these lists name: a change to another kernel's fragment must not build this one again. A fragment that is not
   # there is for `configure` to tell.
   configs = lib.fileset.toSource {
@@ -38,6 +38,7 @@ let
           "missing.awk"
           "requests.awk"
         ]
+        ++ lib.optional isx86_64 "flat"
         ++ lists
       )
       ++ map (name: lib.fileset.maybeMissing (folder + "/fragments/${name}.config")) fragments
@@ -87,7 +88,7 @@ stdenv.mkDerivation (
       description = "Guest kernel \"${flavour}\" for ${
         if hypervisor == null then "any hypervisor" else hypervisor
       }: ${
-        if isx86_64 then "vmlinux (entered by PVH), bzImage" else "Image"
+        if isx86_64 then "vmlinux (entered by PVH), vmlinux.bin (entered as it lies in memory), bzImage" else "Image"
       }, config";
       license = lib.licenses.gpl2Only;
       platforms = lib.platforms.linux;
