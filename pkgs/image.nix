@@ -28,7 +28,14 @@ let
   inherit (stdenv.hostPlatform) isx86_64;
   cpu = stdenv.hostPlatform.parsed.cpu.name;
   isDriven = hypervisor == "qemu";
-  kernels = if isx86_64 then [ "vmlinux" "bzImage" ] else [ "Image" ];
+  # What the hypervisor enters comes first.
+  kernels =
+    if !isx86_64 then
+      [ "Image" ]
+    else if hypervisor == "stratovirt" then
+      [ "vmlinux.bin" "bzImage" ]
+    else
+      [ "vmlinux" "bzImage" ];
   parts =
     kernels
     ++ [

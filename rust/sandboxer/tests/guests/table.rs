@@ -40,8 +40,10 @@ again and compares the rows, not the figures.
 - **guest memory**: pages of the guest's memory that the host had to give it by then. What a guest reads from pmem is not in it:
   that is the host's page cache, which all guests of an image share.
 - dm-verity reads what it checks into the guest's own page cache: such a root has no DAX, on pmem or not.
-- QEMU's machine for aarch64 has no virtio-pmem. StratoVirt enters no vmlinux, and its filter of system calls does not know the one that
-  maps its pmem: with such a root it runs without the filter. It opens an image on pmem for writing, though it maps it for itself alone.
+- QEMU's machine for aarch64 has no virtio-pmem.
+- StratoVirt knows no ELF file: it enters vmlinux.bin, the kernel as it lies in memory (kernel-configs/README.md). Its filter of system
+  calls does not know the one that maps its pmem: with such a root it runs without the filter. It opens an image on pmem for writing,
+  though it maps it for itself alone.
 
 | hypervisor | architecture | kernel | MB | root | MB | mounted as | boot | guest memory, MiB |
 |---|---|---|---|---|---|---|---|---|

@@ -57,7 +57,7 @@ impl Vmm {
         match self {
             Self::Qemu(Machine::Virt) => &["Image"],
             Self::Qemu(_) | Self::CloudHypervisor => &["vmlinux", "bzImage"],
-            Self::StratoVirt => &["bzImage"],
+            Self::StratoVirt => &["vmlinux.bin", "bzImage"],
         }
     }
 }
