@@ -32,10 +32,11 @@ let
   kernels =
     if !isx86_64 then
       [ "Image" ]
-    else if hypervisor == "stratovirt" then
-      [ "vmlinux.bin" "bzImage" ]
     else
-      [ "vmlinux" "bzImage" ];
+      [
+        (if hypervisor == "stratovirt" then "vmlinux.bin" else "vmlinux")
+        "bzImage"
+      ];
   parts =
     kernels
     ++ [
