@@ -120,6 +120,13 @@ REQUIRED_OF_MINI = {
     "MEMCG_V1": "task.cgroup=v1",
     "CGROUP_DEVICE": "task.cgroup=v1",
     "CGROUP_FREEZER": "task.cgroup=v1",
+    "IA32_EMULATION": "programs of i386",
+    "USERFAULTFD": "collectors of garbage",
+    "SECRETMEM": "key stores",
+    "KCMP": "debuggers",
+    "MPTCP": "multipath clients",
+    "NFT_COMPAT": "iptables-nft",
+    "NETFILTER_XT_TARGET_TPROXY": "service meshes",
 }
 
 # What a hypervisor's guests do without: it has no such device, or the architecture no such thing ("": any hypervisor).
@@ -130,7 +137,7 @@ NOT_OF = {
         "stratovirt": QEMU_ONLY,
     },
     "aarch64": {
-        "": {"PVH", "SMP", "KVM_GUEST", "VIRTIO_MMIO_CMDLINE_DEVICES", "ACPI_HOTPLUG_CPU", "ACPI_HOTPLUG_MEMORY", "HOTPLUG_PCI_ACPI", "CMDLINE_BOOL"},
+        "": {"PVH", "SMP", "KVM_GUEST", "VIRTIO_MMIO_CMDLINE_DEVICES", "ACPI_HOTPLUG_CPU", "ACPI_HOTPLUG_MEMORY", "HOTPLUG_PCI_ACPI", "CMDLINE_BOOL", "IA32_EMULATION", "USERFAULTFD", "SECRETMEM", "KCMP", "MPTCP"},
     },
 }
 
