@@ -15,7 +15,7 @@ use tokio::{
     time::timeout,
 };
 
-use crate::{cgroup_v1 as v1, metrics};
+use crate::{cgroup_v1 as v1, metrics, spec::CGROUPS};
 
 /// Deepest folders below a container's own that are looked for processes.
 pub(crate) const MAX_DEPTH: u32 = 8;
@@ -57,6 +57,17 @@ impl Hierarchies {
         match self {
             Self::Unified(mount) => Cgroup::Unified(mount.join(path)),
             Self::Legacy(mounts) => Cgroup::Legacy(v1::Cgroup::new(mounts, path)),
+        }
+    }
+
+    /// Whether a container's cgroup has this file, by version 2's names, of which version 1 has none. The cgroup above has the
+    /// same controllers, and is there before the container's is.
+    #[must_use]
+    pub(crate) fn has(&self, file: &str) -> bool {
+        let plain = !file.is_empty() && !file.contains(['/', '\0']);
+        match self {
+            Self::Unified(mount) => plain && mount.join(CGROUPS.trim_start_matches('/')).join(file).is_file(),
+            Self::Legacy(_) => false,
         }
     }
 }

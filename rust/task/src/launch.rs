@@ -34,6 +34,7 @@ enum Streams {
 pub(crate) async fn create(context: &Context, container: &Arc<Container>) -> Result<(), TaskError> {
     let init = &container.init;
     let mut spec = read_spec(container).await?;
+    spec::fit_cgroup(&mut spec, &context.cgroups)?;
     let devices = context.storages.attach(&container.id, Path::new(&container.bundle)).await?;
     spec::set_devices(&mut spec, &devices);
     container.set_shares_pids(context.pids.resolve(&mut spec, &context.runc)?);

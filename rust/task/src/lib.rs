@@ -41,5 +41,6 @@ pub mod streaming;
 pub mod task_service;
 pub mod tasks;
 pub mod transport;
+mod unified;
 pub mod vm_process;
 mod vm_size;

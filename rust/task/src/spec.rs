@@ -10,8 +10,10 @@ use kuasar_common::constants::GUEST_BLOCK_NODES;
 use serde_json::{Map, Value, json};
 
 use crate::{
+    cgroup::Hierarchies,
     error::TaskError,
     storage::{Node, Nodes},
+    unified,
 };
 
 /// Cgroup of all containers, as specs name it.
@@ -48,6 +50,19 @@ pub fn rewrite(json: &[u8], target: Target) -> Result<Value, TaskError> {
     linux.remove("mountLabel");
     set_cgroup(linux, target.container)?;
     Ok(spec)
+}
+
+/// Leaves of a spec's limits those files of its cgroup that this guest has.
+///
+/// # Errors
+/// When one is missing that would change something.
+pub(crate) fn fit_cgroup(spec: &mut Value, cgroups: &Hierarchies) -> Result<(), TaskError> {
+    match spec.pointer_mut("/linux/resources").and_then(Value::as_object_mut) {
+        Some(resources) => {
+            unified::fit(resources, cgroups).map_err(|why| refuse(&format!("linux.resources.{why}")))
+        }
+        None => Ok(()),
+    }
 }
 
 /// Gives block devices the guest's numbers in place of those that the host lists them under, as nodes, in the rules of
@@ -101,7 +116,7 @@ pub fn process(json: &[u8], terminal: bool) -> Result<Vec<u8>, TaskError> {
 ///
 /// # Errors
 /// When they are none, or limit what the guest does not have.
-pub fn resources(json: &[u8]) -> Result<Value, TaskError> {
+pub fn resources(json: &[u8], cgroups: &Hierarchies) -> Result<Value, TaskError> {
     let refuse = |why: String| TaskError::InvalidArgument(format!("the resources to set: {why}"));
     let mut resources: Value = serde_json::from_slice(json).map_err(|error| refuse(error.to_string()))?;
     let Some(fields) = resources.as_object_mut() else {
@@ -122,6 +137,7 @@ pub fn resources(json: &[u8]) -> Result<Value, TaskError> {
     }
     fields.remove("blockIO");
     fields.remove("rdma");
+    unified::fit(fields, cgroups).map_err(refuse)?;
     Ok(resources)
 }
 
@@ -302,17 +318,36 @@ mod tests {
     #[test]
     fn new_limits_lose_what_only_the_host_has() {
         let json = br#"{"cpu":{"quota":1,"cpus":"4-7","mems":"0"},"memory":{"limit":2,"swap":2,"new":3},
-            "hugepageLimits":[{"pageSize":"2MB","limit":0}],"blockIO":{"weight":9},"rdma":{},"pids":{"limit":4}}"#;
-        let set = resources(json).unwrap();
+            "hugepageLimits":[{"pageSize":"2MB","limit":0}],"blockIO":{"weight":9},"rdma":{},"pids":{"limit":4},
+            "unified":{"memory.swap.max":"0"}}"#;
+        let cgroups = Hierarchies::Unified("/none".into());
+        let set = resources(json, &cgroups).unwrap();
         assert_eq!(set, json!({"cpu": {"quota": 1}, "memory": {"limit": 2, "new": 3}, "pids": {"limit": 4}}));
         for (bad, why) in [
             (&b"{"[..], "EOF while parsing"),
             (b"7", "they are not a JSON object"),
             (br#"{"hugepageLimits":[{"pageSize":"2MB","limit":9}]}"#, "the VM has no huge pages of 2MB"),
+            (
+                br#"{"unified":{"memory.swap.max":"1G"}}"#,
+                "unified: memory.swap.max=1G: the VM's kernel has no swap",
+            ),
         ] {
-            let error = resources(bad).unwrap_err().to_string();
+            let error = resources(bad, &cgroups).unwrap_err().to_string();
             assert!(error.starts_with("the resources to set: ") && error.contains(why), "{error}");
         }
+    }
+
+    #[test]
+    fn files_of_the_cgroup_that_the_guest_lacks_are_left_out_or_refused() {
+        let cgroups = Hierarchies::Unified("/none".into());
+        let mut spec = json!({"linux": {"resources": {"unified": {"memory.swap.max": "0"}}}});
+        fit_cgroup(&mut spec, &cgroups).unwrap();
+        assert_eq!(spec, json!({"linux": {"resources": {}}}));
+        let mut spec = json!({"linux": {"resources": {"unified": {"memory.swap.max": "1G"}}}});
+        let error = fit_cgroup(&mut spec, &cgroups).unwrap_err().to_string();
+        let start = "the container's spec: linux.resources.unified: memory.swap.max=1G: the VM's kernel has no swap; ";
+        assert!(error.starts_with(start), "{error}");
+        fit_cgroup(&mut json!({}), &cgroups).unwrap();
     }
 
     #[test]

@@ -286,7 +286,7 @@ impl Tasks {
     /// # Errors
     /// When it has ended, the VM has not so much, or the runtime fails.
     pub async fn update(&self, id: &str, resources: &[u8]) -> Result<(), TaskError> {
-        let resources = spec::resources(resources)?;
+        let resources = spec::resources(resources, &self.context.cgroups)?;
         let container = self.container(id)?;
         let _gate = changing(&container).await?;
         if container.init.phase() == Phase::Stopped {

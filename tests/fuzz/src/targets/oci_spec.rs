@@ -4,6 +4,7 @@ use std::path::{Component, Path};
 
 use serde_json::Value;
 use vmm_task::{
+    cgroup::Hierarchies,
     hooks,
     spec::{self, Target},
 };
@@ -18,7 +19,8 @@ const CRI: &str = r#"{"ociVersion":"1.2.0","process":{"terminal":false,"user":{"
 "resources":{"cpu":{"quota":1,"cpus":"0-3"},"memory":{"limit":1}},"seccomp":{"defaultAction":"SCMP_ACT_ERRNO"}}}"#;
 const BARE: &str = r#"{"process":{"args":["x"]},"root":{"path":"rootfs"},"linux":{"cgroupsPath":"/kuasar/a/b"}}"#;
 const RESOURCES: &str = r#"{"cpu":{"shares":2,"cpus":"0","mems":"0"},"memory":{"limit":1,"swap":2},
-"hugepageLimits":[{"pageSize":"2MB","limit":0}],"blockIO":{"weight":1},"pids":{"limit":1},"args":["x"]}"#;
+"hugepageLimits":[{"pageSize":"2MB","limit":0}],"blockIO":{"weight":1},"pids":{"limit":1},"args":["x"],
+"unified":{"memory.swap.max":"0","memory.swap.high":"max"}}"#;
 
 pub(crate) fn seeds() -> Vec<Vec<u8>> {
     [CRI, BARE, RESOURCES].map(|text| text.as_bytes().to_vec()).to_vec()
@@ -40,8 +42,11 @@ pub(crate) fn run(input: &[u8]) {
         assert_eq!(process.get("terminal"), Some(&Value::Bool(true)));
         assert_eq!(process.get("apparmorProfile"), None);
     }
-    if let Ok(resources) = spec::resources(input) {
+    // A guest without any files of cgroups has none that could be set.
+    let cgroups = Hierarchies::Unified("/nonexistent".into());
+    if let Ok(resources) = spec::resources(input, &cgroups) {
         assert_eq!((resources.pointer("/cpu/cpus"), resources.get("hugepageLimits")), (None, None));
+        assert!(resources.get("unified").is_none_or(|unified| !unified.is_object()));
     }
 }
 
