@@ -49,6 +49,7 @@ stdenv.mkDerivation (
   {
     pname = "kernel-${lib.optionalString (hypervisor != null) "${hypervisor}-"}${flavour}";
     inherit (linux) version src;
+    patches = [ ../kernel-configs/patches/fuse-submounts-check-acls.patch ];
 
     strictDeps = true;
     nativeBuildInputs = [

@@ -93,6 +93,10 @@ let
               // lib.optionalAttrs isCross { crossPrefix = "${cpu}-linux-gnu-"; }
               // own
               // (args.env or { })
+              # Here, and not in setup.sh, which every derivation has for its builder.
+              // lib.optionalAttrs (args ? patches) {
+                prePatch = lib.concatMapStringsSep "" (file: "patch -p1 <${file}\n") args.patches + args.prePatch or "";
+              }
               // {
                 nativeBuildInputs = lib.filter (dep: dep.type or "" != "host-tool") (args.nativeBuildInputs or [ ]);
                 buildInputs = lib.filter (dep: dep.type or "" != "host-tool") (args.buildInputs or [ ]);
