@@ -61,6 +61,8 @@ pub fn make(image: &Path, entries: &[Entry], epoch: u32) -> Result<()> {
     let folder = image.parent().unwrap_or(Path::new(""));
     let name = image.file_name().unwrap_or_default();
 
+    let usage = MKFS.output(&mut MKFS.command(folder, epoch)?)?;
+    let newer = newer(&String::from_utf8_lossy(&[usage.stdout, usage.stderr].concat()));
     let mut mkfs = MKFS.command(folder, epoch)?;
     mkfs.args([
         "--unsupported",
@@ -76,7 +78,7 @@ pub fn make(image: &Path, entries: &[Entry], epoch: u32) -> Result<()> {
         LABEL,
     ]);
     mkfs.arg("-m").arg(format!("crc=1,finobt=0,reflink=0,rmapbt=0,inobtcount=0,bigtime=1,uuid={UUID}"));
-    mkfs.args(["-i", "sparse=0,size=512,nrext64=0", "-p"]).arg(&file).arg(name);
+    mkfs.args(newer).args(["-i", "sparse=0,size=512,nrext64=0", "-p"]).arg(&file).arg(name);
     MKFS.run(&mut mkfs)?;
 
     sticky(entries, folder, name, epoch)?;
@@ -85,6 +87,13 @@ pub fn make(image: &Path, entries: &[Entry], epoch: u32) -> Result<()> {
     let mut repair = XFS_REPAIR.command(folder, epoch)?;
     XFS_REPAIR.run(repair.args(["-n", "-f", "-o", "force_geometry"]).arg(name))?;
     Ok(())
+}
+
+/// Turns off what later versions of `mkfs.xfs` turn on by themselves, if `usage` says that this is one: parent pointers hold
+/// the generations of inodes, which are written over here. Versions before them refuse the words.
+fn newer(usage: &str) -> Vec<&'static str> {
+    let options = [("exchange=0|1", ["-i", "exchange=0"]), ("parent=0|1", ["-n", "parent=0"])];
+    options.into_iter().filter(|(word, _)| usage.contains(word)).flat_map(|(_, option)| option).collect()
 }
 
 /// A prototype cannot say "sticky".
@@ -224,4 +233,19 @@ fn put(block: &mut [u8], at: usize, bytes: &[u8]) {
 
 fn unusable(entry: &Entry, reason: &str) -> Error {
     Error::Format { path: entry.source.clone(), reason: reason.into() }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_a_mkfs_that_knows_the_newer_features_is_told_to_leave_them_out() {
+        let old = "/* inode size */\t[-i perblock=n,nrext64=0|1]\n/* naming */\t\t[-n size=num,ftype=0|1]\n";
+        assert!(newer(old).is_empty());
+        let middle = "[-i nrext64=0|1,exchange=0|1]\n[-n size=num,ftype=0|1]";
+        assert_eq!(newer(middle), ["-i", "exchange=0"]);
+        let new = "[-i nrext64=0|1,exchange=0|1,max_atomic_write=n]\n[-n ftype=0|1,parent=0|1]]";
+        assert_eq!(newer(new), ["-i", "exchange=0", "-n", "parent=0"]);
+    }
 }
