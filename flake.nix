@@ -4,15 +4,19 @@
   inputs.nixpkgs.url = "github:NixOS/nixpkgs/nixos-26.05";
 
   outputs =
-    { self, nixpkgs }:
+    { nixpkgs, ... }:
     let
       inherit (nixpkgs) lib;
       forSystems =
-        f: lib.genAttrs [ "x86_64-linux" "aarch64-linux" ] (system: f nixpkgs.legacyPackages.${system});
-      scope = pkgs: import ./pkgs { inherit pkgs; };
+        f:
+        lib.genAttrs [ "x86_64-linux" "aarch64-linux" ] (
+          system: f (scope nixpkgs.legacyPackages.${system})
+        );
+      # What stands in for nixpkgs may say how its machines run guests.
+      scope = pkgs: import ./pkgs ({ inherit pkgs; } // nixpkgs.kuasar or { });
     in
     {
-      packages = forSystems (pkgs: lib.filterAttrs (_: lib.isDerivation) (scope pkgs));
-      checks = forSystems (pkgs: lib.filterAttrs (_: lib.isDerivation) (scope pkgs).checks);
+      packages = forSystems (kuasar: lib.genAttrs kuasar.names (name: kuasar.${name}));
+      checks = forSystems (kuasar: kuasar.checks);
     };
 }

@@ -12,8 +12,6 @@
   vmm-task,
   runc-guest,
   hypervisor,
-  # How the result is checked: a function of it.
-  check,
   kernel,
   initrd,
   disk,
@@ -78,7 +76,7 @@ let
     path = "${lib.getExe virtiofsd}"
 
     [hypervisor.vsock_device]
-    path = "${lib.getExe vhost-device-vsock}"
+    path = "${lib.getExe' vhost-device-vsock "vhost-device-vsock"}"
   '';
 
   # Name, version and hash of a source, without a reference that would drag the source itself along.
@@ -121,63 +119,72 @@ let
     };
   };
   pname = "image-${hypervisor}${suffix}";
-  image = runCommand pname
-  {
-    inherit pname;
-    inherit (vmm-task) version;
-    nativeBuildInputs = [ jq ];
-    about = builtins.toJSON about;
-    config = lib.optionalString isDriven config;
-    passthru = {
-      inherit disk kernel kernels;
-      tests.good = check image;
-    };
-    passAsFile = [
-      "config"
-      "about"
-    ];
-    meta = {
-      description = "Everything for pods in ${hypervisor}: kernel, disk (${disk.fs}${lib.optionalString disk.verity ", dm-verity"}), initrd, ${lib.optionalString isDriven "config.toml, "}manifest.json";
-      license = [
-        lib.licenses.asl20
-        lib.licenses.gpl2Only
-      ];
-      platforms = lib.platforms.linux;
-    };
-  }
-  ''
-    mkdir "$out"
-    cd "$out"
-    cp ${lib.concatMapStringsSep " " (name: "${kernel}/${name}") kernels} ${disk}/kuasar.img ${initrd}/kuasar.initrd .
-    cp ${kernel}/config kernel.config
-    cp ${sbom}/sbom.cdx.json .
-    ${
-      if isDriven then
-        ''
-          cp "$configPath" config.toml
-          ${lib.optionalString disk.verity "(echo && cat ${disk}/verity.toml) >>config.toml"}
-        ''
-      else
-        lib.optionalString disk.verity "cp ${disk}/verity.toml ."
-    }
-    for part in ${toString parts}; do
-      sum=$(sha256sum <"$part")
-      jq -n --slurpfile about "$aboutPath" --arg part "$part" --arg sha256 "''${sum%% *}" --argjson size "$(stat -Lc %s "$part")" \
-        '{($part): ({$sha256, $size} + $about[0][$part])}'
-    done | jq -s '{parts: add}' >"$NIX_BUILD_TOP/parts"
-    # The guest's root, file by file: "path<tab>kind<tab>mode<tab>size<tab>target".
-    (
-      cd ${disk.rootfs}
-      find . -mindepth 1 -printf '%P\t%y\t%m\t%s\t%l\n' | LC_ALL=C sort | while IFS= read -r line; do
-        sum=
-        if [ -f "''${line%%$'\t'*}" ] && [ ! -L "''${line%%$'\t'*}" ]; then sum=$(sha256sum <"''${line%%$'\t'*}"); fi
-        printf '%s\t%s\n' "$line" "''${sum%% *}"
-      done
-    ) | jq -R 'split("\t") | {path: ("/" + .[0]), mode: .[2]} + {
-        f: {kind: "file", size: (.[3] | tonumber), sha256: .[5]},
-        d: {kind: "folder"},
-        l: {kind: "link", target: .[4]}
-      }[.[1]]' | jq -s --sort-keys --slurpfile parts "$NIX_BUILD_TOP/parts" '{root: .} + $parts[0]' >manifest.json
-  '';
+  image =
+    runCommand pname
+      {
+        inherit pname;
+        inherit (vmm-task) version;
+        nativeBuildInputs = [ jq ];
+        about = builtins.toJSON about;
+        config = lib.optionalString isDriven config;
+        passthru = {
+          inherit
+            accel
+            disk
+            hypervisor
+            kernel
+            kernels
+            vsock
+            ;
+        };
+        passAsFile = [
+          "config"
+          "about"
+        ];
+        meta = {
+          description = "Everything for pods in ${hypervisor}: kernel, disk (${disk.fs}${lib.optionalString disk.verity ", dm-verity"}), initrd, ${lib.optionalString isDriven "config.toml, "}manifest.json";
+          license = [
+            lib.licenses.asl20
+            lib.licenses.gpl2Only
+          ];
+          platforms = lib.platforms.linux;
+        };
+      }
+      ''
+        mkdir "$out"
+        cd "$out"
+        cp ${
+          lib.concatMapStringsSep " " (name: "${kernel}/${name}") kernels
+        } ${disk}/kuasar.img ${initrd}/kuasar.initrd .
+        cp ${kernel}/config kernel.config
+        cp ${sbom}/sbom.cdx.json .
+        ${
+          if isDriven then
+            ''
+              cp "$configPath" config.toml
+              ${lib.optionalString disk.verity "(echo && cat ${disk}/verity.toml) >>config.toml"}
+            ''
+          else
+            lib.optionalString disk.verity "cp ${disk}/verity.toml ."
+        }
+        for part in ${toString parts}; do
+          sum=$(sha256sum <"$part")
+          jq -n --slurpfile about "$aboutPath" --arg part "$part" --arg sha256 "''${sum%% *}" --argjson size "$(stat -Lc %s "$part")" \
+            '{($part): ({$sha256, $size} + $about[0][$part])}'
+        done | jq -s '{parts: add}' >"$NIX_BUILD_TOP/parts"
+        # The guest's root, file by file: "path<tab>kind<tab>mode<tab>size<tab>target".
+        (
+          cd ${disk.rootfs}
+          find . -mindepth 1 -printf '%P\t%y\t%m\t%s\t%l\n' | LC_ALL=C sort | while IFS= read -r line; do
+            sum=
+            if [ -f "''${line%%$'\t'*}" ] && [ ! -L "''${line%%$'\t'*}" ]; then sum=$(sha256sum <"''${line%%$'\t'*}"); fi
+            printf '%s\t%s\n' "$line" "''${sum%% *}"
+          done
+        ) | jq -R 'split("\t") | {path: ("/" + .[0]), mode: .[2]} + {
+            f: {kind: "file", size: (.[3] | tonumber), sha256: .[5]},
+            d: {kind: "folder"},
+            l: {kind: "link", target: .[4]}
+          }[.[1]]' | jq -s --sort-keys --slurpfile parts "$NIX_BUILD_TOP/parts" '{root: .} + $parts[0]' >manifest.json
+      '';
 in
 image

@@ -4,15 +4,17 @@
   lib,
   pkgs,
   stdenv,
+  accel,
+  vsock,
   hypervisors,
+  # Whether the machine that builds is of another architecture, and the packages of that machine.
+  isCross,
+  tools,
   # The scope of this project's packages.
   self,
   workspace,
 }:
 let
-  # What makes images runs on the machine that builds, which may be of another architecture than the guest.
-  isCross = stdenv.buildPlatform.system != stdenv.hostPlatform.system;
-  tools = if isCross then import ./. { pkgs = pkgs.buildPackages; } else self;
   packer = {
     inherit (tools) kuasar-image;
     # It takes a root for the machine that it runs on, unless told.
@@ -51,17 +53,6 @@ let
     };
   };
 
-  check = import ./image-check.nix {
-    inherit lib;
-    inherit (pkgs)
-      cryptsetup
-      jq
-      python3Packages
-      runCommand
-      ;
-    inherit (packer) kuasar-image;
-  };
-
   of =
     hypervisor:
     let
@@ -74,12 +65,11 @@ let
         args:
         self.callPackage ./image.nix (
           {
-            inherit check hypervisor sbom;
+            inherit hypervisor sbom;
             kernel = kernel "micro";
             initrd = initrds.gzip;
-            # A package set that knows its machines have neither KVM nor vhost-vsock says so; nixpkgs knows nothing of it.
-            accel = pkgs.kuasarAccel or "kvm";
-            vsock = pkgs.kuasarVsock or "vhost";
+            inherit accel vsock;
+            qemu = self.vmms.qemu;
           }
           // args
         );
@@ -117,7 +107,7 @@ let
     }
     // lib.optionalAttrs (hypervisor == "qemu" && debug != { }) rec {
       rootfs-debug = debug.rootfs;
-      sbom-qemu-debug = sbom.override { packages = debug.rootfs.packages; };
+      sbom-qemu-debug = sbom.override { contents = debug.rootfs.packages; };
       # A root with a shell, and the console that serves it.
       image-qemu-debug = image {
         disk = debug.disk';

@@ -24,7 +24,16 @@ let
   folder = ../kernel-configs;
   arch = lib.optionalString (!isx86_64) "-a ${linuxArch} ";
   # An Image is entered as it is, like x86's vmlinux.bin; there is nothing packed beside it.
-  results = if isx86_64 then "{vmlinux,vmlinux.bin,bzImage,config}" else "{Image,config}";
+  images =
+    if isx86_64 then
+      [
+        "vmlinux"
+        "vmlinux.bin"
+        "bzImage"
+      ]
+    else
+      [ "Image" ];
+  results = "{${lib.concatStringsSep "," (images ++ [ "config" ])}}";
   # Only what these lists name: a change to another kernel's fragment must not build this one again. A fragment that is not
   # there is for `configure` to tell.
   configs = lib.fileset.toSource {
@@ -52,6 +61,8 @@ stdenv.mkDerivation (
     patches = [ ../kernel-configs/patches/fuse-submounts-check-acls.patch ];
 
     strictDeps = true;
+    # Programs of the build (objtool) are linked with libraries of `nativeBuildInputs`, whose headers this compiler alone is told of.
+    depsBuildBuild = [ buildPackages.stdenv.cc ];
     nativeBuildInputs = [
       bc
       bison
@@ -68,7 +79,9 @@ stdenv.mkDerivation (
     postPatch = "patchShebangs scripts";
     configurePhase = ''
       runHook preConfigure
-      sh ${configs}/configure -s "$PWD" -o "$NIX_BUILD_TOP/kernel" ${arch}${toString (map (list: "${configs}/${list}") lists)}
+      sh ${configs}/configure -s "$PWD" -o "$NIX_BUILD_TOP/kernel" ${arch}${
+        toString (map (list: "${configs}/${list}") lists)
+      }
       runHook postConfigure
     '';
     buildPhase = ''
@@ -84,19 +97,28 @@ stdenv.mkDerivation (
     '';
     dontFixup = true; # nothing in it runs on the host
 
-    passthru = { inherit flavour lists fragments; };
+    passthru = {
+      inherit
+        flavour
+        fragments
+        images
+        lists
+        ;
+    };
     meta = {
       description = "Guest kernel \"${flavour}\" for ${
         if hypervisor == null then "any hypervisor" else hypervisor
       }: ${
-        if isx86_64 then "vmlinux (entered by PVH), vmlinux.bin (entered as it lies in memory), bzImage" else "Image"
+        if isx86_64 then
+          "vmlinux (entered by PVH), vmlinux.bin (entered as it lies in memory), bzImage"
+        else
+          "Image"
       }, config";
       license = lib.licenses.gpl2Only;
       platforms = lib.platforms.linux;
     };
   }
-  // lib.optionalAttrs (stdenv.buildPlatform != stdenv.hostPlatform) {
+  // lib.optionalAttrs (stdenv.buildPlatform.system != stdenv.hostPlatform.system) {
     env.CROSS_COMPILE = stdenv.cc.targetPrefix;
-    depsBuildBuild = [ buildPackages.stdenv.cc ];
   }
 )

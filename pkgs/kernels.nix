@@ -17,18 +17,23 @@ let
     in
     if name == null then [ ] else name;
   fragmentsOf =
-    list:
-    lib.concatMap fragmentOf (
-      builtins.split "\n" (builtins.readFile (folder + "/${list}"))
-    );
+    list: lib.concatMap fragmentOf (builtins.split "\n" (builtins.readFile (folder + "/${list}")));
 
   kernelOf =
     flavour: hypervisor:
     let
-      lists = [ "${flavour}-${cpu}.list" ] ++ lib.optional (hypervisor != null) "${hypervisor}-${cpu}.list";
+      lists = [
+        "${flavour}-${cpu}.list"
+      ]
+      ++ lib.optional (hypervisor != null) "${hypervisor}-${cpu}.list";
     in
     callPackage ./kernel.nix {
-      inherit flavour hypervisor linux lists;
+      inherit
+        flavour
+        hypervisor
+        linux
+        lists
+        ;
       fragments = lib.sort (a: b: a < b) (lib.unique (lib.concatMap fragmentsOf lists));
     };
   # One for all, with a name for each.
@@ -37,7 +42,10 @@ let
   named = hypervisor: {
     "kernel-${hypervisor}-micro" =
       # What there is no list of adds nothing.
-      if builtins.pathExists (folder + "/${hypervisor}-${cpu}.list") then kernelOf "micro" hypervisor else micro;
+      if builtins.pathExists (folder + "/${hypervisor}-${cpu}.list") then
+        kernelOf "micro" hypervisor
+      else
+        micro;
     "kernel-${hypervisor}-mini" = mini;
   };
 in

@@ -5,6 +5,7 @@
   makeBinaryWrapper,
   rustPlatform,
   stdenv,
+  versionCheckHook,
   workspace,
   xfsprogs,
   zstd,
@@ -21,7 +22,7 @@ in
 rustPlatform.buildRustPackage (
   workspace.package {
     crate = "kuasar-image";
-    inherit stdenv;
+    inherit stdenv versionCheckHook;
   }
   // {
     nativeBuildInputs = [ makeBinaryWrapper ];

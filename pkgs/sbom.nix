@@ -12,8 +12,8 @@
   workspace,
   kernel,
   hypervisor,
-  # What else is in the root.
-  packages ? [ ],
+  # What else is in the root. (A scope of nixpkgs has an attribute called `packages`, which would be filled in here.)
+  contents ? [ ],
 }:
 let
   crateRef =
@@ -95,7 +95,7 @@ let
       std.rust
       std.go
     ]
-    ++ map (component "application") packages
+    ++ map (component "application") contents
     ++ map componentOf crates;
     dependencies = [
       {
@@ -105,7 +105,7 @@ let
           runc
           (crateRef (lib.head crates))
         ]
-        ++ map packageRef packages;
+        ++ map packageRef contents;
       }
     ]
     ++ map (crate: {

@@ -2,12 +2,13 @@
   lib,
   rustPlatform,
   stdenv,
+  versionCheckHook,
   workspace,
 }:
 rustPlatform.buildRustPackage (
   workspace.package {
     crate = "containerd-shim-kuasar-vmm-v1";
-    inherit stdenv;
+    inherit stdenv versionCheckHook;
   }
   // {
     # There is one relay per pod: its pages count more than its speed.
@@ -16,6 +17,9 @@ rustPlatform.buildRustPackage (
       CARGO_PROFILE_RELEASE_LTO = "fat";
       CARGO_PROFILE_RELEASE_CODEGEN_UNITS = "1";
     };
+    versionCheckProgramArg = "-v";
+    # nixpkgs' cargo keeps symbols, of which its own fixup removes debug sections only.
+    stripAllList = [ "bin" ];
     meta = {
       description = "Relay between containerd's Task API and the microVM of one pod (static)";
       license = lib.licenses.asl20;

@@ -2,12 +2,13 @@
   lib,
   rustPlatform,
   stdenv,
+  versionCheckHook,
   workspace,
 }:
 rustPlatform.buildRustPackage (
   workspace.package {
     crate = "vmm-sandboxer";
-    inherit stdenv;
+    inherit stdenv versionCheckHook;
   }
   // {
     postInstall = ''

@@ -2,12 +2,13 @@
   lib,
   rustPlatform,
   stdenv,
+  versionCheckHook,
   workspace,
 }:
 rustPlatform.buildRustPackage (
   workspace.package {
     crate = "vmm-task";
-    inherit stdenv;
+    inherit stdenv versionCheckHook;
   }
   // {
     # Its size is memory of every guest: what a daemon does without, because it doubles the time of a build, is worth it here.
@@ -19,6 +20,8 @@ rustPlatform.buildRustPackage (
     postInstall = ''
       install -D -m 0644 rust/task/systemd/vmm-task.service "$out/lib/systemd/system/vmm-task.service"
     '';
+    # nixpkgs' cargo keeps symbols, of which its own fixup removes debug sections only.
+    stripAllList = [ "bin" ];
     meta = {
       description = "PID 1 of the microVM: runs the containers of a pod (static)";
       license = lib.licenses.asl20;

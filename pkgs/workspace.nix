@@ -62,6 +62,12 @@ in
 {
   inherit (cargo.workspace.package) version;
 
+  # Of every package, for `meta`.
+  about = {
+    homepage = cargo.workspace.package.repository;
+    changelog = "${cargo.workspace.package.repository}/releases/tag/v${cargo.workspace.package.version}";
+  };
+
   # The crate and every crate it is built from on Linux: name, version, checksum, dependencies.
   crates =
     crate:
@@ -90,7 +96,12 @@ in
 
   # Attributes for buildRustPackage of the crate called `crate`.
   package =
-    { crate, stdenv }:
+    {
+      crate,
+      stdenv,
+      # Null for a program that does not tell its version.
+      versionCheckHook ? null,
+    }:
     let
       crates = needed memberOf.${crate};
       others = lib.filter (member: !lib.elem member crates) members;
@@ -132,11 +143,11 @@ in
       '';
       # RUSTFLAGS replaces the flags that nixpkgs' cargo configuration gives a static target: say them again.
       preBuild = ''
-        export RUSTFLAGS="--remap-path-prefix=$NIX_BUILD_TOP=. ${
-          lib.optionalString stdenv.hostPlatform.isStatic "-C target-feature=+crt-static"
-        }"
+        export RUSTFLAGS="--remap-path-prefix=$NIX_BUILD_TOP=. ${lib.optionalString stdenv.hostPlatform.isStatic "-C target-feature=+crt-static"}"
       '';
       # `make check` runs the tests of the whole workspace once, with the debug assertions that a release build lacks.
       doCheck = false;
+      nativeInstallCheckInputs = lib.optional (versionCheckHook != null) versionCheckHook;
+      doInstallCheck = versionCheckHook != null && stdenv.buildPlatform.canExecute stdenv.hostPlatform;
     };
 }

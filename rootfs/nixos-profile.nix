@@ -94,24 +94,29 @@
         RuntimeMaxUse=8M
       '';
     }
-    // lib.genAttrs [
-      "bashrc"
-      "default/useradd"
-      "fuse.conf"
-      "inputrc"
-      "issue"
-      "login.defs"
-      "lvm/lvm.conf"
-      "nanorc"
-      "pam/environment"
-      "profile"
-      "resolvconf.conf"
-      "set-environment"
-      "shells"
-      "ssh/ssh_config"
-      "ssh/ssh_known_hosts"
-      "terminfo"
-    ] (_: { enable = false; });
+    //
+      lib.genAttrs
+        [
+          "bashrc"
+          "default/useradd"
+          "fuse.conf"
+          "inputrc"
+          "issue"
+          "login.defs"
+          "lvm/lvm.conf"
+          "nanorc"
+          "pam/environment"
+          "profile"
+          "resolvconf.conf"
+          "set-environment"
+          "shells"
+          "ssh/ssh_config"
+          "ssh/ssh_known_hosts"
+          "terminfo"
+        ]
+        (_: {
+          enable = false;
+        });
 
     system.stateVersion = config.system.nixos.release;
   };

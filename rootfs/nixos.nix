@@ -30,7 +30,9 @@ let
   passwd = lib.concatMapStrings (
     user: "${user.name}:x:${toString user.uid}:${gidOf user}::${user.home}:/bin/false\n"
   ) (lib.filter (user: user.group != "" && gidOf user != "") (numbered "users" "uid"));
-  group = lib.concatMapStrings (group: "${group.name}:x:${toString group.gid}:\n") (numbered "groups" "gid");
+  group = lib.concatMapStrings (group: "${group.name}:x:${toString group.gid}:\n") (
+    numbered "groups" "gid"
+  );
 
   folders = [
     "bin"

@@ -9,7 +9,9 @@ let
       ;
 
     inherit (builtins) head listToAttrs sort;
-    unique = builtins.foldl' (kept: item: if builtins.elem item kept then kept else kept ++ [ item ]) [ ];
+    unique = builtins.foldl' (
+      kept: item: if builtins.elem item kept then kept else kept ++ [ item ]
+    ) [ ];
     genAttrs =
       names: f:
       builtins.listToAttrs (
@@ -22,6 +24,9 @@ let
       keep: set:
       builtins.removeAttrs set (filter (name: !keep name set.${name}) (builtins.attrNames set));
     nameValuePair = name: value: { inherit name value; };
+    concatMapAttrs = f: set: builtins.foldl' (all: more: all // more) { } (mapAttrsToList f set);
+    intersectAttrs = builtins.intersectAttrs;
+    functionArgs = f: f.__functionArgs or (builtins.functionArgs f);
     mapAttrs' = f: set: builtins.listToAttrs (mapAttrsToList f set);
     optionalAttrs = cond: set: if cond then set else { };
     optionals = cond: items: if cond then items else [ ];
@@ -36,7 +41,13 @@ let
     getBin = drv: drv.bin or drv;
     makeBinPath = concatMapStringsSep ":" (drv: "${getBin drv}/bin");
     getExe' = drv: name: "${getBin drv}/bin/${name}";
-    getExe = drv: getExe' drv (drv.meta.mainProgram or drv.pname);
+    # nixpkgs' says today that it guesses, and that it will not tomorrow.
+    getExe =
+      drv:
+      getExe' drv (
+        drv.meta.mainProgram
+          or (throw "lib.getExe: ${drv.name} has no meta.mainProgram: name the program with lib.getExe'")
+      );
     importTOML = path: builtins.fromTOML (builtins.readFile path);
     escapeShellArg = arg: "'${builtins.replaceStrings [ "'" ] [ "'\\''" ] (toString arg)}'";
     escapeShellArgs = concatMapStringsSep " " escapeShellArg;
@@ -48,14 +59,23 @@ let
         wanted = builtins.functionArgs f;
         make = given: f (builtins.intersectAttrs wanted scope // given);
       in
-      make args // { override = more: make (args // more); };
+      make args
+      // {
+        override = {
+          __functor = _: more: make (args // more);
+          __functionArgs = wanted;
+        };
+      };
 
     makeScope =
       newScope: f:
       let
+        # All four are names in every scope of nixpkgs: an argument that is called like one is filled by it.
         self = f self // {
           newScope = scope: newScope (self // scope);
           callPackage = self.newScope { };
+          overrideScope = more: makeScope newScope (final: f final // more final (f final));
+          packages = f;
         };
       in
       self;

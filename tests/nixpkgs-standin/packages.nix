@@ -9,7 +9,8 @@ let
   # Everything is built on this machine; for the other architecture by the host's cross compilers.
   isCross = system != inputs.builder;
 
-  # A tool of the host. "${flex}/bin/flex" is /usr/bin/flex; its version is part of `inputs.toolchain`.
+  # A tool of the host. "${flex}/bin/flex" is /usr/bin/flex; its version is part of `inputs.toolchain`. Inputs of a derivation that are
+  # the host's are left out of it: they are there anyway.
   hostTool = name: {
     pname = name;
     outPath = "/usr";
@@ -57,13 +58,27 @@ let
           finalAttrs = args // {
             finalPackage = drv;
           };
+          # As in nixpkgs: no compiler but the build machine's is told of the headers of `nativeBuildInputs`.
+          lost = lib.filter (dep: dep.isLibrary or false) (args.nativeBuildInputs or [ ]);
+          compilers = args.depsBuildBuild or [ ];
+          checked =
+            if args.strictDeps or false && lost != [ ] && compilers == [ ] then
+              throw "${args.pname}: with strictDeps no compiler sees the headers of ${
+                lib.concatMapStringsSep ", " (dep: dep.pname) lost
+              } in nativeBuildInputs: it wants depsBuildBuild = [ buildPackages.stdenv.cc ]"
+            else
+              args;
           deps = (args.nativeBuildInputs or [ ]) ++ (args.buildInputs or [ ]);
-          own = builtins.removeAttrs args [
-            "meta"
-            "passthru"
-            "env"
-            "strictDeps"
-          ];
+          own =
+            builtins.removeAttrs checked [
+              "depsBuildBuild"
+              "nativeInstallCheckInputs"
+              "meta"
+              "passthru"
+              "env"
+              "strictDeps"
+            ]
+            // lib.optionalAttrs isCross (lib.filterAttrs (name: _: name == "depsBuildBuild") args);
           drv =
             derivation (
               {
@@ -117,16 +132,26 @@ let
         inherit mkDerivation hostPlatform;
         buildPlatform = hostPlatform // {
           system = inputs.builder;
+          canExecute = host: host.system == inputs.builder;
         };
         cc = hostTool "gcc" // {
           targetPrefix = lib.optionalString isCross "${cpu}-linux-gnu-"; # as Debian calls them
-          libc = hostTool "glibc" // { version = inputs.debian.libc6-dev; };
+          libc = hostTool "glibc" // {
+            version = inputs.debian.libc6-dev;
+          };
         };
       };
 
       self = rec {
         inherit lib stdenv;
-        buildPackages = if isCross then import ./packages.nix { inherit lib inputs; system = inputs.builder; } else self;
+        buildPackages =
+          if isCross then
+            import ./packages.nix {
+              inherit lib inputs;
+              system = inputs.builder;
+            }
+          else
+            self;
         newScope = extra: lib.callPackageWith (self // extra);
         callPackage = newScope { };
         pkgsStatic = mkSet true;
@@ -225,19 +250,35 @@ let
           "/usr/sbin/bridge"
         ];
 
-        libseccomp = hostTool "libseccomp" // { version = inputs.debian.libseccomp-dev; };
-        rustc = hostTool "rustc" // { version = inputs.compilers.rustc; };
-        go = hostTool "go" // { version = inputs.compilers.go; };
+        libseccomp = hostTool "libseccomp" // {
+          version = inputs.debian.libseccomp-dev;
+        };
+        rustc = hostTool "rustc" // {
+          version = inputs.compilers.rustc;
+        };
+        go = hostTool "go" // {
+          version = inputs.compilers.go;
+        };
         python3Packages.jsonschema = hostTool "python3-jsonschema";
 
-        # Not of nixpkgs: the daemon's configuration for a machine where guests die in KVM and vhost-vsock is missing.
-        kuasarAccel = "tcg";
-        kuasarVsock = "vhost-user";
-
         # Programs that the daemon starts: launchers in the tools cache.
-        qemu = launcher "qemu" "qemu-system-x86_64" inputs.tools.qemu;
-        virtiofsd = launcher "virtiofsd" "virtiofsd" inputs.tools.virtiofsd;
-        vhost-device-vsock = launcher "vhost-device-vsock" "vhost-device-vsock" inputs.tools.vhost-device-vsock;
+        qemu = launcher "qemu" "qemu-system-x86_64" inputs.tools.qemu // {
+          override = {
+            __functor = _: _: qemu;
+            __functionArgs = { };
+          };
+        };
+        virtiofsd = launcher "virtiofsd" "virtiofsd" inputs.tools.virtiofsd // {
+          meta.mainProgram = "virtiofsd";
+        };
+        vhost-device-vsock =
+          launcher "vhost-device-vsock" "vhost-device-vsock"
+            inputs.tools.vhost-device-vsock;
+
+        pkgsCross.aarch64-multiplatform = import ./packages.nix {
+          inherit lib inputs;
+          system = "aarch64-linux";
+        };
       }
       // lib.genAttrs [
         "bc"
@@ -245,17 +286,20 @@ let
         "cpio"
         "cryptsetup"
         "e2fsprogs"
-        "elfutils"
         "file"
         "flex"
         "jq"
-        "openssl"
         "perl"
         "pkg-config"
+        "versionCheckHook" # rust.sh does it
         "xfsprogs"
         "xz"
         "zstd"
-      ] hostTool;
+      ] hostTool
+      // lib.genAttrs [
+        "elfutils"
+        "openssl"
+      ] (name: hostTool name // { isLibrary = true; });
 
       staticProgram =
         name: program:
@@ -263,6 +307,7 @@ let
           pname = name;
           inherit (program) version;
           buildCommand = ''install -D -m 0755 ${prepared program} "$out/bin/${name}"'';
+          meta.mainProgram = name;
         };
       # Only where the machine is of that kind: another one's programs are not there to be copied.
       withLibraries =
@@ -286,7 +331,6 @@ let
           inherit pname;
           inherit (tool) version;
           buildCommand = ''mkdir -p "$out/bin" && ln -s ${lib.escapeShellArg tool.path} "$out/bin/${program}"'';
-          meta.mainProgram = program;
         };
     in
     self;

@@ -16,10 +16,18 @@ configure_rust() {
     fi
 }
 build_rust() {
+    # nixpkgs leaves that to its fixup, which removes debug sections only, unless a package asks for more.
+    export CARGO_PROFILE_RELEASE_STRIP=false
     # shellcheck disable=SC2086 # a list of flags
     cargo build -j "$NIX_BUILD_CORES" --offline --target "$rustTarget" --profile "$cargoBuildType" ${cargoBuildFlags:-}
 }
 install_rust() {
     mkdir -p "$out/bin"
     find "target/$rustTarget/$cargoBuildType" -maxdepth 1 -type f -executable -exec install -m 0755 -t "$out/bin" {} +
+    local how=(-S -p)
+    case " ${stripAllList:-} " in *" bin "*) how=(-s -p) ;; esac
+    find "$out/bin" -type f -exec "${crossPrefix:-}strip" "${how[@]}" {} +
+    if [ -n "${doInstallCheck:-}" ]; then
+        "$out/bin/$pname" "${versionCheckProgramArg:---version}" | grep -F "$version" || { echo "$pname does not tell its version, $version" >&2 && exit 1; }
+    fi
 }
