@@ -8,11 +8,13 @@ use std::{
 use kuasar_common::{
     address::GuestAddress,
     api::{
-        sandbox::{SetupSandboxRequest, ShutdownRequest, SyncClockPacket},
+        sandbox::{CheckRequest, SetupSandboxRequest, ShutdownRequest, SyncClockPacket},
         sandbox_ttrpc::SandboxServiceClient,
     },
     constants::{PORT_TTRPC, TOKEN_METADATA},
+    streaming::frame::MAX_FIRST,
 };
+use protobuf::Message;
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::UnixStream,
@@ -27,6 +29,9 @@ use crate::clock::{Sample, epoch_ns};
 
 /// How often a guest is asked for its time before its clock is corrected: the best answer counts.
 const CLOCK_SAMPLES: usize = 3;
+
+/// Longest request that may be the first of a connection: what ttrpc puts around it has room beside it.
+const SHORT: usize = MAX_FIRST / 2;
 
 /// Longest answer of a hybrid socket to `CONNECT`.
 const MAX_ANSWER: u64 = 64;
@@ -97,11 +102,13 @@ impl Guest {
     #[tracing::instrument(name = "set guest up", level = "trace", skip_all)]
     pub async fn setup(&self, request: &SetupSandboxRequest, deadline: Duration) -> Result<(), GuestError> {
         let call = async {
-            self.client()
-                .await?
-                .setup_sandbox(self.context(deadline), request)
-                .await
-                .map_err(failed("SetupSandbox"))
+            let client = self.client().await?;
+            // The first call of a connection shows the token, and the agent takes only a short one for that.
+            if usize::try_from(request.compute_size()).is_ok_and(|length| length > SHORT) {
+                let check = client.check(self.context(deadline), &CheckRequest::new()).await;
+                check.map_err(failed("Check"))?;
+            }
+            client.setup_sandbox(self.context(deadline), request).await.map_err(failed("SetupSandbox"))
         };
         within("SetupSandbox", deadline, call).await.map(drop)
     }

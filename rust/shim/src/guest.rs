@@ -16,7 +16,9 @@ use kuasar_common::{
     address::GuestAddress,
     constants::{PORT_TTRPC, TOKEN_METADATA},
     handshake::MAX_LINE,
+    streaming::frame::MAX_FIRST,
 };
+use protobuf::Message;
 use tokio::{
     io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, ReadBuf},
     net::UnixStream,
@@ -26,7 +28,7 @@ use tokio::{
 use tokio_vsock::{VsockAddr, VsockStream};
 use ttrpc::{
     asynchronous::{Client, transport::Socket},
-    proto::{KeyValue, Request, Status},
+    proto::{KeyValue, Request, Response, Status},
 };
 
 use crate::{log::log, vm::Vm};
@@ -181,7 +183,7 @@ impl Guest {
         let repeatable = call.repeatable;
         let request = self.request(call);
         loop {
-            match self.client().await?.request(request.clone()).await {
+            match self.send(&self.client().await?, &request).await {
                 Ok(response) => return Ok(response.payload),
                 Err(ttrpc::Error::RpcStatus(status)) => return Err(CallError::Status(status)),
                 // `LocalClosed`: the connection was found closed before anything was sent.
@@ -189,6 +191,14 @@ impl Guest {
                 Err(e) => return Err(CallError::Broken(e)),
             }
         }
+    }
+
+    /// Sends a request. The first one of a connection shows the token, and the guest takes only a short one for that.
+    async fn send(&self, client: &Client, request: &Request) -> ttrpc::Result<Response> {
+        if usize::try_from(request.compute_size()).is_ok_and(|length| length > MAX_FIRST) {
+            client.request(self.request(check(Some(DIAL_LIMIT)))).await?;
+        }
+        client.request(request.clone()).await
     }
 
     fn request(&self, call: Call) -> Request {

@@ -6,7 +6,11 @@ use std::{
 };
 
 use async_trait::async_trait;
-use kuasar_common::constants::TOKEN_METADATA;
+use kuasar_common::{
+    constants::TOKEN_METADATA,
+    streaming::frame::{Frame, RESPONSE},
+};
+use protobuf::Message;
 use ttrpc::{
     Code, Request, Response,
     r#async::{MethodHandler, Service, TtrpcContext},
@@ -39,6 +43,26 @@ impl Token {
         secret.len() == presented.len()
             && secret.bytes().zip(presented.bytes()).fold(0, |differ, (a, b)| differ | (a ^ b)) == 0
     }
+}
+
+/// Why a call without the token is refused.
+const NO_TOKEN: &str = "the call does not carry the pod's token";
+
+/// Whether a connection's first frame is a call that carries the token; if not, why not, as an answer to it.
+///
+/// # Errors
+/// When it does not.
+pub fn first_call(frame: &Frame, token: &Token) -> Result<(), Frame> {
+    let known = Request::parse_from_bytes(&frame.message)
+        .is_ok_and(|call| call.metadata.iter().any(|p| p.key == TOKEN_METADATA && token.is(&p.value)));
+    if known {
+        return Ok(());
+    }
+    let why = format!("{NO_TOKEN} as {TOKEN_METADATA}");
+    let mut response = Response::new();
+    response.set_status(ttrpc::get_status(Code::PERMISSION_DENIED, why));
+    let message = response.write_to_bytes().unwrap_or_default();
+    Err(Frame { stream: frame.stream, kind: RESPONSE, flags: 0, message })
 }
 
 /// Puts the token's check before every method of the services, and what holds for all of them around it.
@@ -77,7 +101,7 @@ impl MethodHandler for Guarded {
         let mut response = Response::new();
         response.set_status(ttrpc::get_status(
             Code::PERMISSION_DENIED,
-            format!("the call does not carry the pod's token as {TOKEN_METADATA}"),
+            format!("{NO_TOKEN} as {TOKEN_METADATA}"),
         ));
         Ok(response)
     }

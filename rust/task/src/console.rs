@@ -12,6 +12,7 @@ use std::{
 
 use kuasar_common::{
     console::{FromHost, Hello},
+    constants::PORT_DEBUG,
     stdio::{HEADER, header, payload_len},
 };
 use rustix::{
@@ -31,9 +32,10 @@ use crate::{
     reaper::{Exit, Reaper},
     stdio::{
         fd::{Fd, Source},
-        listener::{HELLO_DEADLINE, first_line, refuse},
+        listener::{first_line, refuse},
         registry::{Connection, Transport},
     },
+    strangers::Strangers,
     transport::MAX_WRITE,
 };
 
@@ -48,45 +50,58 @@ pub struct Consoles {
     token: Arc<Token>,
     reaper: Arc<Reaper>,
     open: Arc<Semaphore>,
+    strangers: Arc<Strangers>,
 }
 
 impl Consoles {
     /// Consoles with this shell, for connections that know `token`.
     #[must_use]
     pub fn new(shell: &Path, token: Arc<Token>, reaper: Arc<Reaper>) -> Self {
-        Self { shell: shell.to_owned(), token, reaper, open: Arc::new(Semaphore::new(MAX_OPEN)) }
+        let (open, strangers) = (Arc::new(Semaphore::new(MAX_OPEN)), Strangers::new(PORT_DEBUG));
+        Self { shell: shell.to_owned(), token, reaper, open, strangers }
     }
 
-    /// Deals with one accepted connection, in a task of its own. Waits while too many are open.
-    pub async fn accept(&self, transport: Box<dyn Transport>) {
-        let Ok(permit) = Arc::clone(&self.open).acquire_owned().await else { return };
+    /// Deals with one accepted connection, in a task of its own. One that knows the token waits there while too many are open.
+    pub fn accept(&self, transport: Box<dyn Transport>) {
+        let place = self.strangers.enter();
         let (shell, token, reaper) = (self.shell.clone(), Arc::clone(&self.token), Arc::clone(&self.reaper));
+        let (open, strangers) = (Arc::clone(&self.open), Arc::clone(&self.strangers));
         tokio::spawn(async move {
-            let _permit = permit;
             let mut connection = Connection::new(transport);
-            match timeout(HELLO_DEADLINE, greet(&mut connection, &shell, &token, &reaper)).await {
-                Ok(Ok(session)) => session.run(connection).await,
-                Ok(Err(why)) => {
+            let hello = match place.greet(greet(&mut connection, &token)).await {
+                Ok(Ok(hello)) => hello,
+                Ok(Err(why)) => return strangers.refused(&why),
+                Err(refusal) => return strangers.refused(&refusal.to_string()),
+            };
+            let Ok(_permit) = open.acquire_owned().await else { return };
+            match begin(&mut connection, &hello, &shell, &reaper).await {
+                Ok(session) => session.run(connection).await,
+                Err(why) => {
                     log::warn!("refused a debug console: {why}");
                     refuse(&mut connection, &why).await;
                 }
-                Err(_) => log::warn!("refused a debug console: no first line in time"),
             }
         });
     }
 }
 
-async fn greet(
+async fn greet(connection: &mut Connection, token: &Token) -> Result<Hello, String> {
+    let why = match first_line::<Hello>(connection).await {
+        Ok(hello) if token.is(&hello.token) => return Ok(hello),
+        Ok(_) => "wrong token".to_owned(),
+        Err(why) => why,
+    };
+    refuse(connection, &why).await;
+    Err(why)
+}
+
+async fn begin(
     connection: &mut Connection,
+    hello: &Hello,
     shell: &Path,
-    token: &Token,
     reaper: &Arc<Reaper>,
 ) -> Result<Session, String> {
-    let hello: Hello = first_line(connection).await?;
-    if !token.is(&hello.token) {
-        return Err("wrong token".to_owned());
-    }
-    let session = Session::start(shell, &hello, reaper)
+    let session = Session::start(shell, hello, reaper)
         .map_err(|error| format!("starting the shell {} of task.debug_shell: {error}", shell.display()))?;
     connection.write_all(b"OK\n").await.map_err(|error| error.to_string())?;
     connection.flush().await.map_err(|error| error.to_string())?;

@@ -3,16 +3,20 @@
 
 use std::{io, net::SocketAddr, sync::Arc, time::Duration};
 
-use kuasar_common::forward::{Hello, Side, carry};
+use kuasar_common::{
+    constants::PORT_FORWARD,
+    forward::{Hello, Side, carry},
+};
 use tokio::{io::AsyncWriteExt, net::TcpStream, sync::Semaphore, time::timeout};
 
 use crate::{
     auth::Token,
     host_socket::HostSockets,
     stdio::{
-        listener::{HELLO_DEADLINE, first_line, refuse},
+        listener::{first_line, refuse},
         registry::{Connection, Transport},
     },
+    strangers::{DEADLINE, Strangers},
 };
 
 /// Connections that may be open at the same time.
@@ -25,41 +29,50 @@ pub struct Forwards {
     token: Arc<Token>,
     sockets: Arc<HostSockets>,
     open: Arc<Semaphore>,
+    strangers: Arc<Strangers>,
 }
 
 impl Forwards {
     /// For connections that know `token`, to the pod's ports or to those who are connected to one of these sockets.
     #[must_use]
     pub fn new(token: Arc<Token>, sockets: Arc<HostSockets>) -> Self {
-        Self { token, sockets, open: Arc::new(Semaphore::new(MAX_OPEN)) }
+        Self {
+            token,
+            sockets,
+            open: Arc::new(Semaphore::new(MAX_OPEN)),
+            strangers: Strangers::new(PORT_FORWARD),
+        }
     }
 
-    /// Deals with one accepted connection, in a task of its own. Waits while too many are open.
-    pub async fn accept(&self, transport: Box<dyn Transport>) {
-        let Ok(permit) = Arc::clone(&self.open).acquire_owned().await else { return };
+    /// Deals with one accepted connection, in a task of its own. One that knows the token waits there while too many are open.
+    pub fn accept(&self, transport: Box<dyn Transport>) {
+        let place = self.strangers.enter();
         let (token, sockets) = (Arc::clone(&self.token), Arc::clone(&self.sockets));
+        let (open, strangers) = (Arc::clone(&self.open), Arc::clone(&self.strangers));
         tokio::spawn(async move {
             let mut connection = Connection::new(transport);
-            match timeout(HELLO_DEADLINE, greet(&mut connection, &token)).await {
+            match place.greet(greet(&mut connection, &token)).await {
                 // It may wait for long, and its number is limited by who asks.
-                Ok(Ok(hello)) if !hello.socket.is_empty() => {
-                    drop(permit);
-                    sockets.serve(&hello.socket, connection).await;
-                }
+                Ok(Ok(hello)) if !hello.socket.is_empty() => sockets.serve(&hello.socket, connection).await,
                 Ok(Ok(hello)) => {
-                    let _permit = permit;
+                    let Ok(_permit) = open.acquire_owned().await else { return };
                     forward(&hello, connection).await;
                 }
-                Ok(Err(why)) => refused(&mut connection, &why).await,
-                Err(_) => log::warn!("refused a forwarded connection: no first line in time"),
+                Ok(Err(why)) => strangers.refused(&why),
+                Err(refusal) => strangers.refused(&refusal.to_string()),
             }
         });
     }
 }
 
 async fn greet(connection: &mut Connection, token: &Token) -> Result<Hello, String> {
-    let hello: Hello = first_line(connection).await?;
-    if token.is(&hello.token) { Ok(hello) } else { Err("wrong token".to_owned()) }
+    let why = match first_line::<Hello>(connection).await {
+        Ok(hello) if token.is(&hello.token) => return Ok(hello),
+        Ok(_) => "wrong token".to_owned(),
+        Err(why) => why,
+    };
+    refuse(connection, &why).await;
+    Err(why)
 }
 
 async fn refused(connection: &mut Connection, why: &str) {
@@ -90,7 +103,7 @@ async fn connect(hello: &Hello, connection: &mut Connection) -> Result<TcpStream
         connection.write_all(b"OK\n").await?;
         connection.flush().await
     };
-    let answered = timeout(HELLO_DEADLINE, answer).await.unwrap_or(Err(io::ErrorKind::TimedOut.into()));
+    let answered = timeout(DEADLINE, answer).await.unwrap_or(Err(io::ErrorKind::TimedOut.into()));
     answered.map_err(|error| error.to_string())?;
     Ok(tcp)
 }
@@ -113,7 +126,7 @@ mod tests {
         token.set("ab".repeat(32));
         let (ours, theirs) = duplex(16 * 1024);
         let mut theirs = BufReader::new(theirs);
-        Forwards::new(token, Arc::default()).accept(Box::new(ours)).await;
+        Forwards::new(token, Arc::default()).accept(Box::new(ours));
         theirs.write_all(hello.as_bytes()).await.unwrap();
         let mut line = String::new();
         theirs.read_line(&mut line).await.unwrap();

@@ -6,6 +6,7 @@
 
 pub mod auth;
 pub mod boot;
+pub mod calls;
 pub mod cgroup;
 pub mod cgroup_v1;
 pub mod clock;
@@ -37,6 +38,7 @@ pub mod serve;
 pub mod spec;
 pub mod stdio;
 pub mod storage;
+pub mod strangers;
 pub mod streaming;
 pub mod task_service;
 pub mod tasks;

@@ -11,7 +11,7 @@ use containerd_shim_protos::shim_async::create_task;
 use kuasar_common::{
     api::sandbox_ttrpc::create_sandbox_service,
     constants::{CID_HOST, GUEST_RUNC, PORT_DEBUG, PORT_FORWARD, PORT_STDIO, PORT_TTRPC},
-    streaming::route::{Incoming, Purpose, Rewound, purpose},
+    streaming::route::Incoming,
 };
 use tokio::{
     signal::unix::{SignalKind, signal},
@@ -25,6 +25,7 @@ use ttrpc::r#async::{Server, Service, transport::Listener};
 use crate::{
     auth::{Token, guarded},
     boot::{self, BootError},
+    calls::Calls,
     config::TaskConfig,
     console::Consoles,
     forward::Forwards,
@@ -146,7 +147,7 @@ async fn serve(
         let consoles = Consoles::new(shell, Arc::clone(&token), Arc::clone(&tasks.context.reaper));
         vital.spawn(async move {
             loop {
-                consoles.accept(Box::new(accepted(&port, PORT_DEBUG).await)).await;
+                consoles.accept(Box::new(accepted(&port, PORT_DEBUG).await));
             }
         });
     }
@@ -156,18 +157,24 @@ async fn serve(
     let (calls, incoming) = mpsc::channel(MAX_WAITING);
     let mut server = Server::new().add_listener(Listener::new(Incoming(incoming))).register_service(services);
     server.start().await?;
-    vital.spawn(route(ttrpc, calls, Streaming::new(Arc::clone(&streams), Arc::clone(&token))));
+    let streaming = Streaming::new(Arc::clone(&streams), Arc::clone(&token));
+    let calls = Calls::new(Arc::clone(&token), calls, streaming);
+    vital.spawn(async move {
+        loop {
+            calls.accept(accepted(&ttrpc, PORT_TTRPC).await);
+        }
+    });
     let sockets = Arc::clone(&tasks.context.storages.sockets);
     let forwards = Forwards::new(Arc::clone(&token), sockets);
     vital.spawn(async move {
         loop {
-            forwards.accept(Box::new(accepted(&forward, PORT_FORWARD).await)).await;
+            forwards.accept(Box::new(accepted(&forward, PORT_FORWARD).await));
         }
     });
     let stdio_listener = StdioListener::new(streams, token);
     vital.spawn(async move {
         loop {
-            stdio_listener.accept(Box::new(accepted(&stdio, PORT_STDIO).await)).await;
+            stdio_listener.accept(Box::new(accepted(&stdio, PORT_STDIO).await));
         }
     });
     Err(first_end(vital).await)
@@ -198,22 +205,6 @@ fn end_on_signal(sandbox: Sandbox, role: Role) -> io::Result<()> {
 }
 
 type Accepted = SmallWrites<VsockStream>;
-
-/// Hands connections of the ttrpc port to the streaming service, or else to ttrpc's own server: their first frame tells.
-async fn route(port: VsockListener, calls: mpsc::Sender<Rewound<Accepted>>, streaming: Arc<Streaming>) {
-    loop {
-        let connection = accepted(&port, PORT_TTRPC).await;
-        let (calls, streaming) = (calls.clone(), Arc::clone(&streaming));
-        tokio::spawn(async move {
-            match purpose(connection).await {
-                Ok(Purpose::Stream(connection, first)) => streaming.serve(Box::new(connection), &first).await,
-                Ok(Purpose::Calls(connection)) => drop(calls.send(connection).await),
-                Ok(Purpose::Nothing) => {}
-                Err(error) => log::info!("a connection to port {PORT_TTRPC}: {error}"),
-            }
-        });
-    }
-}
 
 /// The next connection to a port.
 async fn accepted(listener: &VsockListener, port: u32) -> Accepted {

@@ -9,6 +9,10 @@ pub const HEADER: usize = 10;
 /// Longest message that is taken, in bytes, as in ttrpc.
 pub const MAX_MESSAGE: usize = 4 << 20;
 
+/// Longest first message of a connection to a guest's agent, in bytes: it shows the pod's token, and before that little is taken
+/// of anybody. A longer call comes after a short one.
+pub const MAX_FIRST: usize = 64 << 10;
+
 /// Type of a frame that opens a stream.
 pub const REQUEST: u8 = 1;
 /// Type of a frame that answers a call, or ends a stream with an error.
@@ -53,6 +57,14 @@ impl Frame {
 /// # Errors
 /// When the connection breaks within a frame, or a message is longer than [`MAX_MESSAGE`].
 pub async fn read(from: &mut (impl AsyncRead + Unpin)) -> io::Result<Option<Frame>> {
+    read_at_most(from, MAX_MESSAGE).await
+}
+
+/// Reads a frame with a message of at most `most` bytes; `None` at the end of the connection between two frames.
+///
+/// # Errors
+/// When the connection breaks within a frame, or a message is longer.
+pub async fn read_at_most(from: &mut (impl AsyncRead + Unpin), most: usize) -> io::Result<Option<Frame>> {
     let mut header = [0; HEADER];
     let Some((first, rest)) = header.split_first_mut() else { return Ok(None) };
     if from.read(std::slice::from_mut(first)).await? == 0 {
@@ -61,9 +73,9 @@ pub async fn read(from: &mut (impl AsyncRead + Unpin)) -> io::Result<Option<Fram
     from.read_exact(rest).await?;
     let [l3, l2, l1, l0, s3, s2, s1, s0, kind, flags] = header;
     let announced = u32::from_be_bytes([l3, l2, l1, l0]);
-    let length = usize::try_from(announced).ok().filter(|length| *length <= MAX_MESSAGE);
+    let length = usize::try_from(announced).ok().filter(|length| *length <= most);
     let Some(length) = length else {
-        let why = format!("a ttrpc frame announces {announced} bytes, at most {MAX_MESSAGE} are taken");
+        let why = format!("a ttrpc frame announces {announced} bytes, at most {most} are taken");
         return Err(io::Error::new(io::ErrorKind::InvalidData, why));
     };
     let mut message = vec![0; length];

@@ -34,9 +34,17 @@ pub enum Purpose<S> {
 pub async fn purpose<S: AsyncRead + Unpin>(mut connection: S) -> io::Result<Purpose<S>> {
     Ok(match frame::read(&mut connection).await? {
         None => Purpose::Nothing,
-        Some(first) if asks_for_a_stream(&first) => Purpose::Stream(connection, first),
-        Some(first) => Purpose::Calls(Rewound::new(first.encode(), connection)),
+        Some(first) => of_first(connection, first),
     })
+}
+
+/// The purpose of a connection whose first frame was read already.
+pub fn of_first<S>(connection: S, first: Frame) -> Purpose<S> {
+    if asks_for_a_stream(&first) {
+        Purpose::Stream(connection, first)
+    } else {
+        Purpose::Calls(Rewound::new(first.encode(), connection))
+    }
 }
 
 /// A connection of which the first bytes have been read already: they are read once more.

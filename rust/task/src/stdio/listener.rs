@@ -1,47 +1,38 @@
 //! The first line of a stream's connection: who is it, and may it.
 
-use std::{sync::Arc, time::Duration};
+use std::sync::Arc;
 
-use kuasar_common::{handshake::MAX_LINE, stdio::Hello};
+use kuasar_common::{constants::PORT_STDIO, handshake::MAX_LINE, stdio::Hello};
 use serde::de::DeserializeOwned;
-use tokio::{
-    io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader},
-    sync::Semaphore,
-    time::timeout,
-};
+use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
 
 use super::registry::{Connection, Key, Registry, Transport};
-use crate::auth::Token;
-
-/// How long a connection may take for its first line, and we for our answer.
-pub(crate) const HELLO_DEADLINE: Duration = Duration::from_secs(10);
-/// Connections that may be at their first line at the same time.
-const MAX_GREETING: usize = 64;
+use crate::{auth::Token, strangers::Strangers};
 
 /// Takes connections in, checks them, and hands them to the registry.
 pub struct StdioListener {
     registry: Arc<Registry>,
     token: Arc<Token>,
-    greeting: Arc<Semaphore>,
+    strangers: Arc<Strangers>,
 }
 
 impl StdioListener {
     /// A listener that feeds `registry` with connections that know `token`.
     #[must_use]
     pub fn new(registry: Arc<Registry>, token: Arc<Token>) -> Self {
-        Self { registry, token, greeting: Arc::new(Semaphore::new(MAX_GREETING)) }
+        Self { registry, token, strangers: Strangers::new(PORT_STDIO) }
     }
 
-    /// Deals with one accepted connection, in a task of its own. Waits while too many are unidentified.
-    pub async fn accept(&self, transport: Box<dyn Transport>) {
-        let Ok(permit) = Arc::clone(&self.greeting).acquire_owned().await else { return };
+    /// Deals with one accepted connection, in a task of its own.
+    pub fn accept(&self, transport: Box<dyn Transport>) {
+        let place = self.strangers.enter();
         let (registry, token) = (Arc::clone(&self.registry), Arc::clone(&self.token));
+        let strangers = Arc::clone(&self.strangers);
         tokio::spawn(async move {
-            let _permit = permit;
-            match timeout(HELLO_DEADLINE, greet(transport, &registry, &token)).await {
+            match place.greet(greet(transport, &registry, &token)).await {
                 Ok(Ok(())) => {}
-                Ok(Err(why)) => log::warn!("refused a stdio connection: {why}"),
-                Err(_) => log::warn!("refused a stdio connection: no first line in time"),
+                Ok(Err(why)) => strangers.refused(&why),
+                Err(refusal) => strangers.refused(&refusal.to_string()),
             }
         });
     }
@@ -103,7 +94,7 @@ mod tests {
         token.set("ab".repeat(32));
         let listener = StdioListener::new(Arc::clone(&registry), token);
         let (ours, mut theirs) = duplex(16 * 1024);
-        listener.accept(Box::new(ours)).await;
+        listener.accept(Box::new(ours));
         theirs.write_all(line).await.unwrap();
         let mut answer = String::new();
         BufReader::new(&mut theirs).read_line(&mut answer).await.unwrap();

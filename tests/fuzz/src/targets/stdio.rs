@@ -39,7 +39,7 @@ pub(crate) fn run(input: &[u8]) {
         let (_close, closed) = watch::channel(false);
         let process = tokio::spawn(Input::new(None, registry.claim(key.clone()), closed).run());
         let (ours, mut theirs) = duplex(64 * 1024);
-        StdioListener::new(Arc::clone(&registry), token).accept(Box::new(ours)).await;
+        StdioListener::new(Arc::clone(&registry), token).accept(Box::new(ours));
         let _ = theirs.write_all(input).await;
         let _ = theirs.shutdown().await;
         let mut answer = [0; 3];
