@@ -9,6 +9,8 @@ pub mod constants;
 pub mod forward;
 pub mod handshake;
 pub mod host_socket;
+pub mod netlink;
+pub mod nftables;
 pub mod param;
 pub mod stdio;
 pub mod storage;

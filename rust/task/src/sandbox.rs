@@ -56,18 +56,31 @@ fn is_same(one: &Path, other: &Path) -> bool {
     (one.dev(), one.ino()) == (other.dev(), other.ino())
 }
 
-/// Sets sysctls in the order of their names.
+/// Sets sysctls: those that set others with them come first.
 ///
 /// # Errors
 /// At the first that cannot be set.
 pub fn set_sysctls<'a>(sysctls: impl IntoIterator<Item = (&'a String, &'a String)>) -> Result<(), TaskError> {
     let mut sysctls: Vec<_> = sysctls.into_iter().collect();
-    sysctls.sort();
+    sysctls.sort_by_key(|(name, value)| (turn(name), *name, *value));
     for (name, value) in sysctls {
         let path = sysctl_path(name)?;
         fs::write(&path, value).map_err(TaskError::io(format!("setting sysctl {name} to {value:?}")))?;
     }
     Ok(())
+}
+
+/// Forwarding sets others back to what suits it, and what is set for all links is set for each.
+fn turn(name: &str) -> (bool, usize) {
+    let parts: Vec<&str> = name.split(['.', '/']).collect();
+    let forwards = matches!(parts.last(), Some(&("ip_forward" | "forwarding")));
+    let scope = match parts.as_slice() {
+        ["net", _, "conf" | "neigh", "all", ..] => 0,
+        ["net", _, "conf" | "neigh", "default", ..] => 1,
+        ["net", _, "conf" | "neigh", ..] => 2,
+        _ => 0,
+    };
+    (!forwards, scope)
 }
 
 /// The file of a sysctl, named with dots or with slashes; the first of either in a name says which separates. The other
@@ -111,6 +124,30 @@ pub fn set_shm_size(bytes: u64) -> Result<(), TaskError> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn sysctls_that_set_others_come_first() {
+        let mut names = [
+            "net.ipv4.conf.all.rp_filter",
+            "net.ipv4.conf.a0.rp_filter",
+            "net/ipv4/conf/eth0.1/forwarding",
+            "net.ipv4.ip_forward",
+            "net.ipv4.conf.default.rp_filter",
+            "net.core.somaxconn",
+        ];
+        names.sort_by_key(|name| (turn(name), *name));
+        assert_eq!(
+            names,
+            [
+                "net.ipv4.ip_forward",
+                "net/ipv4/conf/eth0.1/forwarding",
+                "net.core.somaxconn",
+                "net.ipv4.conf.all.rp_filter",
+                "net.ipv4.conf.default.rp_filter",
+                "net.ipv4.conf.a0.rp_filter",
+            ]
+        );
+    }
 
     #[test]
     fn sysctl_names_become_paths() {

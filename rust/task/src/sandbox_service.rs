@@ -13,6 +13,7 @@ use kuasar_common::{
         sandbox_ttrpc::SandboxService,
     },
     constants::GUEST_STATE_DIR,
+    nftables::{self, MakeError},
 };
 use protobuf::well_known_types::empty::Empty;
 use rustix::mount::{UnmountFlags, unmount};
@@ -85,6 +86,21 @@ async fn gone(containers: &[Arc<Container>]) {
     }
 }
 
+/// Says whose wish it was that the guest cannot fulfil.
+fn of_a_plugin(error: TaskError) -> TaskError {
+    TaskError::FailedPrecondition(format!(
+        "{error}; a CNI plugin has set it in the pod's network namespace: take it out of that plugin's configuration, or use a guest \
+         kernel that has it"
+    ))
+}
+
+fn rules_of_a_plugin(error: &MakeError) -> TaskError {
+    TaskError::FailedPrecondition(format!(
+        "a CNI plugin has left nftables rules in the pod's network namespace, and the guest has to have the same: {error}; use a CNI \
+         plugin with simpler rules, or a guest kernel that has more of nftables (mini)"
+    ))
+}
+
 fn setup(context: &Context, req: &SetupSandboxRequest) -> Result<(), TaskError> {
     // Checked first: a wrong request changes nothing.
     let links: Vec<plan::Link> = plan::all(&req.interfaces)?;
@@ -99,6 +115,10 @@ fn setup(context: &Context, req: &SetupSandboxRequest) -> Result<(), TaskError> 
     }
     let mut network = Network::new()?;
     network.loopback_up()?;
+    network.name_links(&links)?;
+    // Before a link is up: it may be about what a link does then.
+    sandbox::set_sysctls(&req.network_sysctls).map_err(of_a_plugin)?;
+    nftables::make(&req.nftables).map_err(|error| rules_of_a_plugin(&error))?;
     network.configure_links(&links)?;
     // Neighbours first: a gateway may be reachable only through one.
     network.add_neighbours(&neighbours)?;

@@ -9,11 +9,16 @@
 mod bpf;
 mod existing;
 mod forward;
+mod nftables;
 mod read;
 mod redirect;
+mod rules;
+mod sysctls;
 mod tap;
+mod xtables;
 
 use std::{
+    collections::BTreeMap,
     fs::File,
     io,
     os::fd::AsFd,
@@ -22,7 +27,7 @@ use std::{
 };
 
 pub use self::forward::Forward;
-use kuasar_common::api::sandbox::{Interface, Neighbour, Route};
+use kuasar_common::api::sandbox::{Interface, Neighbour, NftablesMessage, Route};
 use rustix::thread::LinkNameSpaceType;
 use serde::{Deserialize, Serialize};
 use tokio::{sync::oneshot, time::timeout};
@@ -43,6 +48,10 @@ pub struct PodNetwork {
     pub routes: Vec<Route>,
     /// For `SetupSandbox`.
     pub neighbours: Vec<Neighbour>,
+    /// For `SetupSandbox`.
+    pub sysctls: BTreeMap<String, String>,
+    /// For `SetupSandbox`.
+    pub nftables: Vec<NftablesMessage>,
     /// For the relay; nothing where the kernel has no way to do it.
     pub forward: Option<Forward>,
     /// For the pod's record.
@@ -115,6 +124,8 @@ impl NetworkError {
 #[derive(Debug)]
 pub struct Plan {
     pod: read::Pod,
+    sysctls: BTreeMap<String, String>,
+    nftables: Vec<NftablesMessage>,
     record: NetworkRecord,
 }
 
@@ -122,7 +133,8 @@ impl Plan {
     /// Reads the pod's network namespace.
     ///
     /// # Errors
-    /// When it cannot be entered or read, or has a link, route or rule of a kind that cannot be given to a VM.
+    /// When it cannot be entered or read, or has a link, route or rule of a kind that cannot be given to a VM, or that
+    /// a VM would pass by.
     #[tracing::instrument(name = "read network", level = "trace", skip_all)]
     pub async fn read(netns: &Path) -> Result<Self, NetworkError> {
         let path = netns.to_owned();
@@ -147,6 +159,9 @@ impl Plan {
 
     async fn read_here(handle: &rtnetlink::Handle, netns: PathBuf) -> Result<Self, NetworkError> {
         let pod = read::pod(handle).await?;
+        rules::refuse(&pod.links)?;
+        let nftables = rules::nftables(&pod.links)?;
+        let sysctls = sysctls::changed(&pod.links)?;
         let taken = read::ingress(handle).await?;
         let (theirs, ours): (Vec<_>, Vec<_>) = pod.links.iter().partition(|link| link.tap.is_some());
         let quiet = !theirs.is_empty() && existing::answers()?;
@@ -154,15 +169,17 @@ impl Plan {
         // Where somebody else's is in the way, nothing will be made, and nothing is to be removed.
         let redirected = ours.iter().filter(|link| !taken.contains(&link.index));
         let redirected = redirected.map(|link| link.interface.name.clone()).collect();
-        Ok(Self { pod, record: NetworkRecord { netns, taps, redirected, quiet } })
+        Ok(Self { pod, sysctls, nftables, record: NetworkRecord { netns, taps, redirected, quiet } })
     }
 
     async fn make_here(self, handle: &rtnetlink::Handle, queues: u32) -> Result<PodNetwork, NetworkError> {
-        let Self { pod, record } = self;
+        let Self { pod, sysctls, nftables, record } = self;
         let mut network = PodNetwork {
             interfaces: pod.links.iter().map(|link| link.interface.clone()).collect(),
             routes: pod.routes,
             neighbours: pod.neighbours,
+            sysctls,
+            nftables,
             record,
             ..PodNetwork::default()
         };

@@ -1,5 +1,6 @@
 //! In real network namespaces, with real veth pairs, taps and `tc`.
 
+mod rules;
 mod taps;
 
 use std::{

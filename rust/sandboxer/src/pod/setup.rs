@@ -23,6 +23,8 @@ pub(super) fn request(id: &str, spec: &PodSpec, network: &PodNetwork) -> SetupSa
     request.interfaces.clone_from(&network.interfaces);
     request.routes.clone_from(&network.routes);
     request.neighbours.clone_from(&network.neighbours);
+    request.nftables.clone_from(&network.nftables);
+    request.network_sysctls = network.sysctls.clone().into_iter().collect();
     request.sysctls = spec.sysctls.clone().into_iter().collect();
     request.shared_pid_namespace = spec.shared_pids;
     request.clock_ns = epoch_ns(SystemTime::now());

@@ -63,6 +63,19 @@ impl Network {
         self.set(RouteNetlinkMessage::SetLink(up), 0).map_err(TaskError::io("bringing lo up"))
     }
 
+    /// Names the links, found by their hardware addresses.
+    ///
+    /// # Errors
+    /// When there is no such link, or the kernel refuses.
+    pub fn name_links(&mut self, links: &[Link]) -> Result<(), TaskError> {
+        for link in links {
+            let existing = self.links()?;
+            let found = find(&existing, link)?;
+            self.rename(&existing, found, &link.name)?;
+        }
+        Ok(())
+    }
+
     /// Names and configures the links, found by their hardware addresses, and brings those up that are to be. Addresses that a link has
     /// and shall not have are removed.
     ///
@@ -71,16 +84,7 @@ impl Network {
     pub fn configure_links(&mut self, links: &[Link]) -> Result<(), TaskError> {
         for link in links {
             let existing = self.links()?;
-            let Some(found) = existing.iter().find(|existing| existing.mac == link.mac) else {
-                let there: Vec<String> =
-                    existing.iter().map(|link| format!("{} {}", link.name, mac_text(&link.mac))).collect();
-                return Err(TaskError::NotFound(format!(
-                    "link {} with hardware address {} (there are: {})",
-                    link.name,
-                    mac_text(&link.mac),
-                    there.join(", ")
-                )));
-            };
+            let found = find(&existing, link)?;
             self.rename(&existing, found, &link.name)?;
             self.configure(found.index, link).map_err(TaskError::io(format!("configuring {}", link.name)))?;
         }
@@ -245,6 +249,19 @@ impl Network {
         });
         Ok(addresses.filter(|a| a.header.index == index && a.header.scope != AddressScope::Link).collect())
     }
+}
+
+fn find<'a>(existing: &'a [Existing], link: &Link) -> Result<&'a Existing, TaskError> {
+    existing.iter().find(|existing| existing.mac == link.mac).ok_or_else(|| {
+        let there: Vec<String> =
+            existing.iter().map(|link| format!("{} {}", link.name, mac_text(&link.mac))).collect();
+        TaskError::NotFound(format!(
+            "link {} with hardware address {} (there are: {})",
+            link.name,
+            mac_text(&link.mac),
+            there.join(", ")
+        ))
+    })
 }
 
 fn existing(message: RouteNetlinkMessage) -> Option<Existing> {
