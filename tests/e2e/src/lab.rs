@@ -28,7 +28,8 @@ pub use config::{
     handlers, socket_of, table, vsock,
 };
 pub use networks::{
-    MACVLAN_MASTER, NET_DUAL, NET_MACVLAN, NET_PTP, NET_RARE, NET_RULES, NET_TAP, NET_TUN, NET_TWO, NET_V6,
+    MACVLAN_MASTER, NET_DUAL, NET_FILTERED, NET_LEGACY, NET_MACVLAN, NET_PTP, NET_RARE, NET_RULES, NET_TAP,
+    NET_TUN, NET_TUNED, NET_TWO, NET_UNKNOWN, NET_V6,
 };
 pub use pod::{Pod, container, own_pids};
 use program::{PATIENCE, log_of, spawn, tail};

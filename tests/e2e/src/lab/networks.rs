@@ -27,15 +27,47 @@ pub const NET_RARE: &str = "kuasar-net-rare";
 pub const NET_TAP: &str = "kuasar-net-tap";
 /// A link that carries packets and no frames.
 pub const NET_TUN: &str = "kuasar-net-tun";
+/// Rules of nftables in the pod's namespace: TCP to port 8080 of the pod and to port 9090 of others is dropped.
+pub const NET_FILTERED: &str = "kuasar-net-filtered";
+/// Sysctls in the pod's namespace, by the plugin `tuning`.
+pub const NET_TUNED: &str = "kuasar-net-tuned";
+/// Rules of `iptables-legacy` in the pod's namespace, which a VM cannot have.
+pub const NET_LEGACY: &str = "kuasar-net-legacy";
+/// A rule that the guest's kernel does not know.
+pub const NET_UNKNOWN: &str = "kuasar-net-unknown";
 /// The host's link that macvlan links share.
 pub const MACVLAN_MASTER: &str = "kmac0";
 
 /// Links of the host that CNI leaves, or that a test made for it.
-pub(super) const LINKS: [&str; 7] =
-    ["klabd0", "klab60", "klabt0", "klabr0", "klaba0", "klabu0", MACVLAN_MASTER];
+pub(super) const LINKS: [&str; 11] = [
+    "klabd0",
+    "klab60",
+    "klabt0",
+    "klabr0",
+    "klaba0",
+    "klabu0",
+    "klabf0",
+    "klabs0",
+    "klabl0",
+    "klabn0",
+    MACVLAN_MASTER,
+];
 
-const HANDLERS: [&str; 9] =
-    [NET_DUAL, NET_V6, NET_PTP, NET_MACVLAN, NET_TWO, NET_RULES, NET_RARE, NET_TAP, NET_TUN];
+const HANDLERS: [&str; 13] = [
+    NET_DUAL,
+    NET_V6,
+    NET_PTP,
+    NET_MACVLAN,
+    NET_TWO,
+    NET_RULES,
+    NET_RARE,
+    NET_TAP,
+    NET_TUN,
+    NET_FILTERED,
+    NET_TUNED,
+    NET_LEGACY,
+    NET_UNKNOWN,
+];
 
 /// A chained plugin: the commands of its `script` change what those before it made in the pod's namespace. libcni writes the
 /// keys of a configuration in the order of the alphabet. What JSON writes in another way, a script cannot have.
@@ -63,6 +95,10 @@ const RARE: &str = "ip link set eth0 arp off; ip neigh add 10.88.85.200 lladdr 0
     ip addr add 10.88.86.5 peer 10.88.86.1/32 dev eth0; \
     ip route add 192.0.2.0/24 via 10.88.85.1 src 10.88.86.5 metric 7 mtu lock 1300 advmss 1200; \
     ip link add down0 type veth peer name down1; ip addr add 10.88.88.5/24 dev down0";
+
+/// Of either family.
+const FILTERED: &str = "for p in iptables-nft ip6tables-nft; do $p -A INPUT -p tcp --dport 8080 -j DROP; \
+    $p -A OUTPUT -p tcp --dport 9090 -j DROP; done";
 
 /// Address ranges, one for each family, with a default route for each.
 fn ipam(machine: &Machine, subnets: &[&str]) -> Value {
@@ -111,6 +147,27 @@ fn lists(machine: &Machine, handler: &str) -> Vec<Value> {
         NET_TUN => {
             let script = "ip tuntap add dev tun0 mode tun; ip link set tun0 up";
             let bridge = bridge(machine, "klabu0", &["10.88.87.0/24"]);
+            vec![json!([bridge, {"type": "klab-changed", "script": script}])]
+        }
+        NET_FILTERED => {
+            let bridge = bridge(machine, "klabf0", &["10.88.89.0/24", "fd88:89::/64"]);
+            vec![json!([bridge, {"type": "klab-changed", "script": FILTERED}])]
+        }
+        NET_TUNED => {
+            let sysctls = json!({
+                "net.core.somaxconn": "511", "net.ipv4.conf.eth0.rp_filter": "2", "net.ipv4.tcp_keepalive_time": "600",
+            });
+            let bridge = bridge(machine, "klabs0", &["10.88.90.0/24"]);
+            vec![json!([bridge, {"type": "tuning", "sysctl": sysctls}])]
+        }
+        NET_LEGACY => {
+            let script = "iptables-legacy -A INPUT -p tcp --dport 8080 -j DROP";
+            let bridge = bridge(machine, "klabl0", &["10.88.91.0/24"]);
+            vec![json!([bridge, {"type": "klab-changed", "script": script}])]
+        }
+        NET_UNKNOWN => {
+            let script = "iptables-nft -A OUTPUT -m owner --uid-owner 1337 -j DROP";
+            let bridge = bridge(machine, "klabn0", &["10.88.92.0/24"]);
             vec![json!([bridge, {"type": "klab-changed", "script": script}])]
         }
         _ => {

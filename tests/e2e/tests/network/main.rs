@@ -4,6 +4,7 @@ mod crash;
 mod forward;
 mod kinds;
 mod netns;
+mod rules;
 mod traffic;
 
 use std::process::ExitCode;
@@ -21,6 +22,10 @@ use forward::{
 use kinds::{
     a_macvlan_pod, a_pod_on_a_tap, a_pod_with_a_tun_is_refused, a_pod_with_routing_rules_is_refused,
     a_pod_with_two_interfaces, a_pod_with_what_is_rare, a_ptp_pod, an_ipv6_pod,
+};
+use rules::{
+    packet_filters_of_plugins_hold, rules_that_a_vm_cannot_have_are_refused,
+    sysctls_of_plugins_are_the_guests,
 };
 use traffic::{
     a_dual_stack_pod, a_pod_with_two_processors_has_two_queues, host_ports_are_mapped,
@@ -44,6 +49,9 @@ fn main() -> ExitCode {
         a_macvlan_pod,
         a_pod_with_two_interfaces,
         a_pod_with_routing_rules_is_refused,
+        packet_filters_of_plugins_hold,
+        sysctls_of_plugins_are_the_guests,
+        rules_that_a_vm_cannot_have_are_refused,
         limits_of_the_bandwidth_plugin_hold,
         host_ports_are_mapped,
         a_killed_vmm_gives_the_network_back,
