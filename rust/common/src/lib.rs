@@ -15,3 +15,4 @@ pub mod param;
 pub mod stdio;
 pub mod storage;
 pub mod streaming;
+pub mod text;

@@ -13,6 +13,7 @@ use kuasar_common::{
     },
     constants::{PORT_TTRPC, TOKEN_METADATA},
     streaming::frame::MAX_FIRST,
+    text::printable,
 };
 use protobuf::Message;
 use tokio::{
@@ -20,18 +21,25 @@ use tokio::{
     net::UnixStream,
     time::timeout,
 };
+use tokio_vsock::{VsockAddr, VsockStream};
 use ttrpc::{
     asynchronous::{Client, transport::Socket},
     context::{self, Context},
 };
 
-use crate::clock::{Sample, epoch_ns};
+use crate::{
+    clock::{Sample, epoch_ns},
+    frugal::Frugal,
+};
 
 /// How often a guest is asked for its time before its clock is corrected: the best answer counts.
 const CLOCK_SAMPLES: usize = 3;
 
 /// Longest request that may be the first of a connection: what ttrpc puts around it has room beside it.
 const SHORT: usize = MAX_FIRST / 2;
+
+/// How long the answer to `CONNECT` is waited for when nobody needs it any more.
+const CONNECT: Duration = Duration::from_secs(180);
 
 /// Longest answer of a hybrid socket to `CONNECT`.
 const MAX_ANSWER: u64 = 64;
@@ -162,7 +170,7 @@ impl Guest {
     async fn client(&self) -> Result<SandboxServiceClient, GuestError> {
         let socket = match &self.address {
             GuestAddress::Hybrid(path) => hybrid(path).await,
-            GuestAddress::Vsock(_) => Socket::connect(self.address.with_port(PORT_TTRPC)).await,
+            GuestAddress::Vsock(cid) => vsock(*cid).await,
         };
         let socket =
             socket.map_err(|source| GuestError::Connect { address: self.address.clone(), source })?;
@@ -176,7 +184,7 @@ impl Guest {
 /// the pod works any more, when a caller hangs up before it was answered.
 async fn hybrid(path: &std::path::Path) -> io::Result<Socket> {
     let mut stream = UnixStream::connect(path).await?;
-    let answered = tokio::spawn(async move {
+    let answer = async move {
         stream.write_all(format!("CONNECT {PORT_TTRPC}\n").as_bytes()).await?;
         let mut answer = Vec::new();
         // Byte by byte: what follows the line belongs to the guest's protocol.
@@ -192,14 +200,22 @@ async fn hybrid(path: &std::path::Path) -> io::Result<Socket> {
             return Err(io::Error::other(format!("the hybrid socket answers {answer:?}")));
         }
         Ok(stream)
-    });
-    answered.await?.map(Socket::new)
+    };
+    // Nor does it wait for ever: each attempt at a guest that never answers would leave a task and a descriptor.
+    let answered =
+        tokio::spawn(async { timeout(CONNECT, answer).await.unwrap_or(Err(io::ErrorKind::TimedOut.into())) });
+    answered.await?.map(|stream| Socket::new(Frugal::new(stream)))
+}
+
+async fn vsock(cid: u32) -> io::Result<Socket> {
+    let stream = VsockStream::connect(VsockAddr::new(cid, PORT_TTRPC)).await?;
+    Ok(Socket::new(Frugal::new(stream)))
 }
 
 fn failed(method: &'static str) -> impl Fn(ttrpc::Error) -> GuestError {
     move |error| match error {
-        ttrpc::Error::RpcStatus(status) => GuestError::Refused { method, why: status.message },
-        other => GuestError::Call { method, why: other.to_string() },
+        ttrpc::Error::RpcStatus(status) => GuestError::Refused { method, why: printable(&status.message) },
+        other => GuestError::Call { method, why: printable(&other.to_string()) },
     }
 }
 

@@ -11,6 +11,7 @@ pub mod containerd;
 pub mod controller;
 pub mod daemon;
 mod file_system;
+mod frugal;
 pub mod guest;
 pub mod network;
 mod notify;

@@ -4,14 +4,37 @@ use std::{
     fs::File,
     io::{Read, Seek, SeekFrom},
     path::Path,
+    time::Duration,
 };
 
-use kuasar_common::constants::pod_files;
+use kuasar_common::{constants::pod_files, text::printable_within};
+
+use super::Pods;
+use crate::vmm::bound_logs;
 
 /// How much of a log's end is looked at, in bytes.
 const TAIL: i64 = 4096;
 /// How many lines are shown.
 const LINES: usize = 5;
+/// How much of each, in characters.
+const LINE: usize = 256;
+
+/// How often logs that others write are looked at: what is written meanwhile is all that they can grow beyond their limit.
+const BOUNDING: Duration = Duration::from_secs(2);
+
+impl Pods {
+    /// Keeps the logs of all pods' processes bounded, for ever: also of those that an earlier daemon started, or that have not been
+    /// found again.
+    pub async fn keep_logs_bounded(&self) {
+        let mut ticks = tokio::time::interval(BOUNDING);
+        loop {
+            ticks.tick().await;
+            for pod in self.all() {
+                bound_logs(&pod.dir().join(pod_files::LOG));
+            }
+        }
+    }
+}
 
 /// `; <name>: <last lines>` for each of these logs that has any.
 pub(super) fn tails(pod_dir: &Path, names: &[&str]) -> String {
@@ -25,7 +48,7 @@ pub(super) fn tails(pod_dir: &Path, names: &[&str]) -> String {
         .collect()
 }
 
-/// The last lines of a file; control characters, which a guest may have written, are replaced.
+/// The last lines of a file, of which a guest may have written any.
 fn tail(path: &Path) -> Option<String> {
     let mut file = File::open(path).ok()?;
     let length = i64::try_from(file.metadata().ok()?.len()).ok()?;
@@ -37,7 +60,7 @@ fn tail(path: &Path) -> Option<String> {
     let last: Vec<String> = lines
         .iter()
         .skip(lines.len().saturating_sub(LINES))
-        .map(|line| line.chars().map(|c| if c.is_control() { ' ' } else { c }).collect())
+        .map(|line| printable_within(line, LINE))
         .collect();
     (!last.is_empty()).then(|| last.join(" | "))
 }
@@ -51,11 +74,11 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         std::fs::create_dir(dir.path().join("log")).unwrap();
         let many: String = (0..5000).map(|n| format!("line {n}\n")).collect();
-        std::fs::write(dir.path().join("log/console.log"), many + "\x1b[2Jboom\r\n\n").unwrap();
+        std::fs::write(dir.path().join("log/console.log"), many + "\x1b[2Jboom\u{202e}\r\n\n").unwrap();
         std::fs::write(dir.path().join("log/empty.log"), "\n").unwrap();
         assert_eq!(
             tails(dir.path(), &["absent.log", "empty.log", "console.log"]),
-            "; console.log: line 4996 | line 4997 | line 4998 | line 4999 |  [2Jboom"
+            "; console.log: line 4996 | line 4997 | line 4998 | line 4999 | \\u{1b}[2Jboom\\u{202e}"
         );
     }
 }

@@ -6,15 +6,18 @@ use std::{
     io::{self, Read, Seek, SeekFrom, Write},
     os::unix::fs::OpenOptionsExt,
     path::{Path, PathBuf},
-    time::Duration,
+    time::{Duration, Instant},
 };
 
+use kuasar_common::text::printable_within;
 use tokio::{io::AsyncReadExt, net::UnixStream};
 
 /// Size at which a guest's log is renamed to `<name>.old` and begun anew, in bytes.
 const LIMIT: u64 = 1 << 20;
-/// How often the logs of the VM's processes are looked at.
-const BOUNDING: Duration = Duration::from_secs(30);
+/// How much of a guest's console is copied in a second, in bytes: what it says beyond that waits in the guest.
+const RATE: u32 = 256 << 10;
+/// How much may come at once, in bytes: a kernel's messages while it starts.
+const BURST: u32 = 512 << 10;
 /// Logs of the VM's processes.
 const PROCESS_LOGS: [&str; 3] = ["vmm.log", "virtiofsd.log", "vsock.log"];
 /// What of a log's end is quoted.
@@ -69,8 +72,8 @@ fn last_lines(path: &Path) -> io::Result<String> {
     }
     let from = lines.len().saturating_sub(QUOTED_LINES);
     let lines = lines.get(from..).unwrap_or_default();
-    let quoted = |line: &&str| line.trim_end().chars().take(QUOTED_LINE).collect::<String>();
-    Ok(lines.iter().map(|line| quoted(line).escape_debug().to_string()).collect::<Vec<_>>().join(" | "))
+    let quoted = |line: &&str| printable_within(line.trim_end(), QUOTED_LINE);
+    Ok(lines.iter().map(quoted).collect::<Vec<_>>().join(" | "))
 }
 
 /// Empties a log that has grown too large. Its writer appends, and so goes on at the new end.
@@ -117,38 +120,72 @@ impl BoundedLog {
     }
 }
 
-/// Copies what a guest prints to `console.log` until the guest ends, and meanwhile keeps the other logs of the folder
-/// bounded, too: the host's processes write those, but a guest may know how to make them.
+/// Keeps the logs of a VM's processes bounded, in this folder: the host's processes write them, but a guest may know how to make them.
+pub(crate) fn bound_all(folder: &Path) {
+    for name in PROCESS_LOGS {
+        bound(&folder.join(name), LIMIT);
+    }
+}
+
+/// How much may be read when: what a guest floods is its own to wait for, not the daemon's to copy.
+#[derive(Debug)]
+struct Pace {
+    /// Time by which all that was read is paid for.
+    paid: Instant,
+}
+
+impl Pace {
+    /// With a burst to begin with.
+    fn new() -> Self {
+        let now = Instant::now();
+        Self { paid: now.checked_sub(time(BURST)).unwrap_or(now) }
+    }
+
+    /// Counts what was read; returns how long to wait with the next read.
+    fn read(&mut self, length: usize) -> Duration {
+        let now = Instant::now();
+        // Of the past, only a burst is saved.
+        let earliest = now.checked_sub(time(BURST)).unwrap_or(now);
+        let cost = time(u32::try_from(length).unwrap_or(u32::MAX));
+        self.paid = self.paid.max(earliest).checked_add(cost).unwrap_or(now);
+        self.paid.saturating_duration_since(now)
+    }
+}
+
+/// How long so many bytes take at the [`RATE`].
+fn time(bytes: u32) -> Duration {
+    Duration::from_secs(1).saturating_mul(bytes).checked_div(RATE).unwrap_or_default()
+}
+
+/// Copies what a guest prints to `console.log` until the guest ends.
 pub(super) async fn copy_console(mut console: UnixStream, folder: PathBuf) {
     let path = folder.join("console.log");
+    let mut pace = Pace::new();
     let mut buffer = vec![0; 4096];
     let mut log = match BoundedLog::open(&path, LIMIT) {
         Ok(log) => log,
         Err(error) => return tracing::warn!(path = %path.display(), %error, "opening a guest's console log"),
     };
-    let mut bounding = tokio::time::interval(BOUNDING);
     loop {
-        let length = tokio::select! {
-            _ = bounding.tick() => {
-                for name in PROCESS_LOGS {
-                    bound(&folder.join(name), LIMIT);
-                }
-                continue;
-            }
-            read = console.read(&mut buffer) => match read {
-                Ok(0) | Err(_) => return,
-                Ok(length) => length,
-            },
+        let length = match console.read(&mut buffer).await {
+            Ok(0) | Err(_) => return,
+            Ok(length) => length,
         };
         if let Err(error) = log.write(buffer.get(..length).unwrap_or_default()) {
             // Reading goes on: a guest must not hang because the host's disk is full.
             tracing::debug!(path = %path.display(), %error, "writing a guest's console log");
+        }
+        let pause = pace.read(length);
+        if !pause.is_zero() {
+            tokio::time::sleep(pause).await;
         }
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use tokio::io::AsyncWriteExt;
+
     use super::*;
 
     #[test]
@@ -192,6 +229,39 @@ mod tests {
         // A container may print what it likes to the console; only the kernel's panic is its end.
         fs::write(dir.path().join("console.log"), DAMAGED).unwrap();
         assert_eq!(advice(dir.path()), "");
+    }
+
+    /// A guest that writes as fast as it can.
+    #[tokio::test]
+    async fn a_flooded_console_is_copied_at_its_pace() {
+        let dir = tempfile::tempdir().unwrap();
+        let (near, mut far) = UnixStream::pair().unwrap();
+        let copying = tokio::spawn(copy_console(near, dir.path().to_owned()));
+        let mut sent = 0_u64;
+        let flood = async {
+            loop {
+                sent += far.write(&[b'x'; 64 << 10]).await.unwrap() as u64;
+            }
+        };
+        tokio::time::timeout(Duration::from_secs(2), flood).await.unwrap_err();
+        // What it may in two seconds, and what lies in the socket.
+        let most = u64::from(BURST) + 2 * u64::from(RATE) + (1 << 20);
+        assert!(sent < most, "{sent} bytes went");
+        assert!(sent > u64::from(BURST), "{sent} bytes went");
+        // Its end comes, late but whole, as what explains it.
+        far.write_all(b"\nKernel panic - not syncing: x\n").await.unwrap();
+        drop(far);
+        copying.await.unwrap();
+        assert!(quote(dir.path(), &["console.log"]).ends_with("Kernel panic - not syncing: x"));
+    }
+
+    #[test]
+    fn quiet_guests_never_wait() {
+        let mut pace = Pace::new();
+        assert_eq!((0..8).map(|_| pace.read(4096)).max(), Some(Duration::ZERO));
+        let pause = (0..1024).map(|_| pace.read(4096)).max().unwrap();
+        // 4 MiB at once is 3.5 MiB too much.
+        assert!(pause > Duration::from_secs(13) && pause < Duration::from_secs(17), "{pause:?}");
     }
 
     #[test]

@@ -28,7 +28,6 @@ use kuasar_common::address::GuestAddress;
 use serde::{Deserialize, Serialize};
 use tokio::sync::watch;
 
-pub(crate) use self::error::with_status;
 pub use self::{
     config::{Accel, Machine, Root, ShareFs, VmConfig, VsockKind},
     device::{Bus, BusKind, DeviceAddress, DeviceInfo, Nic},
@@ -36,6 +35,7 @@ pub use self::{
     ready::{ReadyError, ReadyGuest, ReadyListener, VsockHub},
     root::{Verity, words as root_words},
 };
+pub(crate) use self::{error::with_status, logs::bound_all as bound_logs};
 use crate::{
     config::{Config, HypervisorKind},
     process::ProcessRecord,

@@ -13,7 +13,8 @@ use std::{
 
 use kuasar_common::{
     constants::PORT_READY,
-    handshake::{self, MAX_LINE, Ready, ToGuest, ToHost},
+    handshake::{self, Fatal, MAX_LINE, Ready, ToGuest, ToHost},
+    text::printable,
 };
 use tokio::{
     io::{AsyncBufReadExt, AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, BufReader},
@@ -26,7 +27,9 @@ use tokio_vsock::{VMADDR_CID_ANY, VsockAddr, VsockListener};
 
 /// As many daemons as can take the calls of guests on one kernel's vsock: one for each hypervisor, and some.
 const HUBS: u32 = 16;
-const LAST_PORT: u32 = PORT_READY - HUBS + 1;
+/// The highest port that the kernel gives to privileged processes only (`LAST_RESERVED_PORT`): no user of the host can take these
+/// before us.
+const PRIVILEGED: u32 = 1023;
 
 /// How long the guest may take to read one line that we wrote.
 const WRITE_DEADLINE: Duration = Duration::from_secs(5);
@@ -43,9 +46,9 @@ pub enum ReadyError {
     Io(#[from] io::Error),
     /// The guest spoke something else.
     #[error("talking to the guest's agent: {0}")]
-    Line(#[from] handshake::LineError),
+    Line(String),
     /// The agent gave up.
-    #[error("the guest's agent gave up: {0:?}")]
+    #[error("the guest's agent gave up: {0}")]
     Fatal(String),
     /// The guest closed the connection.
     #[error("the guest's agent closed the connection without a word")]
@@ -133,7 +136,8 @@ impl ReadyGuest {
     /// # Errors
     /// When the guest does not take it in time.
     pub async fn give_token(&mut self, token: &str) -> Result<(), ReadyError> {
-        let line = handshake::to_line(&ToGuest::Token(token.to_owned()))?;
+        let line = handshake::to_line(&ToGuest::Token(token.to_owned()));
+        let line = line.map_err(|error| ReadyError::Line(error.to_string()))?;
         let write = self.connection.write_all(&line);
         Ok(timeout(WRITE_DEADLINE, write).await.map_err(|_| io::Error::from(io::ErrorKind::TimedOut))??)
     }
@@ -152,7 +156,39 @@ async fn read_message(connection: &mut Connection) -> Result<Option<ToHost>, Rea
     let mut line = Vec::new();
     let limit = u64::try_from(MAX_LINE).unwrap_or(u64::MAX).saturating_add(1);
     connection.take(limit).read_until(b'\n', &mut line).await?;
-    if line.is_empty() { Ok(None) } else { Ok(Some(handshake::from_line(&line)?)) }
+    if line.is_empty() { Ok(None) } else { understand(&line).map(Some) }
+}
+
+/// Parses a line of a guest. All texts in what it returns, the error's included, may be shown.
+fn understand(line: &[u8]) -> Result<ToHost, ReadyError> {
+    let said = handshake::from_line(line).map_err(|error| ReadyError::Line(printable(&error.to_string())))?;
+    Ok(match said {
+        ToHost::Ready(Ready { agent, uptime_ns, root }) => {
+            ToHost::Ready(Ready { agent: printable(&agent), uptime_ns, root: printable(&root) })
+        }
+        ToHost::Fatal(Fatal { reason }) => ToHost::Fatal(Fatal { reason: printable(&reason) }),
+    })
+}
+
+/// Ports of the host to listen on, the best first.
+fn ports() -> impl Iterator<Item = u32> {
+    [PRIVILEGED, PORT_READY].into_iter().flat_map(|first| (0..HUBS).map(move |n| first.saturating_sub(n)))
+}
+
+/// Tries ports one after another while they are taken or not for this process.
+fn first_free<T>(ports: impl Iterator<Item = u32>, bind: impl Fn(u32) -> io::Result<T>) -> io::Result<T> {
+    let mut last = io::Error::from(io::ErrorKind::AddrInUse);
+    for port in ports {
+        match bind(port) {
+            Err(error)
+                if matches!(error.kind(), io::ErrorKind::AddrInUse | io::ErrorKind::PermissionDenied) =>
+            {
+                last = error;
+            }
+            bound => return bound,
+        }
+    }
+    Err(last)
 }
 
 type Waiters = HashMap<u32, oneshot::Sender<Pin<Box<dyn Stream>>>>;
@@ -181,18 +217,14 @@ impl Drop for AbortOnDrop {
 }
 
 impl VsockHub {
-    /// Listens on the host's port, or where another daemon has that, on the first free one below it; needs a tokio runtime.
+    /// Listens on the first free port of the host that is for privileged processes, or, where this is none, of those that an agent
+    /// calls by itself and anybody may take; needs a tokio runtime.
     ///
     /// # Errors
     /// When the kernel has no vsock, or all the ports are taken.
     pub fn listen() -> io::Result<Self> {
-        let mut port = PORT_READY;
-        let listener = loop {
-            match VsockListener::bind(VsockAddr::new(VMADDR_CID_ANY, port)) {
-                Err(error) if error.kind() == io::ErrorKind::AddrInUse && port > LAST_PORT => port -= 1,
-                bound => break bound?,
-            }
-        };
+        let bind = |port| Ok((VsockListener::bind(VsockAddr::new(VMADDR_CID_ANY, port))?, port));
+        let (listener, port) = first_free(ports(), bind)?;
         let waiting = Arc::<Waiting>::default();
         let accepting = tokio::spawn(accept_all(listener, waiting.clone()));
         Ok(Self { port, waiting, _accepting: Arc::new(AbortOnDrop(accepting.abort_handle())) })
@@ -258,6 +290,28 @@ mod tests {
         assert_eq!(host.fatal().await, None);
     }
 
+    #[test]
+    fn ports_that_no_user_can_take_come_first() {
+        let all: Vec<u32> = ports().collect();
+        assert_eq!((all.len(), all[0], all[15], all[16]), (32, 1023, 1008, PORT_READY));
+        let bind = |taken: &'static [u32], privileged: bool| {
+            first_free(ports(), move |port| match port {
+                ..1024 if !privileged => Err(io::ErrorKind::PermissionDenied.into()),
+                _ if taken.contains(&port) => Err(io::ErrorKind::AddrInUse.into()),
+                _ => Ok(port),
+            })
+        };
+        // A user of the host has all that anybody may have.
+        assert_eq!(bind(&[], true).unwrap(), 1023);
+        assert_eq!(bind(&[1023, 1022], true).unwrap(), 1021);
+        assert_eq!(bind(&[PORT_READY], false).unwrap(), PORT_READY - 1);
+        let none: io::Result<u32> = first_free(ports(), |_| Err(io::ErrorKind::AddrInUse.into()));
+        assert_eq!(none.unwrap_err().kind(), io::ErrorKind::AddrInUse);
+        let other =
+            first_free(ports(), |_| Err::<u32, _>(io::Error::from_raw_os_error(nix::libc::EAFNOSUPPORT)));
+        assert_eq!(other.unwrap_err().raw_os_error(), Some(nix::libc::EAFNOSUPPORT));
+    }
+
     #[tokio::test]
     async fn a_hub_listens_as_long_as_it_is_held() {
         // Other daemons on this host may have ports.
@@ -286,7 +340,8 @@ mod tests {
             (b"\xff\xfe\n", "parsing a handshake line"),
             (b"{\"token\":\"x\"}\n", "parsing a handshake line"),
             (b"{\"ready\"", "parsing a handshake line"),
-            (b"{\"fatal\":{\"reason\":\"a\\u001b[2J\"}}\n", "gave up: \"a\\u{1b}[2J\""),
+            (b"{\"fatal\":{\"reason\":\"a\\u001b[2J\\u202e\"}}\n", "gave up: a\\u{1b}[2J\\u{202e}"),
+            ("{\"\u{202e}\": 1}\n".as_bytes(), "unknown variant `\\u{202e}`"),
             (&endless, "longer than 4096"),
         ] {
             let error = call(bytes).await.0.unwrap_err().to_string();

@@ -30,7 +30,7 @@ use tokio::{
 use self::plug::Plugged;
 use super::{
     Accel, Bus, DeviceAddress, DeviceInfo, Hypervisor, PreflightError, ReadyGuest, ReadyListener, Vm,
-    VmConfig, VmError, VmExit, VmRecord, VmSpec, VsockHub,
+    VmConfig, VmError, VmExit, VmRecord, VmSpec, VsockHub, VsockKind,
     error::with_status,
     logs, preflight,
     supervisor::{Outcome, Supervisor},
@@ -70,7 +70,7 @@ impl Qemu {
         Self { config, hub: OnceCell::const_new(), clock: OnceCell::const_new() }
     }
 
-    /// The listener for the calls of guests on the kernel's vsock, made for the first of them.
+    /// The listener for the calls of guests on the kernel's vsock, made once.
     async fn hub(&self) -> std::io::Result<&VsockHub> {
         self.hub.get_or_try_init(|| async { VsockHub::listen() }).await
     }
@@ -96,7 +96,17 @@ impl Hypervisor for Qemu {
         let checked = tokio::task::spawn_blocking(move || preflight::check(&config)).await;
         checked.unwrap_or_else(|e| Err(PreflightError::Refused(e.to_string())))?;
         let (version, _) = tokio::join!(version(&path), self.clock());
-        version
+        version?;
+        // Not with the first pod: nobody is to have its port by then.
+        if self.config.vsock == VsockKind::Vhost {
+            self.hub().await.map_err(|error| {
+                PreflightError::Refused(format!(
+                    "no port of the host's vsock can be listened on for guests ({error}); load the module vhost_vsock, or set \
+                     hypervisor.vsock to \"vhost-user\""
+                ))
+            })?;
+        }
+        Ok(())
     }
 
     async fn start(&self, mut spec: VmSpec) -> Result<Arc<dyn Vm>, VmError> {
