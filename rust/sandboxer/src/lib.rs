@@ -13,6 +13,7 @@ pub mod daemon;
 mod file_system;
 mod frugal;
 pub mod guest;
+mod incoming;
 pub mod network;
 mod notify;
 pub mod pod;

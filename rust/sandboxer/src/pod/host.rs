@@ -17,7 +17,6 @@ use kuasar_common::{
 };
 use protobuf::well_known_types::empty::Empty;
 use tokio::{net::UnixListener, sync::oneshot, task::JoinHandle};
-use tokio_stream::wrappers::UnixListenerStream;
 use tracing::{Instrument, Span};
 use ttrpc::{
     Code,
@@ -25,7 +24,10 @@ use ttrpc::{
 };
 
 use super::Pod;
-use crate::container::{HostSocket, StorageError, mount::RootfsMount};
+use crate::{
+    container::{HostSocket, StorageError, mount::RootfsMount},
+    incoming::Incoming,
+};
 
 /// The server; ends when dropped.
 #[derive(Debug)]
@@ -40,7 +42,7 @@ impl HostServer {
         let listener = bind(&pod.dir().join(pod_files::HOST_SOCKET))?;
         let service = Arc::new(HostService { pod: Arc::downgrade(pod) });
         let mut server = Server::new()
-            .add_listener(Listener::new(UnixListenerStream::new(listener)))
+            .add_listener(Listener::new(Incoming::new(listener)))
             .register_service(create_host(service));
         server.start().await.map_err(|e| io::Error::other(e.to_string()))?;
         let (stop, stopped) = oneshot::channel();
