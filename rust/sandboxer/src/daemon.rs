@@ -1,15 +1,16 @@
 //! The daemon's life: one instance per socket, recovery first, then service.
 
 use std::{
-    fs::{self, File, OpenOptions},
+    fs::{self, File, OpenOptions, Permissions},
     io,
+    os::unix::fs::{OpenOptionsExt, PermissionsExt},
     path::{Path, PathBuf},
     sync::Arc,
     time::Duration,
 };
 
 use rustix::{
-    fs::{FlockOperation, flock},
+    fs::{FlockOperation, Mode, flock},
     io::Errno,
     process::{Resource, Rlimit},
 };
@@ -17,13 +18,14 @@ use tokio::{
     net::UnixListener,
     signal::unix::{SignalKind, signal},
 };
-use tokio_stream::wrappers::UnixListenerStream;
 use tonic::transport::Server;
 
 use crate::{
     containerd::SandboxList,
     controller::Controller,
+    incoming::Incoming,
     notify,
+    place::{self, PlaceError},
     pod::{Collector, Environment, Pods},
     vmm::PreflightError,
 };
@@ -61,6 +63,9 @@ pub enum DaemonError {
         /// Why it failed.
         source: io::Error,
     },
+    /// Its folder or that of its socket.
+    #[error(transparent)]
+    Place(#[from] PlaceError),
     /// No VM could be started.
     #[error("checking whether VMs can be started: {0}")]
     Preflight(#[from] PreflightError),
@@ -84,25 +89,31 @@ impl Claim {
     /// Claims both.
     ///
     /// # Errors
-    /// When another daemon has one of them; nothing of it is touched.
+    /// When another daemon has one of them, of which nothing is touched, or others could write to one.
     pub fn take(listen: &Path, dir: &Path) -> Result<Self, DaemonError> {
         let mut name = listen.as_os_str().to_owned();
         name.push(".lock");
-        Ok(Self { _files: [lock(listen, PathBuf::from(name))?, lock(dir, dir.join(".lock"))?] })
+        if let Some(folder) = listen.parent() {
+            place::take_socket_folder(folder)?;
+        }
+        place::take_pods_folder(dir)?;
+        Ok(Self { _files: [lock(listen, PathBuf::from(name))?, lock(dir, dir.join(place::LOCK))?] })
     }
 }
 
 fn lock(what: &Path, path: PathBuf) -> Result<File, DaemonError> {
-    if let Some(folder) = path.parent() {
-        fs::create_dir_all(folder).map_err(failed("creating", folder))?;
-    }
-    let file = OpenOptions::new().write(true).create(true).truncate(false).open(&path);
+    let file = OpenOptions::new().write(true).create(true).truncate(false).mode(0o600).open(&path);
     let file = file.map_err(failed("opening", &path))?;
     match flock(&file, FlockOperation::NonBlockingLockExclusive) {
         Ok(()) => Ok(file),
         Err(Errno::WOULDBLOCK) => Err(DaemonError::Taken { what: what.to_owned(), lock: path }),
         Err(error) => Err(failed("locking", &path)(error.into())),
     }
+}
+
+/// Gives nobody else any right to what this process makes, and what it starts does.
+pub fn keep_files_private() {
+    rustix::process::umask(Mode::RWXG | Mode::RWXO);
 }
 
 /// Lets the process have as many open files as it may: three for each pod, and 1024, the usual start, is not for many.
@@ -140,7 +151,7 @@ pub async fn run(environment: Environment, collecting: Collecting, listen: &Path
     let (dir, containerd) = (environment.dir.clone(), environment.containerd.clone());
     let pods = Arc::new(Pods::new(environment));
     let recovered = pods.recover().await.map_err(failed("recovering the sandboxes of", &dir))?;
-    let incoming = UnixListenerStream::new(bind(listen)?);
+    let incoming = Incoming::new(bind(listen)?);
     tracing::info!(listen = %listen.display(), recovered, "ready");
     // Only now: containerd, started after us, asks once for each of its sandboxes.
     notify::ready();
@@ -151,6 +162,7 @@ pub async fn run(environment: Environment, collecting: Collecting, listen: &Path
         // Not a graceful shutdown: calls of Wait would keep the daemon for the life of their pods.
         served = server.serve_with_incoming(incoming) => served?,
         () = collector.run() => {}
+        () = pods.keep_logs_bounded() => {}
         () = notify::keep_alive() => {}
         _ = term.recv() => tracing::info!("SIGTERM: leaving, sandboxes go on"),
         _ = int.recv() => tracing::info!("SIGINT: leaving, sandboxes go on"),
@@ -170,7 +182,11 @@ fn bind(listen: &Path) -> Result<UnixListener, DaemonError> {
         }
         _ => {}
     }
-    UnixListener::bind(listen).map_err(failed("listening on", listen))
+    let listener = UnixListener::bind(listen).map_err(failed("listening on", listen))?;
+    // Nobody else was able to connect before, either: the umask lets nobody.
+    let mode = Permissions::from_mode(place::SOCKET_MODE);
+    fs::set_permissions(listen, mode).map_err(failed("setting the mode of", listen))?;
+    Ok(listener)
 }
 
 #[cfg(test)]

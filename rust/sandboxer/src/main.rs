@@ -24,6 +24,8 @@ const MOUNT_TIMEOUT: Duration = Duration::from_secs(20);
 const RECOVER_TIMEOUT: Duration = Duration::from_secs(10);
 
 fn main() -> ExitCode {
+    // Before anything is made: what others may have of it is set, not inherited.
+    daemon::keep_files_private();
     let args = Args::parse();
     if args.version {
         let written = writeln!(std::io::stdout(), "vmm-sandboxer {}", env!("CARGO_PKG_VERSION"));

@@ -2,7 +2,8 @@
 
 use std::{
     collections::BTreeMap,
-    fs, io,
+    fs,
+    io::{self, Write},
     os::{fd::BorrowedFd, unix::fs::PermissionsExt},
     path::{Path, PathBuf},
     sync::{
@@ -93,6 +94,8 @@ pub(crate) struct FakeHypervisor {
     pub(crate) specs: Mutex<Vec<(u32, u64, String)>>,
     /// The slow start has begun.
     pub(crate) slow: Notify,
+    /// A program that does nothing, by a name that the daemon knows as a VMM's.
+    vmm: PathBuf,
 }
 
 #[derive(Debug)]
@@ -125,8 +128,9 @@ impl Hypervisor for FakeHypervisor {
         }
         let socket = spec.dir.join(pod_files::VSOCK_SOCKET);
         let listener = ReadyListener::hybrid(&socket).map_err(VmError::io("listening"))?;
-        let mut spawn = Spawn::new("sleep");
-        spawn.args(["600"]).cgroup_procs(&spec.cgroup_procs);
+        let mut spawn = Spawn::new(&self.vmm);
+        spawn.args(["-f".as_ref(), "/dev/null".as_ref(), spec.dir.join("vmm").as_os_str()]);
+        spawn.cgroup_procs(&spec.cgroup_procs);
         let process = Arc::new(spawn.spawn()?);
         if let Ok(mut started) = self.started.lock() {
             started.push(process.clone());
@@ -151,8 +155,9 @@ impl Hypervisor for FakeHypervisor {
     }
 
     async fn adopt(&self, record: VmRecord) -> Result<Option<Arc<dyn Vm>>, VmError> {
-        if self.fault == Fault::HangsAdopt || record.dir.join("hang").exists() {
-            std::future::pending::<()>().await;
+        // A VMM that does not answer, for as long as somebody wants it so.
+        while self.fault == Fault::HangsAdopt || record.dir.join("hang").exists() {
+            tokio::time::sleep(Duration::from_millis(20)).await;
         }
         let Some(process) = Process::adopt(record.vmm)? else { return Ok(None) };
         Ok(Some(Arc::new(FakeVm {
@@ -330,10 +335,24 @@ impl SandboxService for FakeGuest {
     }
 }
 
+/// A folder, and who made it for the time of a test.
+pub(crate) struct Place {
+    path: PathBuf,
+    _made: Option<tempfile::TempDir>,
+}
+
+impl Place {
+    pub(crate) fn path(&self) -> &Path {
+        &self.path
+    }
+}
+
 /// A place for pods: folders, a network namespace, a relay that sleeps.
 pub(crate) struct Lab {
-    pub(crate) dir: tempfile::TempDir,
+    pub(crate) dir: Place,
     pub(crate) hypervisor: Arc<FakeHypervisor>,
+    /// The folder of the pods, if it is not in the lab's.
+    pub(crate) pods: Option<PathBuf>,
     kept: AtomicBool,
 }
 
@@ -342,16 +361,41 @@ impl Lab {
         let dir = tempfile::tempdir().unwrap();
         fs::create_dir(dir.path().join("pods")).unwrap();
         let relay = dir.path().join("relay");
-        fs::write(&relay, "#!/bin/sh\necho relay is up\nexec sleep 600\n").unwrap();
+        // Known by its name and the folder, as the relay is.
+        let script =
+            "#!/bin/bash\necho relay is up\nexec -a relay tail -f /dev/null \"$3/relay\" 2>/dev/null\n";
+        fs::write(&relay, script).unwrap();
         fs::set_permissions(&relay, fs::Permissions::from_mode(0o755)).unwrap();
-        let hypervisor = Arc::new(FakeHypervisor { fault, ..FakeHypervisor::default() });
-        let lab = Self { dir, hypervisor, kept: AtomicBool::new(false) };
+        let lab = Self::in_folder(Place { path: dir.path().to_owned(), _made: Some(dir) }, fault);
+        std::os::unix::fs::symlink("/usr/bin/tail", &lab.hypervisor.vmm).unwrap();
         lab.make_netns();
         lab
     }
 
+    fn in_folder(dir: Place, fault: Fault) -> Self {
+        // As the daemon begins.
+        crate::daemon::keep_files_private();
+        let vmm = dir.path().join(HypervisorConfig::default().path);
+        let hypervisor = Arc::new(FakeHypervisor { fault, vmm, ..FakeHypervisor::default() });
+        Self { dir, hypervisor, pods: None, kept: AtomicBool::new(false) }
+    }
+
+    /// The lab of another process, which keeps it: not to be dropped.
+    pub(crate) fn attach(dir: &Path) -> Self {
+        Self::in_folder(Place { path: dir.to_owned(), _made: None }, Fault::None)
+    }
+
     pub(crate) fn path(&self, name: &str) -> PathBuf {
         self.dir.path().join(name)
+    }
+
+    fn pods(&self) -> PathBuf {
+        self.pods.clone().unwrap_or_else(|| self.path("pods"))
+    }
+
+    /// The folder of a pod.
+    pub(crate) fn pod(&self, id: &str) -> PathBuf {
+        self.pods().join(id)
     }
 
     pub(crate) fn netns(&self) -> PathBuf {
@@ -373,7 +417,7 @@ impl Lab {
 
     pub(crate) fn environment(&self) -> Environment {
         Environment {
-            dir: self.path("pods"),
+            dir: self.pods(),
             hypervisor: self.hypervisor.clone(),
             sizes: HypervisorConfig {
                 allowed_annotations: vec![Annotation::KernelParams],
@@ -407,7 +451,8 @@ impl Lab {
 
     /// The relays: they have the task socket's listener as descriptor 3, whatever they execute.
     pub(crate) fn relays(&self) -> Vec<u32> {
-        let wanted = self.dir.path().to_str().unwrap();
+        let pods = self.pods();
+        let wanted = pods.to_str().unwrap();
         fs::read_dir("/proc")
             .unwrap()
             .filter_map(|entry| entry.unwrap().file_name().to_str()?.parse().ok())
@@ -422,8 +467,7 @@ impl Lab {
     pub(crate) fn assert_clean(&self) {
         self.kept.store(true, Ordering::Relaxed);
         assert_eq!(self.survivors(), Vec::<u32>::new(), "processes");
-        let left: Vec<_> =
-            fs::read_dir(self.path("pods")).unwrap().map(|entry| entry.unwrap().path()).collect();
+        let left: Vec<_> = fs::read_dir(self.pods()).unwrap().map(|entry| entry.unwrap().path()).collect();
         assert!(left.is_empty(), "{left:?}");
     }
 }
@@ -439,6 +483,50 @@ impl Drop for Lab {
             let _ = Process::open(pid).map(|process| process.signal(rustix::process::Signal::KILL));
         }
         let _ = unmount_below(self.dir.path());
+    }
+}
+
+/// A file system of its own, of little room.
+pub(crate) struct SmallDisk {
+    dir: tempfile::TempDir,
+}
+
+impl SmallDisk {
+    /// One of so many bytes; `None`, said so, where this process may not mount.
+    pub(crate) fn new(size: u64) -> Option<Self> {
+        let dir = tempfile::tempdir().unwrap();
+        let options = format!("size={size},mode=0700");
+        match mount(Some("small"), dir.path(), Some("tmpfs"), MsFlags::empty(), Some(options.as_str())) {
+            Ok(()) => Some(Self { dir }),
+            Err(error) => {
+                eprintln!("skipped: a full disk: mounting a tmpfs: {error}");
+                None
+            }
+        }
+    }
+
+    pub(crate) fn path(&self) -> &Path {
+        self.dir.path()
+    }
+
+    /// Takes what is free, to the last byte.
+    pub(crate) fn fill(&self) {
+        let path = self.path().join("filler");
+        let mut filler = fs::File::options().append(true).create(true).open(path).unwrap();
+        for chunk in [vec![b'x'; 64 << 10], vec![b'x'; 1 << 10], vec![b'x'; 1]] {
+            while filler.write(&chunk).is_ok_and(|length| length > 0) {}
+        }
+    }
+
+    /// Gives back what was taken.
+    pub(crate) fn empty(&self) {
+        let _ = fs::remove_file(self.path().join("filler"));
+    }
+}
+
+impl Drop for SmallDisk {
+    fn drop(&mut self) {
+        let _ = unmount_below(self.path());
     }
 }
 

@@ -120,6 +120,58 @@ fn nobody_is_told_anything_without_being_asked() {
     assert_eq!(told(&socket, Duration::from_millis(500)), None, "keep-alives that nobody wants");
 }
 
+fn mode(path: &std::path::Path) -> u32 {
+    fs::metadata(path).unwrap().permissions().mode() & 0o7777
+}
+
+/// Whoever may connect may have any folder of the host mounted.
+#[test]
+fn nobody_else_may_use_what_it_makes_whatever_the_umask() {
+    let lab = Lab::new();
+    let socket = UnixDatagram::bind(lab.path("notify")).unwrap();
+    let daemon = lab.command();
+    let mut command = Command::new("sh");
+    command.args(["-c", "umask 0; exec \"$@\"", "sh"]).arg(daemon.get_program());
+    let listen = lab.path("a/b/daemon.sock");
+    let replaced = |argument| if argument == lab.path("daemon.sock") { listen.as_os_str() } else { argument };
+    command.args(daemon.get_args().map(replaced));
+    command.args(["--trace".as_ref(), lab.path("trace").as_os_str()]);
+    let _daemon = Daemon(command.env("NOTIFY_SOCKET", lab.path("notify")).spawn().unwrap());
+    assert_eq!(told(&socket, Duration::from_secs(30)).as_deref(), Some("READY=1\n"));
+    for (name, expected) in [
+        ("pods", 0o700),
+        ("pods/.lock", 0o600),
+        ("a", 0o700),
+        ("a/b", 0o700),
+        ("a/b/daemon.sock", 0o600),
+        ("a/b/daemon.sock.lock", 0o600),
+        ("trace", 0o600),
+    ] {
+        assert_eq!(format!("{:o}", mode(&lab.path(name))), format!("{expected:o}"), "{name}");
+    }
+}
+
+#[test]
+fn a_folder_that_is_not_its_own_stops_it_with_a_sentence() {
+    let lab = Lab::new();
+    let said = || {
+        let output = lab.command().output().unwrap();
+        assert!(!output.status.success());
+        String::from_utf8(output.stderr).unwrap()
+    };
+    fs::create_dir_all(lab.path("pods/precious")).unwrap();
+    fs::write(lab.path("pods/precious/data"), "x").unwrap();
+    let text = said();
+    assert!(text.starts_with("vmm-sandboxer: --dir /"), "{text}");
+    assert!(text.contains("(\"precious\"); give --dir a folder of its own"), "{text}");
+    assert_eq!(fs::read_dir(lab.path("pods")).unwrap().count(), 1, "nothing is made there");
+    assert!(lab.path("pods/precious/data").exists());
+    fs::remove_dir_all(lab.path("pods/precious")).unwrap();
+    fs::set_permissions(lab.path("pods"), fs::Permissions::from_mode(0o777)).unwrap();
+    let text = said();
+    assert!(text.contains("has mode 0777") && text.contains("chmod go-w"), "{text}");
+}
+
 /// The unit with the program that was built here.
 fn unit(lab: &Lab) -> String {
     let text = fs::read_to_string(UNIT).unwrap();

@@ -226,7 +226,7 @@ fn mount_image(image: &RootfsMount, point: &Path, stage: &Path) -> Result<(), Mo
 
 /// Makes a folder of the kind that a mount asked for. Only in the images, whatever it is called.
 fn make(folder: &str, below: &Path) -> Result<(), MountError> {
-    use std::os::unix::fs::{DirBuilderExt, chown};
+    use std::os::unix::fs::{DirBuilderExt, PermissionsExt, chown};
     let mut words = folder.split(':');
     let path = Path::new(words.next().unwrap_or_default());
     let base = below.parent().unwrap_or(below);
@@ -243,6 +243,9 @@ fn make(folder: &str, below: &Path) -> Result<(), MountError> {
         return Ok(());
     }
     fs::DirBuilder::new().recursive(true).mode(mode).create(path).map_err(failed("creating", path))?;
+    // Whatever the daemon's umask says: it may become the root of a container.
+    fs::set_permissions(path, fs::Permissions::from_mode(mode))
+        .map_err(failed("setting the mode of", path))?;
     let ids: Vec<u32> = words.map(str::parse).collect::<Result<_, _>>().map_err(|_| refuse())?;
     match *ids.as_slice() {
         [] => Ok(()),

@@ -1,9 +1,8 @@
 //! The part of a pod's shared folder that belongs to each container.
 
 use std::{
-    fs::{self, File, OpenOptions},
-    io::{self, Write},
-    os::unix::fs::OpenOptionsExt,
+    fs, io,
+    os::unix::fs::PermissionsExt,
     path::{Path, PathBuf},
     time::Duration,
 };
@@ -99,13 +98,7 @@ impl StorageError {
 
 /// Replaces a file as a whole: a crash at any instruction leaves the old one or the new one.
 pub(crate) fn write_new(path: &Path, text: &[u8]) -> io::Result<()> {
-    let mut temporary = path.as_os_str().to_owned();
-    temporary.push(".new");
-    let mut file = OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&temporary)?;
-    file.write_all(text)?;
-    file.sync_all()?;
-    fs::rename(&temporary, path)?;
-    path.parent().map_or(Ok(()), |dir| File::open(dir)?.sync_all())
+    crate::replace::replace(path, text)
 }
 
 /// Whether an id from outside can be used as the name of a folder.
@@ -143,7 +136,12 @@ impl Storage {
     /// When it cannot be written.
     pub fn write_pod_file(&self, name: &str, text: &str) -> Result<(), StorageError> {
         let path = self.shared.join(name);
-        fs::write(&path, text).map_err(StorageError::file("writing", &path))
+        let readable = || {
+            fs::write(&path, text)?;
+            // By containers' users, whatever the daemon's umask says.
+            fs::set_permissions(&path, fs::Permissions::from_mode(0o644))
+        };
+        readable().map_err(StorageError::file("writing", &path))
     }
 
     /// Makes what a container needs on the host, writes its spec, and returns the bundle's path in the guest. A container

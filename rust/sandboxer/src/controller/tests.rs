@@ -1,6 +1,9 @@
 //! containerd's side of the protocol, over a real socket.
 
-use std::{fs, os::unix::process::CommandExt, path::PathBuf, sync::atomic::Ordering, time::Duration};
+use std::{
+    fs, os::unix::fs::PermissionsExt, os::unix::process::CommandExt, path::PathBuf, sync::atomic::Ordering,
+    time::Duration,
+};
 
 use hyper_util::rt::TokioIo;
 use kuasar_common::{
@@ -386,6 +389,10 @@ async fn the_relay_gets_containers_prepared_and_released() {
     assert_eq!(host.prepare(context(), &prepare).await.unwrap().bundle, "/run/kuasar/state/c1");
     let container: PathBuf = lab.path("pods/p1/shared/c1");
     assert!(container.join("rootfs/file").exists() && container.join("config.json").exists());
+    for name in ["hosts", "hostname", "resolv.conf"] {
+        let mode = fs::metadata(lab.path("pods/p1/shared").join(name)).unwrap().permissions().mode();
+        assert_eq!(mode & 0o777, 0o644, "{name} is for all users of a container");
+    }
     assert_eq!(fs::read_to_string(lab.path("pods/p1/shared/hostname")).unwrap(), "web-0\n");
     let mut release = ReleaseRequest::new();
     release.container_id = "c1".into();
@@ -442,6 +449,7 @@ async fn a_new_daemon_finds_dead_pods_not_ready_and_half_started_ones_gone() {
     let starting = record.replace("\"running\"", "\"starting\"").replace("\"p1\"", "\"p2\"");
     fs::write(lab.path("pods/p2/pod.json"), starting).unwrap();
     fs::write(lab.path("pods/p4/pod.json"), "{torn").unwrap();
+    fs::write(lab.path("pods/p3/.kuasar-pod"), "").unwrap();
 
     let (mut client, pods) = serve(&lab).await;
     assert_eq!(pods.len(), 1);
@@ -472,6 +480,7 @@ async fn a_new_daemon_finds_dead_pods_not_ready_and_half_started_ones_gone() {
     lab.assert_clean();
 }
 
+mod full;
 mod hang;
 mod resources;
 mod robust;

@@ -58,7 +58,7 @@ impl Pod {
     /// Gives the guest's CPUs what the container needs, or, without `set`, no longer. On error nothing has changed.
     pub(super) fn pin(&self, container: &str, set: Option<CpuSet>) -> Result<(), StorageError> {
         let mut sets = self.cpusets.lock().unwrap_or_else(PoisonError::into_inner);
-        let (old, before) = (sets.of.clone(), sets.union());
+        let (old, before, ends) = (sets.of.clone(), sets.union(), set.is_none());
         match set {
             Some(set) => sets.of.insert(container.to_owned(), set),
             None => sets.of.remove(container),
@@ -69,7 +69,15 @@ impl Pod {
         let now = sets.union();
         let confine = |set: &CpuSet| self.cgroups().and_then(|cgroups| cgroups.confine_vcpus(set));
         let done = if now == before { Ok(()) } else { confine(&now) };
-        done.and_then(|()| sets.write()).map_err(|error| {
+        let written = |sets: &CpuSets| match sets.write() {
+            // An end never waits for room on a disk.
+            Err(error) if ends => {
+                tracing::warn!(%error, container, "recording that a container needs its CPUs no longer");
+                Ok(())
+            }
+            written => written,
+        };
+        done.and_then(|()| written(&sets)).map_err(|error| {
             sets.of = old;
             if now != before
                 && let Err(error) = confine(&before)

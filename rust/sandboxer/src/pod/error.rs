@@ -62,6 +62,11 @@ pub enum StepError {
         /// Why.
         source: io::Error,
     },
+    /// Somebody else's folder.
+    #[error(
+        "{} is there already and no sandbox's that this daemon made; move it out of --dir", .0.display()
+    )]
+    Foreign(PathBuf),
     /// The pod's network.
     #[error(transparent)]
     Network(#[from] NetworkError),

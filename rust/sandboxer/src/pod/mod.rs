@@ -10,6 +10,7 @@ mod clock;
 mod collect;
 mod cpusets;
 mod error;
+pub(crate) mod folder;
 mod host;
 mod log;
 mod record;
@@ -54,13 +55,14 @@ use self::{
     cgroup::Cgroups,
     cpusets::CpuSets,
     host::HostServer,
-    record::{ExitRecord, PodRecord, VERSION},
+    record::{ExitRecord, PodRecord, VERSION, boot_id},
     size::VmSize,
 };
 use crate::{
     clock::epoch_ns,
     config::HypervisorConfig,
     container::{Disks, HostSocket, Plan, Storage, StorageError, mount::RootfsMount, spec::Target},
+    crash,
     network::NetworkRecord,
     process::Process,
     protos::types::Metric,
@@ -88,7 +90,7 @@ pub struct Environment {
     pub stop_timeout: Duration,
     /// A request waits this long for mounts and disks of its pod that another one works on.
     pub mount_timeout: Duration,
-    /// A pod has this long to be found again after a restart; the others do not wait for it, but the daemon's start does.
+    /// The daemon's start waits this long for pods to be found again after a restart. One that takes longer stays as it was.
     pub recover_timeout: Duration,
 }
 
@@ -292,13 +294,16 @@ impl Pod {
             Plan::new(&Target { container: &id, pod_pid, shared_pids }, &bundle, rootfs, &room)
         })
         .await?;
+        at("prepare: planned")?;
         // What an earlier attempt left.
         disks.release(&container).await?;
         let id = container.clone();
         let sockets = plan.sockets().to_vec();
         let made = async {
             self.pin(&container, Some(plan.cpuset().clone()))?;
+            at("prepare: pinned")?;
             plan.plugged_in(disks.attach(&container, plan.disks()).await?);
+            at("prepare: attached")?;
             let doing = format!("mounting for the container {id}");
             let storage = self.take_storage(doing).await?;
             // Looked at with the storage in hand: what is mounted from here on, the pod's end unmounts.
@@ -308,7 +313,9 @@ impl Pod {
                     self.id
                 )));
             }
-            storage.with(move |storage| storage.prepare(&id, &plan)).await
+            let bundle = storage.with(move |storage| storage.prepare(&id, &plan)).await?;
+            at("prepare: mounted")?;
+            Ok(bundle)
         };
         let made = made.await;
         if made.is_err() {
@@ -328,8 +335,10 @@ impl Pod {
         let mut disks = self.free(self.disks.lock()).await?;
         let gone = disks.release(&container).await;
         let pinned = self.pin(&container, None);
+        at("release: detached")?;
         let storage = self.take_storage(format!("unmounting for the container {container}")).await?;
         storage.with(move |storage| storage.release(&container)).await?;
+        at("release: unmounted")?;
         self.persist_if_free();
         // A pod that has ended has no CPUs to give back.
         gone.and(if self.view().phase == Phase::Running { pinned } else { Ok(()) })
@@ -385,6 +394,7 @@ impl Pod {
                 at_ns: epoch_ns(exit.at),
                 reason: exit.reason,
             }),
+            boot: boot_id(),
         }
     }
 
@@ -436,6 +446,11 @@ impl Drop for TakenStorage {
     fn drop(&mut self) {
         *self.pod.busy.lock().unwrap_or_else(PoisonError::into_inner) = None;
     }
+}
+
+/// For tests: what is done for a container is as far as this.
+fn at(name: &'static str) -> Result<(), StorageError> {
+    crash::step(name).map_err(|error| StorageError::Broken(format!("{name}: {error}")))
 }
 
 async fn blocking<T: Send + 'static>(

@@ -1,17 +1,16 @@
 //! A pod's record on disk, `pod.json`: all that a restarted daemon needs.
 
 use std::{
-    fs::{self, File, OpenOptions},
-    io::{self, Write},
-    os::unix::fs::OpenOptionsExt,
+    fs, io,
     path::{Path, PathBuf},
+    sync::OnceLock,
 };
 
 use kuasar_common::constants::pod_files;
 use serde::{Deserialize, Serialize};
 
 use super::{size::VmSize, spec::PodSpec};
-use crate::{network::NetworkRecord, process::ProcessRecord, vmm::VmRecord};
+use crate::{network::NetworkRecord, process::ProcessRecord, replace::replace, vmm::VmRecord};
 
 /// Raised when an older daemon could not make sense of the record any more. Records of every version so far are read:
 /// what a version added has a default.
@@ -72,6 +71,16 @@ pub(super) struct PodRecord {
     pub size: Option<VmSize>,
     /// How it ended.
     pub exit: Option<ExitRecord>,
+    /// The boot of the host in which it was written: process ids of another one say nothing.
+    #[serde(default)]
+    pub boot: Option<String>,
+}
+
+/// The kernel's name for the time since the host was started.
+pub(super) fn boot_id() -> Option<String> {
+    static ID: OnceLock<Option<String>> = OnceLock::new();
+    let read = || Some(fs::read_to_string("/proc/sys/kernel/random/boot_id").ok()?.trim().to_owned());
+    ID.get_or_init(read).clone()
 }
 
 #[derive(Deserialize)]
@@ -99,13 +108,18 @@ impl PodRecord {
     /// # Errors
     /// When the folder cannot be written.
     pub(super) fn write(&self, dir: &Path) -> io::Result<()> {
-        let temporary = dir.join(format!("{}.new", pod_files::RECORD));
-        let mut file =
-            OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&temporary)?;
-        file.write_all(&serde_json::to_vec_pretty(self)?)?;
-        file.sync_all()?;
-        fs::rename(&temporary, dir.join(pod_files::RECORD))?;
-        File::open(dir)?.sync_all()
+        replace(&dir.join(pod_files::RECORD), &serde_json::to_vec_pretty(self)?)
+    }
+
+    /// Whether the host was restarted since. Older daemons did not write when it was.
+    pub(super) fn is_of_another_boot(&self) -> bool {
+        self.boot.is_some() && self.boot != boot_id()
+    }
+
+    /// Nothing that it names is there any more: processes, the network in its namespace, cgroups.
+    pub(super) fn forget_processes(&mut self) {
+        (self.vm, self.relay, self.network) = (None, None, None);
+        self.cgroups.clear();
     }
 
     /// Reads the record of the pod with this folder.
@@ -154,10 +168,11 @@ mod tests {
             cgroups: Vec::new(),
             size: Some(VmSize { vcpus: 1, memory_mib: 512 }),
             exit: Some(ExitRecord { code: 1, at_ns: 2, reason: Some("stopped".into()) }),
+            boot: boot_id(),
         };
         record.write(&dir).unwrap();
         assert_eq!(PodRecord::read(&dir).unwrap(), record);
-        assert_eq!(fs::read_dir(&dir).unwrap().count(), 1, "no temporary file stays");
+        assert_eq!(fs::read_dir(&dir).unwrap().count(), 2, "the record, and the room for the next one");
         // Whoever has the old one open reads it to its end: it is replaced, not written over.
         let old = root.path().join("old");
         fs::hard_link(dir.join(pod_files::RECORD), &old).unwrap();
@@ -196,6 +211,7 @@ mod tests {
         fs::write(dir.join(pod_files::RECORD), text).unwrap();
         let record = PodRecord::read(&dir).unwrap();
         assert_eq!((record.spec.resources.memory_limit, record.spec.namespace.as_str()), (7, "k8s.io"));
+        assert!(!record.is_of_another_boot(), "nobody knows");
         assert_eq!((record.size, record.exit.map(|exit| exit.code)), (None, Some(137)));
     }
 }

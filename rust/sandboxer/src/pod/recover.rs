@@ -1,35 +1,66 @@
 //! After a restart: takes the recorded pods over, and clears what belongs to none.
 
 use std::{
-    fs, io,
+    fs,
+    future::pending,
+    io,
     os::unix::ffi::OsStrExt,
     path::{Path, PathBuf},
+    pin::pin,
     sync::Arc,
     time::{Duration, SystemTime},
 };
 
 use kuasar_common::constants::pod_files;
-use tokio::{task::JoinSet, time::timeout};
+use tokio::{
+    sync::Semaphore,
+    task::JoinSet,
+    time::{sleep, timeout},
+};
 use tracing::Instrument;
 
 use super::{
-    Environment, Exit, Phase, Pod, PodError, Pods, StepError, View, cgroup, from_epoch_ns,
+    Environment, Exit, Phase, Pod, PodError, Pods, StepError, View, cgroup,
+    folder::{self, aside},
+    from_epoch_ns,
     host::HostServer,
     log,
     record::{PodRecord, RecordError},
     stop::end_lost,
 };
 use crate::{
-    container::{is_safe_id, remove},
-    process::Process,
+    container::is_safe_id,
+    crash,
+    process::{Process, ProcessRecord},
+    vmm::Vm,
 };
 
 /// A process that was killed has this long to be gone.
 const GONE: Duration = Duration::from_secs(10);
 
+/// VMs that are looked for at the same time.
+const AT_ONCE: usize = 16;
+/// A VM that takes longer is waited for beside the others, and keeps none of them.
+const TURN: Duration = Duration::from_secs(2);
+/// When to look again for a VM whose VMM lives and which could not be taken over.
+const AGAIN: Duration = Duration::from_secs(5);
+
+/// What is left to do for a pod when it is in the list.
+enum Left {
+    /// Its VM has to be found.
+    Running(Arc<Pod>, PodRecord),
+    /// Its relay has to be served.
+    Ended(Arc<Pod>),
+    /// It has to be removed.
+    Interrupted(PodRecord),
+    /// It was never recorded, and has to be removed.
+    Nothing,
+}
+
 impl Pods {
-    /// Takes over every pod that an earlier daemon left. Returns how many there are; what goes wrong with one of them is
-    /// logged and concerns no other.
+    /// Takes over every pod that an earlier daemon left. All of them are in the list at once; what takes its time goes on beside,
+    /// and is not waited for longer than [`Environment::recover_timeout`]. Returns how many there are; what goes wrong with one of
+    /// them is logged and concerns no other.
     ///
     /// # Errors
     /// When the folder of the pods cannot be read at all.
@@ -39,44 +70,84 @@ impl Pods {
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(0),
             entries => entries?,
         };
+        let turns = Arc::new(Semaphore::new(AT_ONCE));
         for entry in entries {
-            let entry = entry?;
-            let Some(id) = entry.file_name().to_str().map(str::to_owned) else { continue };
-            if !entry.file_type()?.is_dir() || !is_safe_id(&id) {
-                continue;
-            }
-            let span = tracing::info_span!("pod", id);
-            let pods = self.clone();
-            let recovery = async move {
-                let deadline = pods.environment().recover_timeout;
-                if timeout(deadline, pods.recover_one(&entry.path(), &id)).await.is_err() {
-                    pods.give_up(&entry.path(), &id, deadline);
+            let path = match entry {
+                Ok(entry) => entry.path(),
+                Err(error) => {
+                    tracing::error!(%error, "looking for the sandboxes of before");
+                    continue;
                 }
             };
+            let Some(id) = path.file_name().and_then(|name| name.to_str()).map(str::to_owned) else {
+                continue;
+            };
+            let span = tracing::info_span!("pod", id);
+            let Some(left) = span.in_scope(|| self.take_in(&path, &id)) else { continue };
+            let (pods, turns) = (self.clone(), turns.clone());
+            let recovery = async move { pods.recover_one(&path, left, &turns).await };
             set.spawn(recovery.instrument(span));
         }
-        while set.join_next().await.is_some() {}
+        let all = async { while set.join_next().await.is_some() {} };
+        if timeout(self.environment().recover_timeout, all).await.is_err() {
+            tracing::warn!(
+                left = set.len(),
+                "not every sandbox of before has answered yet; serving meanwhile"
+            );
+            set.detach_all();
+        }
         Ok(self.len())
     }
 
-    async fn recover_one(&self, dir: &Path, id: &str) {
-        let record = match PodRecord::read(dir) {
-            Ok(record) => record,
-            Err(RecordError::Missing) => {
-                tracing::info!("removing what is left of a sandbox that was never recorded");
-                return clear(self.environment(), dir).await;
+    /// Reads what is recorded of a pod and puts it into the list; waits for nobody.
+    fn take_in(&self, dir: &Path, id: &str) -> Option<Left> {
+        if !folder::is_pods(dir) {
+            // The daemon's own files, what is none of its business, and where one died between making a folder and marking it.
+            if is_safe_id(id) && dir.is_dir() && fs::remove_dir(dir).is_err() {
+                tracing::warn!("nothing proves that this folder is a sandbox's; it is left alone");
             }
-            Err(error) => return set_aside(dir, &error),
+            return None;
+        }
+        let mut record = match PodRecord::read(dir) {
+            Ok(record) => record,
+            Err(RecordError::Missing) => return Some(Left::Nothing),
+            Err(error) => {
+                set_aside(dir, &error);
+                return None;
+            }
         };
-        let environment = self.environment();
+        if record.is_of_another_boot() {
+            tracing::info!("the host was restarted since; nothing of the sandbox runs");
+            record.forget_processes();
+        }
+        at("recover: listed");
+        if record.phase == Phase::Starting {
+            return Some(Left::Interrupted(record));
+        }
+        let pod = revive(self.environment(), id, &record);
+        self.insert(pod.clone());
         match record.phase {
+            Phase::Running => Some(Left::Running(pod, record)),
+            Phase::Stopped => Some(Left::Ended(pod)),
+            Phase::Created | Phase::Starting => None,
+        }
+    }
+
+    async fn recover_one(&self, dir: &Path, left: Left, turns: &Semaphore) {
+        let environment = self.environment();
+        match left {
+            Left::Nothing => {
+                tracing::info!("removing what is left of a sandbox that was never recorded");
+                clear(environment, dir).await;
+            }
             // Its Start died with the daemon; containerd has given it up.
-            Phase::Starting => {
+            Left::Interrupted(record) => {
                 tracing::info!("removing a sandbox whose start was interrupted");
                 end_recorded(environment, &record).await;
                 // A process that was started and not recorded yet is known by its cgroup, or by its arguments.
                 cgroup::end_members(&record.cgroups);
                 end_strays(environment, dir).await;
+                at("recover: ended");
                 // Before the folder, with which the record of them goes.
                 match cgroup::remove(&record.cgroups).await {
                     Ok(()) => clear(environment, dir).await,
@@ -85,59 +156,120 @@ impl Pods {
                     }
                 }
             }
-            Phase::Created | Phase::Stopped => {
-                let pod = revive(environment, id, &record);
-                adopt_relay(&pod, &record).await;
-                if record.phase == Phase::Stopped {
-                    pod.work.lock().await.lost = record.vm;
-                    serve_host(&pod).await;
-                }
-                self.insert(pod);
+            Left::Ended(pod) => {
+                serve_host(&pod).await;
+                at("recover: host");
             }
-            Phase::Running => self.recover_running(id, &record).await,
+            Left::Running(pod, record) => {
+                serve_host(&pod).await;
+                at("recover: host");
+                let relay = pod.work.lock().await.relay.clone();
+                let vm = pod.find_vm(&record, relay.as_deref(), turns).await;
+                at("recover: found");
+                pod.go_on(vm, relay, &record).await;
+            }
         }
     }
+}
 
-    async fn recover_running(&self, id: &str, record: &PodRecord) {
-        let environment = self.environment();
-        let pod = revive(environment, id, record);
-        let relay = adopt_relay(&pod, record).await;
-        let vm = match record.vm.clone() {
-            Some(vm) => environment.hypervisor.adopt(vm).await,
-            None => Ok(None),
+impl Pod {
+    /// Finds the VM of a pod that was running; `None` when it has ended, or its relay has. While its VMM lives it is not given up,
+    /// however long that takes to answer: it stays ready, as it was, and can be stopped.
+    async fn find_vm(
+        &self,
+        record: &PodRecord,
+        relay: Option<&Process>,
+        turns: &Semaphore,
+    ) -> Option<Arc<dyn Vm>> {
+        let vm = record.vm.clone()?;
+        let vmm =
+            Process::adopt(vm.vmm).inspect_err(|error| tracing::error!(%error, "finding the VMM")).ok()??;
+        let asked = SystemTime::now();
+        let finding = async {
+            loop {
+                match self.environment.hypervisor.adopt(vm.clone()).await {
+                    Ok(found) => return found,
+                    Err(error) => tracing::error!(%error, "taking the VM over; trying again in {AGAIN:?}"),
+                }
+                sleep(AGAIN).await;
+            }
         };
-        let vm = vm.unwrap_or_else(|error| {
-            tracing::error!(%error, "taking the VM over");
-            None
+        let ended = async {
+            tokio::select! {
+                _ = vmm.wait() => {}
+                () = async {
+                    match relay {
+                        Some(relay) => drop(relay.wait().await),
+                        None => pending().await,
+                    }
+                } => {}
+            }
+        };
+        let mut found = pin!(async {
+            tokio::select! {
+                biased;
+                () = ended => None,
+                found = finding => found,
+            }
         });
-        if let Some(vm) = &vm {
-            pod.disks.lock().await.set_vm(vm.clone());
+        let in_turn = async {
+            let _turn = turns.acquire().await;
+            timeout(TURN, &mut found).await
+        };
+        if let Ok(found) = in_turn.await {
+            return found;
         }
-        serve_host(&pod).await;
-        self.insert(pod.clone());
+        self.unheard(asked, "its VMM has not answered yet since the daemon was restarted".to_owned());
+        let found = found.await;
+        self.heard();
+        found
+    }
+
+    /// Goes on with a pod that was running: watches it, or clears up after it.
+    async fn go_on(
+        self: &Arc<Self>,
+        vm: Option<Arc<dyn Vm>>,
+        relay: Option<Arc<Process>>,
+        record: &PodRecord,
+    ) {
+        if let Some(vm) = &vm {
+            self.disks.lock().await.set_vm(vm.clone());
+        }
+        let mut work = self.work.lock().await;
+        if self.view().phase != Phase::Running {
+            // Stopped meanwhile, and with it what was recorded.
+            return;
+        }
         match (vm, relay) {
             (Some(vm), Some(relay)) => {
-                pod.work.lock().await.vm = Some(vm.clone());
+                work.lost = None;
+                work.vm = Some(vm.clone());
                 tracing::info!(pid = vm.pid(), "the sandbox goes on");
-                pod.watch(vm, relay, None);
+                self.watch(vm, relay, None);
             }
             (vm, relay) => {
-                let whose = if vm.is_none() { "VM" } else { "relay" };
-                let log = log::tails(pod.dir(), &["vmm.log", "console.log", "relay.log"]);
-                let reason = format!("its {whose} ended while no daemon watched{log}");
+                let vmm_lives = vm.is_some() || record.vm.as_ref().is_some_and(|vm| lives(vm.vmm));
+                let whose = if vmm_lives { "relay" } else { "VM" };
+                let log = log::tails(self.dir(), &["vmm.log", "console.log", "relay.log"]);
+                let why = if record.is_of_another_boot() {
+                    "with the host, which was restarted"
+                } else {
+                    "while no daemon watched"
+                };
+                let reason = format!("its {whose} ended {why}{log}");
                 tracing::warn!(reason, relay_lives = relay.is_some(), "the sandbox has ended");
-                pod.blame(&*reason);
+                self.blame(&*reason);
                 // Known before it is cleared up: containerd is not to wait for that, nor to take it for a mere stop.
-                pod.set_ended(Exit { code: 255, at: SystemTime::now(), reason: Some(reason) });
-                {
-                    let mut work = pod.work.lock().await;
-                    // A guest without a relay still has file systems to sync; of a VM that ended, processes may be left.
-                    work.guest_up = vm.is_some();
-                    work.lost = if vm.is_none() { record.vm.clone() } else { None };
-                    work.vm = vm;
+                self.set_ended(Exit { code: 255, at: SystemTime::now(), reason: Some(reason) });
+                // A guest without a relay still has file systems to sync; of a VM that ended, processes may be left.
+                work.guest_up = vm.is_some();
+                if vm.is_some() {
+                    work.lost = None;
                 }
-                let stopping = pod.clone();
-                pod.beside(async move {
+                work.vm = vm;
+                drop(work);
+                let stopping = self.clone();
+                self.beside(async move {
                     if let Err(error) = stopping.stop().await {
                         tracing::error!(%error, "clearing up after a sandbox that ended");
                     }
@@ -147,20 +279,10 @@ impl Pods {
     }
 }
 
-impl Pods {
-    /// What cannot be found again in time is not ready, and can be stopped and removed like any other.
-    fn give_up(&self, dir: &Path, id: &str, deadline: Duration) {
-        tracing::error!("the sandbox is not recovered within {deadline:?}");
-        let Ok(record) = PodRecord::read(dir) else { return };
-        let reason = format!("it was not found again within {deadline:?} after the daemon's restart");
-        let pod = revive(self.environment(), id, &record);
-        pod.blame(&*reason);
-        pod.set_ended(Exit { code: 255, at: SystemTime::now(), reason: Some(reason) });
-        if let Ok(mut work) = pod.work.try_lock() {
-            work.lost = record.vm;
-            work.relay = record.relay.and_then(|relay| Process::adopt(relay).ok().flatten()).map(Arc::new);
-        }
-        self.insert(pod);
+/// For tests, which end the daemon here: recovery is as far as this.
+fn at(name: &'static str) {
+    if let Err(error) = crash::step(name) {
+        tracing::error!(%error, name, "recovering");
     }
 }
 
@@ -181,20 +303,20 @@ fn revive(environment: &Environment, id: &str, record: &PodRecord) -> Arc<Pod> {
         work.network.clone_from(&record.network);
         work.cgroups.clone_from(&record.cgroups);
         work.size = record.size;
+        // Until it is found.
+        work.lost.clone_from(&record.vm);
+        work.relay = record.relay.and_then(adopt_relay);
     }
     pod
 }
 
-async fn adopt_relay(pod: &Arc<Pod>, record: &PodRecord) -> Option<Arc<Process>> {
-    let relay = match Process::adopt(record.relay?) {
-        Ok(relay) => Arc::new(relay?),
-        Err(error) => {
-            tracing::error!(%error, "taking the relay over");
-            return None;
-        }
-    };
-    pod.work.lock().await.relay = Some(relay.clone());
-    Some(relay)
+fn lives(process: ProcessRecord) -> bool {
+    Process::adopt(process).is_ok_and(|process| process.is_some())
+}
+
+fn adopt_relay(relay: ProcessRecord) -> Option<Arc<Process>> {
+    let relay = Process::adopt(relay).inspect_err(|error| tracing::error!(%error, "taking the relay over"));
+    relay.ok().flatten().map(Arc::new)
 }
 
 async fn serve_host(pod: &Arc<Pod>) {
@@ -209,11 +331,6 @@ async fn serve_host(pod: &Arc<Pod>) {
 fn set_aside(dir: &Path, error: &RecordError) {
     let moved = fs::rename(dir.join(pod_files::RECORD), aside(dir));
     tracing::error!(%error, ?moved, folder = %dir.display(), "the sandbox is left alone until containerd removes it");
-}
-
-/// Where a record goes that cannot be read.
-fn aside(dir: &Path) -> PathBuf {
-    dir.join(format!("{}.unreadable", pod_files::RECORD))
 }
 
 impl Pods {
@@ -237,7 +354,7 @@ impl Pods {
     /// has in a network namespace goes with that, which is containerd's.) No other one is touched.
     pub(super) async fn remove_unreadable(&self, id: &str) -> Result<(), PodError> {
         let (environment, dir) = (self.environment(), self.environment().dir.join(id));
-        if !is_safe_id(id) || !aside(&dir).exists() {
+        if !folder::is_pods(&dir) || !aside(&dir).exists() {
             return Ok(());
         }
         tracing::warn!("removing a sandbox whose record cannot be read");
@@ -252,9 +369,9 @@ impl Pods {
         removed.map_err(failed("removing the sandbox's cgroup"))?;
         let folder = dir.clone();
         let removed =
-            timeout(environment.mount_timeout, tokio::task::spawn_blocking(move || remove::remove(&folder)));
+            timeout(environment.mount_timeout, tokio::task::spawn_blocking(move || folder::remove(&folder)));
         let removed = match removed.await {
-            Ok(Ok(removed)) => removed.map_err(StepError::from),
+            Ok(Ok(removed)) => removed,
             Ok(Err(error)) => Err(StepError::Internal(error.to_string())),
             Err(_) => Err(StepError::Internal(format!("an unmount below {} hangs", dir.display()))),
         };
@@ -297,7 +414,7 @@ async fn clear(environment: &Environment, dir: &Path) {
     }
     end_strays(environment, dir).await;
     let folder = dir.to_owned();
-    let removed = tokio::task::spawn_blocking(move || remove::remove(&folder)).await;
+    let removed = tokio::task::spawn_blocking(move || folder::remove(&folder)).await;
     match removed {
         Ok(Ok(())) => {}
         Ok(Err(error)) => tracing::error!(%error, "removing the sandbox's folder"),

@@ -17,6 +17,7 @@ use super::{
     setup, size::VmSize,
 };
 use crate::{
+    crash,
     guest::Guest,
     network::{self, PodNetwork},
     process::Process,
@@ -78,7 +79,9 @@ impl Pod {
         self.set_phase(Phase::Starting);
         // From here on a restarted daemon knows what to clear away.
         step("recording the sandbox", self.persist(work))?;
+        at("start: recorded")?;
         step("creating the sandbox's cgroup", cgroups.create().map_err(StepError::Cgroup))?;
+        at("start: cgroup")?;
         let limits = work.spec.resources.limits();
         let limited = cgroups.limit(&limits).map(drop).map_err(StepError::Cgroup);
         step("limiting the sandbox's cgroup", limited)?;
@@ -88,19 +91,24 @@ impl Pod {
         let network = step("giving the VM the pod's network", network)?;
         let (token, endpoint, host) = step("preparing the sandbox's folder", files)?;
         work.host = Some(host);
+        at("start: files")?;
         step("writing the sandbox's files", self.pod_files(work, &network).await)?;
         step("recording the sandbox", self.persist(work))?;
+        at("start: ready to boot")?;
         caller.check("preparing the VM's network and files")?;
 
         let (vm, mut network) = self.boot(work, size, &cgroups, network).await?;
+        at("start: VM")?;
         caller.check("starting the VM")?;
         // From here on a restarted daemon finds the VM's processes.
         step("recording the sandbox", self.persist(work))?;
+        at("start: VM recorded")?;
 
         let greeted =
             async { tokio::join!(greet(&*vm, &token, deadline), self.place_vcpus(&*vm, &cgroups)).0 };
         let greeted = caller.unless_gone("waiting for the guest", greeted).await?;
         let agent = step("waiting for the guest's agent", greeted)?;
+        at("start: guest called")?;
         let ready = &agent.ready;
         tracing::debug!(
             agent = ready.agent,
@@ -115,8 +123,10 @@ impl Pod {
         let relay = step("starting the relay", relay)?;
         let relay = Arc::new(relay);
         work.relay = Some(relay.clone());
+        at("start: relay")?;
         // And from here on the relay.
         step("recording the sandbox", self.persist(work))?;
+        at("start: relay recorded")?;
         let guest = Guest::new(vm.address(), token);
         let request = setup::request(&self.id, &work.spec, &network);
         let told = guest.setup(&request, deadline.left().max(LEAST_TO_SET_UP));
@@ -126,9 +136,11 @@ impl Pod {
             source: source.into(),
             log: log::tails(&self.dir, &GUEST_LOGS),
         })?;
+        at("start: guest set up")?;
         caller.check("setting the guest up")?;
         self.set_phase(Phase::Running);
         step("recording the sandbox", self.persist(work))?;
+        at("start: running")?;
         self.watch(vm, relay, Some(agent));
         Ok(())
     }
@@ -270,6 +282,11 @@ async fn reason(
 /// What is known of a VM's end without its help.
 fn died(dir: &std::path::Path, code: Option<u32>) -> String {
     format!("the VM ended{}{}", with_status(code), log::tails(dir, &["vmm.log", "console.log"]))
+}
+
+/// For tests: the start is as far as this.
+fn at(name: &'static str) -> Result<(), PodError> {
+    step(name, crash::step(name).map_err(|error| StepError::Internal(error.to_string())))
 }
 
 fn step<T, E: Into<StepError>>(step: &'static str, done: Result<T, E>) -> Result<T, PodError> {

@@ -8,9 +8,10 @@ use std::{
 
 use kuasar_common::constants::pod_files;
 
-use super::{Exit, Phase, Pod, PodError, StepError, Work, cgroup};
+use super::{Exit, Phase, Pod, PodError, StepError, Work, cgroup, folder};
 use crate::{
-    container::{StorageError, remove},
+    container::StorageError,
+    crash,
     guest::Guest,
     network,
     process::{Process, ProcessError},
@@ -53,7 +54,9 @@ impl Pod {
             if running || std::mem::take(&mut work.guest_up) {
                 self.shut_guest_down(&*vm).await;
             }
+            at("stop: guest")?;
             end("stopping the VM", stop_vm(&vm).await)?;
+            at("stop: VM")?;
             let exit = vm.wait().await;
             self.set_ended(Exit { code: exit.code.unwrap_or(0), at: exit.at, reason: self.blamed() });
         }
@@ -70,11 +73,17 @@ impl Pod {
         if network.is_ok() {
             work.network = None;
         }
+        at("stop: network")?;
         let mounts = self.unmount().await;
-        let record = if self.dir.exists() { self.persist(work) } else { Ok(()) };
+        at("stop: unmounted")?;
+        // What it would say is worth less than the end, which may be what makes room for it.
+        if self.dir.exists()
+            && let Err(error) = self.persist(work)
+        {
+            tracing::warn!(%error, "recording the end of the sandbox");
+        }
         end("giving the network back", network)?;
-        end("unmounting what containers used", mounts)?;
-        end("recording the sandbox", record)
+        end("unmounting what containers used", mounts)
     }
 
     /// Not waited for for ever either: of a server that is away even an unmount may hang.
@@ -103,15 +112,17 @@ impl Pod {
         if let Some(relay) = &work.relay {
             end("ending the relay", relay.end(RELAY).await)?;
         }
+        at("remove: relay")?;
         if let Some(host) = work.host.take() {
             host.stop().await;
         }
         end("removing the sandbox's cgroup", cgroup::remove(&work.cgroups).await.map_err(StepError::Cgroup))?;
         work.cgroups.clear();
+        at("remove: cgroup")?;
         let dir = self.dir.clone();
-        let removed = tokio::task::spawn_blocking(move || remove::remove(&dir)).await;
+        let removed = tokio::task::spawn_blocking(move || folder::remove(&dir)).await;
         let removed = removed.map_err(|error| StepError::Internal(error.to_string()));
-        end("removing the sandbox's folder", removed.and_then(|removed| Ok(removed?)))?;
+        end("removing the sandbox's folder", removed.and_then(|removed| removed))?;
         work.relay = None;
         work.vm = None;
         Ok(())
@@ -135,6 +146,11 @@ async fn stop_vm(vm: &Arc<dyn Vm>) -> Result<(), StepError> {
         vm.stop(true, KILL).await?;
     }
     Ok(())
+}
+
+/// For tests: the end is as far as this.
+fn at(name: &'static str) -> Result<(), PodError> {
+    end(name, crash::step(name).map_err(|error| StepError::Internal(error.to_string())))
 }
 
 fn end<T, E: Into<StepError>>(doing: &'static str, done: Result<T, E>) -> Result<T, PodError> {

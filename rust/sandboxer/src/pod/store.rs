@@ -2,8 +2,6 @@
 
 use std::{
     collections::{BTreeMap, btree_map::Entry},
-    fs::DirBuilder,
-    os::unix::fs::DirBuilderExt,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::SystemTime,
 };
@@ -12,8 +10,8 @@ use kuasar_common::constants::pod_files;
 
 use tokio::sync::Notify;
 
-use super::{Annotation, Environment, Phase, Pod, PodError, PodSpec, StepError, View, VmSize};
-use crate::container::is_safe_id;
+use super::{Annotation, Environment, Phase, Pod, PodError, PodSpec, StepError, View, VmSize, Work, folder};
+use crate::{container::is_safe_id, crash};
 
 /// Longest path of a unix socket that the kernel takes, less the end that marks it.
 const MAX_SOCKET_PATH: usize = 107;
@@ -121,26 +119,55 @@ impl Pods {
                 longest.display()
             )));
         }
-        let view = View { phase: Phase::Created, pid: 0, created: SystemTime::now(), exit: None };
-        let pod = match self.lock().entry(id.to_owned()) {
-            Entry::Occupied(there) => there.get().clone(),
-            Entry::Vacant(free) => free.insert(Pod::new(&self.environment, id, spec.clone(), view)).clone(),
-        };
-        let exists = || PodError::Exists(id.to_owned());
-        // Checked before waiting as well: a pod that is starting holds its lock for long.
-        if pod.view().phase != Phase::Created {
-            return Err(exists());
+        loop {
+            let view = View { phase: Phase::Created, pid: 0, created: SystemTime::now(), exit: None };
+            let pod = match self.lock().entry(id.to_owned()) {
+                Entry::Occupied(there) => there.get().clone(),
+                Entry::Vacant(free) => {
+                    free.insert(Pod::new(&self.environment, id, spec.clone(), view)).clone()
+                }
+            };
+            let exists = || PodError::Exists(id.to_owned());
+            // Checked before waiting as well: a pod that is starting holds its lock for long.
+            if pod.view().phase != Phase::Created {
+                return Err(exists());
+            }
+            let work = pod.work.lock().await;
+            if !self.has(&pod) {
+                // Another request has made it in vain meanwhile, and it is in no list any more.
+                continue;
+            }
+            if pod.view().phase != Phase::Created || work.spec != spec {
+                return Err(exists());
+            }
+            self.creation.notify_one();
+            return self.make(&pod, &work).map_err(|source| PodError::Start {
+                step: "creating the sandbox's folder",
+                source,
+                log: String::new(),
+            });
         }
-        let work = pod.work.lock().await;
-        if pod.view().phase != Phase::Created || work.spec != spec {
-            return Err(exists());
+    }
+
+    /// Makes the folder and the record of a pod, or nothing.
+    fn make(&self, pod: &Arc<Pod>, work: &Work) -> Result<(), StepError> {
+        let at = |name| crash::step(name).map_err(StepError::file(pod.dir()));
+        let made = folder::make(pod.dir())
+            .and_then(|()| at("create: folder"))
+            .and_then(|()| pod.persist(work))
+            .and_then(|()| at("create: recorded"));
+        if let Err(error) = &made {
+            self.forget(pod);
+            let foreign = matches!(error, StepError::Foreign(_));
+            if !foreign && let Err(error) = folder::undo(pod.dir()) {
+                tracing::warn!(%error, "removing the folder of a sandbox that could not be created");
+            }
         }
-        self.creation.notify_one();
-        let made = make_folder(&pod).and_then(|()| pod.persist(&work));
-        made.map_err(|source| {
-            self.forget(&pod);
-            PodError::Start { step: "creating the sandbox's folder", source, log: String::new() }
-        })
+        made
+    }
+
+    fn has(&self, pod: &Arc<Pod>) -> bool {
+        self.lock().get(pod.id()).is_some_and(|known| Arc::ptr_eq(known, pod))
     }
 
     /// Ends and removes a pod. One that is not there is no error.
@@ -161,11 +188,4 @@ impl Pods {
             pods.remove(pod.id());
         }
     }
-}
-
-fn make_folder(pod: &Pod) -> Result<(), StepError> {
-    for path in [pod.dir().to_owned(), pod.dir().join(pod_files::LOG), pod.dir().join(pod_files::SHARED)] {
-        DirBuilder::new().recursive(true).mode(0o700).create(&path).map_err(StepError::file(&path))?;
-    }
-    Ok(())
 }

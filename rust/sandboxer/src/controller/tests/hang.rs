@@ -45,7 +45,7 @@ fn bind(source: &std::path::Path) -> Vec<HostMount> {
     }]
 }
 
-fn prepare(lab: &Lab, container: &str, source: &std::path::Path) -> PrepareRequest {
+pub(super) fn prepare(lab: &Lab, container: &str, source: &std::path::Path) -> PrepareRequest {
     let mut prepare = PrepareRequest::new();
     prepare.container_id = container.into();
     prepare.bundle = lab.path("bundle").to_str().unwrap().into();
@@ -53,7 +53,7 @@ fn prepare(lab: &Lab, container: &str, source: &std::path::Path) -> PrepareReque
     prepare
 }
 
-async fn running(lab: &Lab) -> (Client, Arc<Pods>, HostClient) {
+pub(super) async fn running(lab: &Lab) -> (Client, Arc<Pods>, HostClient) {
     let (mut client, pods) = serve(lab).await;
     client.create(create(lab, &pod_config())).await.unwrap();
     start(&mut client).await.unwrap();
@@ -61,12 +61,12 @@ async fn running(lab: &Lab) -> (Client, Arc<Pods>, HostClient) {
         fs::create_dir(lab.path(name)).unwrap();
     }
     fs::write(lab.path("bundle/config.json"), r#"{"ociVersion":"1.1.0","hostname":"x"}"#).unwrap();
-    let socket = lab.path("pods/p1").join(pod_files::HOST_SOCKET);
+    let socket = lab.pod("p1").join(pod_files::HOST_SOCKET);
     let host = ttrpc::asynchronous::Client::connect(&format!("unix://{}", socket.display())).await.unwrap();
     (client, pods, HostClient::new(host))
 }
 
-fn context() -> ttrpc::context::Context {
+pub(super) fn context() -> ttrpc::context::Context {
     ttrpc::context::with_duration(Duration::from_secs(60))
 }
 

@@ -172,27 +172,129 @@ async fn a_start_that_dies_with_the_daemon_is_cleared_away() {
     }
 }
 
+/// One pod that runs, and whose VMM does not answer the next daemon.
+async fn with_a_vmm_that_does_not_answer(lab: &Lab) -> (Client, Arc<Pods>, Instant) {
+    let (mut client, pods) = serve(lab).await;
+    client.create(create(lab, &pod_config())).await.unwrap();
+    start(&mut client).await.unwrap();
+    pods.leave();
+    drop((client, pods));
+    fs::write(lab.path("pods/p1/hang"), "").unwrap();
+    let began = Instant::now();
+    let (client, pods) = serve(lab).await;
+    (client, pods, began)
+}
+
+fn silent(status: &ControllerStatusResponse) -> bool {
+    status.info["kuasar"].contains("its VMM has not answered yet since the daemon was restarted")
+}
+
 #[tokio::test(flavor = "multi_thread")]
-async fn a_pod_that_cannot_be_found_again_is_not_ready_and_can_be_removed() {
+async fn a_pod_whose_vmm_answers_late_was_ready_all_the_time() {
+    let lab = Lab::new(Fault::None);
+    let (mut client, pods, began) = with_a_vmm_that_does_not_answer(&lab).await;
+    assert!(began.elapsed() >= lab.environment().recover_timeout, "nobody waited for it");
+    let waiting = tokio::spawn(wait(client.clone()));
+    let unknown = status(&mut client).await.unwrap();
+    assert_eq!((unknown.state.as_str(), unknown.pid), ("SANDBOX_READY", lab.vmm().pid()));
+    assert!(silent(&unknown), "{unknown:?}");
+    fs::remove_file(lab.path("pods/p1/hang")).unwrap();
+    let pod = pods.get("p1").unwrap();
+    eventually("it is found", || pod.silence().is_none()).await;
+    assert_eq!(status(&mut client).await.unwrap().state, "SANDBOX_READY");
+    // And watched as any other.
+    assert!(!waiting.is_finished());
+    lab.vmm().signal(rustix::process::Signal::KILL).unwrap();
+    timeout(Duration::from_secs(5), waiting).await.expect("Wait ends").unwrap().unwrap();
+    shutdown(&mut client).await.unwrap();
+    lab.assert_clean();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_pod_whose_vmm_does_not_answer_can_be_stopped_and_removed() {
+    let lab = Lab::new(Fault::None);
+    let (mut client, _pods, _) = with_a_vmm_that_does_not_answer(&lab).await;
+    assert!(lab.survivors().contains(&lab.vmm().pid()), "nobody has ended it so far");
+    stop(&mut client).await.unwrap();
+    assert!(!lab.survivors().contains(&lab.vmm().pid()));
+    let stopped = status(&mut client).await.unwrap();
+    assert_eq!(stopped.state, "SANDBOX_NOTREADY");
+    shutdown(&mut client).await.unwrap();
+    lab.assert_clean();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_end_of_a_vmm_or_relay_is_noticed_before_it_has_answered() {
+    for whose in ["VM", "relay"] {
+        let lab = Lab::new(Fault::None);
+        let (mut client, _pods, _) = with_a_vmm_that_does_not_answer(&lab).await;
+        let waiting = tokio::spawn(wait(client.clone()));
+        let pid = if whose == "VM" { lab.vmm().pid() } else { lab.relays()[0] };
+        crate::process::Process::open(pid).unwrap().signal(rustix::process::Signal::KILL).unwrap();
+        timeout(Duration::from_secs(5), waiting).await.expect("Wait ends").unwrap().unwrap();
+        let ended = status(&mut client).await.unwrap();
+        assert_eq!(ended.state, "SANDBOX_NOTREADY");
+        let reason = format!("its {whose} ended while no daemon watched");
+        assert!(ended.info["kuasar"].contains(&reason), "{ended:?}");
+        shutdown(&mut client).await.unwrap();
+        lab.assert_clean();
+    }
+}
+
+/// Process ids of before a restart of the host are those of other processes now.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_restart_of_the_host_is_told_from_one_of_the_daemon() {
     let lab = Lab::new(Fault::None);
     let (mut client, pods) = serve(&lab).await;
     client.create(create(&lab, &pod_config())).await.unwrap();
     start(&mut client).await.unwrap();
     pods.leave();
     drop((client, pods));
-    fs::write(lab.path("pods/p1/hang"), "").unwrap();
+    let path = lab.path("pods/p1/pod.json");
+    let mut record: serde_json::Value = serde_json::from_slice(&fs::read(&path).unwrap()).unwrap();
+    let boot = fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap();
+    assert_eq!(record["boot"], boot.trim());
+    record["boot"] = "11111111-2222-3333-4444-555555555555".into();
+    fs::write(&path, record.to_string()).unwrap();
+
+    let relays = lab.relays();
     let (mut client, _pods) = serve(&lab).await;
-    let lost = status(&mut client).await.unwrap();
-    assert_eq!(lost.state, "SANDBOX_NOTREADY");
-    assert!(
-        lost.info["kuasar"].contains("it was not found again within 3s after the daemon's restart"),
-        "{lost:?}"
-    );
-    timeout(Duration::from_secs(5), wait(client.clone())).await.expect("at once").unwrap();
-    assert!(!lab.survivors().is_empty(), "nobody has ended it so far");
-    stop(&mut client).await.unwrap();
-    assert!(!lab.survivors().contains(&lab.vmm().pid()));
+    let ended = status(&mut client).await.unwrap();
+    assert_eq!((ended.state.as_str(), ended.pid), ("SANDBOX_NOTREADY", 0));
+    assert!(ended.info["kuasar"].contains("its VM ended with the host, which was restarted"), "{ended:?}");
     shutdown(&mut client).await.unwrap();
+    // What has their ids is not ours.
+    assert_eq!(lab.survivors(), [lab.vmm().pid()]);
+    lab.vmm().end(Duration::ZERO).await.unwrap();
+    for relay in relays {
+        crate::process::Process::open(relay).unwrap().end(Duration::ZERO).await.unwrap();
+    }
+    lab.assert_clean();
+}
+
+/// Whoever gives the daemon a folder one level too high loses nothing.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_no_pods_folder_is_left_alone_by_recovery_creation_and_removal() {
+    let lab = Lab::new(Fault::None);
+    let precious = lab.path("pods/precious");
+    fs::create_dir(&precious).unwrap();
+    let none = None::<&str>;
+    nix::mount::mount(Some("tmpfs"), &precious, Some("tmpfs"), nix::mount::MsFlags::empty(), none).unwrap();
+    fs::write(precious.join("data"), "x").unwrap();
+    let unfinished = lab.path("pods").join("a".repeat(64));
+    fs::create_dir(&unfinished).unwrap();
+    let (mut client, pods) = serve(&lab).await;
+    assert!(precious.join("data").exists() && pods.is_empty());
+    assert!(!unfinished.exists(), "nothing is lost with an empty folder of a sandbox's name");
+    let mut request = create(&lab, &pod_config());
+    request.sandbox_id = "precious".into();
+    let error = client.create(request).await.unwrap_err();
+    assert!(error.message().contains("precious is there already and no sandbox's"), "{error:?}");
+    let request = ControllerShutdownRequest { sandbox_id: "precious".into(), ..Default::default() };
+    client.shutdown(request).await.unwrap();
+    assert_eq!(fs::read_to_string(precious.join("data")).unwrap(), "x");
+    crate::container::mount::unmount_below(&precious).unwrap();
+    fs::remove_dir(&precious).unwrap();
     lab.assert_clean();
 }
 
@@ -244,16 +346,19 @@ async fn five_hundred_pods_are_recovered_and_ten_broken_ones_delay_none() {
             })
             .count()
     };
-    eventually("490 pods are there", || ready() == 490).await;
-    // The hanging ones are given up after three seconds; the others were there without them.
+    eventually("493 pods are there", || ready() == 493).await;
+    // The hanging ones are waited for three seconds, and ready as they were; the others were found without them.
     assert!(!recovering.is_finished(), "the hanging ones were not waited for");
-    eprintln!("490 pods ready after {:?}", began.elapsed());
+    eprintln!("493 pods ready after {:?}", began.elapsed());
     assert_eq!(recovering.await.unwrap().unwrap(), 496);
     assert!(began.elapsed() < Duration::from_secs(10), "{:?}", began.elapsed());
-    for (number, reason) in [(5, "it was not found again"), (8, "its VM ended while no daemon watched")] {
-        let exit = pods.get(&format!("p{number}")).unwrap().view().exit.unwrap();
-        assert!(exit.reason.as_deref().is_some_and(|told| told.starts_with(reason)), "{exit:?}");
-    }
+    assert_eq!(ready(), 493);
+    let silent = |number| pods.get(&format!("p{number}")).unwrap().silence().is_some();
+    eventually("it is told that they do not answer", || (5..=7).all(silent)).await;
+    assert!(!silent(12) && !silent(500));
+    let exit = pods.get("p8").unwrap().view().exit.unwrap();
+    let reason = "its VM ended while no daemon watched";
+    assert!(exit.reason.as_deref().is_some_and(|told| told.starts_with(reason)), "{exit:?}");
     for number in [2, 11] {
         assert!(pods.get(&format!("p{number}")).is_err());
         assert!(lab.path(&format!("pods/p{number}/pod.json.unreadable")).exists());

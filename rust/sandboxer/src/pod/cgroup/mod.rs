@@ -16,6 +16,7 @@ mod metrics;
 
 use std::{
     fs, io,
+    os::unix::fs::PermissionsExt,
     path::{Component, Path, PathBuf},
     time::Duration,
 };
@@ -241,8 +242,10 @@ fn make(above: &Path, cgroup: &Path) -> io::Result<()> {
 
 fn create_dir(path: &Path) -> io::Result<()> {
     match fs::create_dir(path) {
-        Err(error) if error.kind() != io::ErrorKind::AlreadyExists => Err(error),
-        _ => Ok(()),
+        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => Ok(()),
+        Err(error) => Err(error),
+        // Whatever the daemon's umask says: figures are for everybody, as those of kubelet's own cgroups.
+        Ok(()) => fs::set_permissions(path, fs::Permissions::from_mode(0o755)),
     }
 }
 
