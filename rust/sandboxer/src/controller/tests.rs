@@ -480,6 +480,7 @@ async fn a_new_daemon_finds_dead_pods_not_ready_and_half_started_ones_gone() {
     lab.assert_clean();
 }
 
+mod crash;
 mod full;
 mod hang;
 mod resources;
