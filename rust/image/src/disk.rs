@@ -1,34 +1,18 @@
-//! The disk image: one file, two ways to read it.
-//!
-//! | at | what | read by |
-//! |---|---|---|
-//! | 0 | MBR, partition 1 at 3 MiB | virtio-blk: `/dev/vda1` |
-//! | 4096 | PFN superblock, data at 2 MiB | the kernel's nvdimm driver |
-//! | 2 MiB | MBR, partition 1 at 1 MiB from here | pmem with DAX: `/dev/pmem0p1` |
-//! | 3 MiB | file system | both |
-//! | behind it | dm-verity's superblock and hash tree, if wanted | both |
-//!
-//! The whole file is a multiple of 2 MiB: the kernel maps pmem in pieces of that size and refuses others.
+//! Builds disk images and initrds; [`crate::layout`] has where the parts of a disk image lie.
 
 use std::fs::{File, OpenOptions, Permissions};
 use std::os::unix::fs::{FileExt, PermissionsExt};
 use std::path::Path;
 
-use crate::check::{self, Arch};
-use crate::mbr::{self, Partition, SECTOR};
+use crate::check;
+use crate::elf::Arch;
+use crate::layout::{ALIGN, DAX_OFFSET, FS_OFFSET, MAX_SIZE, partition, size_problem};
+use crate::mbr;
 use crate::pfn::{self, Superblock};
+use crate::source::copy;
 use crate::tree::Entry;
 use crate::verity::{self, Verity};
-use crate::{Error, MIB, Result, cpio, erofs, ext4, report, tree, xfs};
-
-/// Start of the data a DAX reader sees, and the alignment of the whole, bytes.
-pub const DAX_OFFSET: u64 = 2 * MIB;
-/// Alignment the superblock asks for: the size of a huge page, bytes.
-pub const ALIGN: u32 = 2 << 20;
-/// Where the file system begins, bytes.
-pub const FS_OFFSET: u64 = 3 * MIB;
-/// An MBR counts 512 byte sectors in 32 bits.
-const MAX_SIZE: u64 = (u32::MAX as u64) * SECTOR;
+use crate::{Error, Result, cpio, erofs, ext4, tree, xfs};
 
 /// What to build.
 #[derive(Debug, Clone)]
@@ -91,7 +75,7 @@ pub fn build(options: &Options<'_>, content: Content) -> Result<Option<Verity>> 
         if content.verity {
             let made = verity::append(file, path, FS_OFFSET, layout.fs, options.epoch)?;
             // Who looks for the tree looks behind the file system: that must be as large as it was told to be.
-            if report::verity_offset(file, path)? != Some(layout.fs) {
+            if verity::offset(file, path)? != Some(layout.fs) {
                 return Err(Error::Size("the file system is smaller than asked for; add a reserve".into()));
             }
             verity = Some(made);
@@ -154,22 +138,6 @@ pub(crate) fn beside(path: &Path) -> Result<tempfile::NamedTempFile> {
         .map_err(Error::io("create a file in", folder))
 }
 
-/// Copies bytes, holes where they are zero; where they go must be zero.
-pub(crate) fn copy(from: &File, from_at: u64, to: &File, to_at: u64, length: u64) -> std::io::Result<()> {
-    let mut buffer = vec![0; 1 << 16];
-    let mut done = 0;
-    while done < length {
-        let part = usize::try_from(length - done).unwrap_or(usize::MAX).min(buffer.len());
-        let piece = buffer.get_mut(..part).unwrap_or_default();
-        from.read_exact_at(piece, from_at + done)?;
-        if piece.iter().any(|byte| *byte != 0) {
-            to.write_all_at(piece, to_at + done)?;
-        }
-        done += part as u64;
-    }
-    Ok(())
-}
-
 /// Builds an initrd of the same kind of root; the kernel starts `/init` in it.
 ///
 /// # Errors
@@ -202,28 +170,6 @@ pub fn write_header(output: &Path, size: Option<u64>) -> Result<u64> {
     check_size(size)?;
     write_tables(&file, output, size)?;
     Ok(size)
-}
-
-/// Partition 1 as the table at `table` bytes sees it, for an image of `size` bytes.
-#[must_use]
-pub fn partition(size: u64, table: u64) -> Partition {
-    let sectors = |bytes: u64| u32::try_from(bytes / SECTOR).unwrap_or(u32::MAX);
-    Partition {
-        kind: mbr::TYPE_LINUX,
-        start: sectors(FS_OFFSET - table),
-        sectors: sectors(size.saturating_sub(FS_OFFSET)),
-    }
-}
-
-/// Why a file of `size` bytes cannot be an image: too small, too large, or no multiple of 2 MiB.
-pub(crate) fn size_problem(size: u64) -> Option<&'static str> {
-    if size <= FS_OFFSET {
-        Some("leaves no room for a file system behind the first 3 MiB")
-    } else if !size.is_multiple_of(DAX_OFFSET) {
-        Some("is no multiple of 2 MiB, which DAX needs")
-    } else {
-        (size > MAX_SIZE).then_some("is beyond the 2 TiB of an MBR")
-    }
 }
 
 fn check_size(size: u64) -> Result<()> {

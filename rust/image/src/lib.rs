@@ -3,7 +3,8 @@
 //! * [`cpio`]: the initrd, a deterministic newc archive of a root file system;
 //! * [`disk`]: the disk image, one file that boots as plain virtio-blk and as pmem with DAX;
 //! * [`pfn`]: the superblock by which the kernel's nvdimm driver finds the DAX data in that file;
-//! * [`report`]: what `inspect` prints and `verify` judges.
+//! * [`layout`]: where the parts of the disk image lie;
+//! * [`examine`]: makes the [`report`] that `inspect` prints and `verify` judges.
 //!
 //! Everything written depends on the content of the root file system only: no clock, no random number, no order of
 //! a directory listing, no owner or time stamp of the builder's files. `SOURCE_DATE_EPOCH`, when set, is the one time
@@ -14,10 +15,13 @@ pub mod check;
 pub mod cpio;
 mod crc32c;
 pub mod disk;
+pub mod elf;
 pub mod erofs;
 pub mod error;
+pub mod examine;
 pub mod ext4;
 mod gpt;
+pub mod layout;
 mod list;
 pub mod mbr;
 pub mod pfn;

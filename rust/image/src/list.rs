@@ -1,6 +1,7 @@
 //! Finds the largest files of an ext4, EROFS or XFS file system. The bytes may come from anywhere: whatever they claim, the
 //! work is bounded, and what makes no sense is left out.
 
+mod inode;
 mod xfs;
 
 use std::collections::BTreeSet;
@@ -9,16 +10,14 @@ use std::io;
 use crate::pfn::field;
 use crate::source::{self, Source};
 use crate::superblock::Known;
+use inode::{BLOCK, Inode, MAX_INODES, Names};
 use xfs::Xfs;
 
-/// Inodes looked at.
-const MAX_INODES: usize = 100_000;
 /// Blocks of folders read.
 const MAX_BLOCKS: usize = 100_000;
 const MAX_DEPTH: usize = 64;
 /// Bytes of a path, escaped.
 const MAX_PATH: usize = 4096;
-const BLOCK: usize = 4096;
 
 /// A file's size and its path, escaped for a terminal.
 pub(crate) type Found = (u64, String);
@@ -58,23 +57,11 @@ pub(crate) fn largest(image: &dyn Source, at: u64, known: Known, count: usize) -
     Ok(files)
 }
 
-struct Inode {
-    mode: u16,
-    size: u64,
-    /// As the file system has it: an ext4 inode's block map, the start of the others'.
-    raw: [u8; 64],
-    /// ext4's flags, the others' format.
-    flags: u32,
-    at: u64,
-}
-
 enum Volume<'a> {
     Ext4(Ext4<'a>),
     Erofs(Erofs<'a>),
     Xfs(Xfs<'a>),
 }
-
-type Names = Vec<(u64, Vec<u8>)>;
 
 impl Volume<'_> {
     fn root(&self) -> u64 {

@@ -5,10 +5,10 @@ use std::process::ExitCode;
 
 use anyhow::{Context, Result, bail};
 use clap::{Parser, Subcommand, ValueEnum};
-use kuasar_image::check::Arch;
 use kuasar_image::cpio::Packing;
 use kuasar_image::disk::{self, Content, FileSystem, Options};
-use kuasar_image::{MIB, report};
+use kuasar_image::elf::Arch;
+use kuasar_image::{MIB, examine};
 
 /// Builds, inspects and verifies guest images. Equal root file systems give equal bytes; every time stamp is
 /// SOURCE_DATE_EPOCH (seconds since 1970; 0 when unset, but 1 in ext4, whose tools take 0 for "now").
@@ -135,7 +135,7 @@ fn run(cli: Cli) -> Result<()> {
             Ok(())
         }
         Command::Inspect { file } => {
-            print!("{}", report::examine(&file)?);
+            print!("{}", examine::examine(&file)?);
             Ok(())
         }
         Command::Verify { file, root_hash } => verify(&file, root_hash.as_deref()),
@@ -147,7 +147,7 @@ fn run(cli: Cli) -> Result<()> {
 }
 
 fn verify(file: &Path, root_hash: Option<&str>) -> Result<()> {
-    let report = report::examine(file)?;
+    let report = examine::examine(file)?;
     let mut count = 0;
     for field in report.problems() {
         let problem = field.problem.as_deref().unwrap_or_default();

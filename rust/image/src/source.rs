@@ -89,3 +89,19 @@ impl Source for Pieces<'_> {
         Ok(())
     }
 }
+
+/// Copies bytes, holes where they are zero; where they go must be zero.
+pub(crate) fn copy(from: &File, from_at: u64, to: &File, to_at: u64, length: u64) -> std::io::Result<()> {
+    let mut buffer = vec![0; 1 << 16];
+    let mut done = 0;
+    while done < length {
+        let part = usize::try_from(length - done).unwrap_or(usize::MAX).min(buffer.len());
+        let piece = buffer.get_mut(..part).unwrap_or_default();
+        from.read_exact_at(piece, from_at + done)?;
+        if piece.iter().any(|byte| *byte != 0) {
+            to.write_all_at(piece, to_at + done)?;
+        }
+        done += part as u64;
+    }
+    Ok(())
+}

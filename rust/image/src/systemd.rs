@@ -3,7 +3,7 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use crate::check::{Arch, program, resolve};
+use crate::elf::{Arch, program, resolve};
 
 /// The agent's unit.
 const UNIT: &str = "vmm-task.service";

@@ -6,9 +6,14 @@ use std::fs::File;
 use std::path::Path;
 
 use crate::ext4::BLOCK;
+use crate::layout::FS_OFFSET;
+use crate::report::Report;
+use crate::source::{self, FileSource, copy};
 use crate::tool::Tool;
-use crate::{Error, Result, disk, report};
+use crate::{Error, Result, superblock};
 
+/// First bytes of a dm-verity superblock (`struct verity_sb` of veritysetup).
+pub(crate) const MAGIC: &[u8; 8] = b"verity\0\0";
 const VERITYSETUP: Tool = Tool::new("veritysetup", "cryptsetup");
 /// UUID of every tree made here; an image is known by its root hash, not by this.
 const UUID: &str = "6b756173-6172-4000-8000-000000000005";
@@ -44,6 +49,19 @@ pub fn size(data: u64) -> u64 {
     }
 }
 
+/// Where the tree's superblock lies, bytes from the start of the file system; none when there is none.
+pub(crate) fn offset(file: &File, path: &Path) -> Result<Option<u64>> {
+    let size = file.metadata().map_err(Error::io("read the size of", path))?.len();
+    let image = FileSource { file, size };
+    let io = |e| Error::io("read", path)(e);
+    let start = source::block(&image, FS_OFFSET).map_err(io)?;
+    let room = size.saturating_sub(FS_OFFSET);
+    let found = superblock::examine(&mut Report::default(), "", &start, room);
+    let Some((_, bytes)) = found.filter(|(_, bytes)| *bytes > 0) else { return Ok(None) };
+    let sb: [u8; 8] = source::block(&image, FS_OFFSET + bytes).map_err(Error::io("read", path))?;
+    Ok((sb == *MAGIC).then_some(bytes))
+}
+
 /// Puts the tree behind the `data` bytes at `offset`.
 pub(crate) fn append(image: &File, path: &Path, offset: u64, data: u64, epoch: u32) -> Result<Verity> {
     let (alone, data_blocks) = extract(image, path, offset, data, 0)?;
@@ -63,7 +81,7 @@ pub(crate) fn append(image: &File, path: &Path, offset: u64, data: u64, epoch: u
             size(data)
         )));
     }
-    disk::copy(alone.as_file(), data, image, offset + data, size(data)).map_err(Error::io("write", path))?;
+    copy(alone.as_file(), data, image, offset + data, size(data)).map_err(Error::io("write", path))?;
     Ok(Verity { root_hash, data_blocks })
 }
 
@@ -77,9 +95,9 @@ pub fn check(path: &Path, root_hash: &str) -> Result<()> {
     }
     let image = File::open(path).map_err(Error::io("open", path))?;
     let wrong = |reason: String| Error::Format { path: path.to_owned(), reason };
-    let data = report::verity_offset(&image, path)?
+    let data = self::offset(&image, path)?
         .ok_or_else(|| wrong("has no dm-verity tree behind its file system".into()))?;
-    let (alone, _) = extract(&image, path, disk::FS_OFFSET, data, size(data))?;
+    let (alone, _) = extract(&image, path, FS_OFFSET, data, size(data))?;
     let name = alone.path().file_name().unwrap_or_default();
     let mut command = command(alone.path(), 0)?;
     command.arg("verify").arg(format!("--hash-offset={data}")).arg(name).arg(name).arg(root_hash);
@@ -100,7 +118,7 @@ fn extract(
     let folder = std::env::temp_dir();
     let alone = tempfile::NamedTempFile::new().map_err(Error::io("create a file in", &folder))?;
     alone.as_file().set_len(data + more).map_err(Error::io("set the size of", alone.path()))?;
-    disk::copy(image, offset, alone.as_file(), 0, data + more).map_err(Error::io("copy from", path))?;
+    copy(image, offset, alone.as_file(), 0, data + more).map_err(Error::io("copy from", path))?;
     Ok((alone, data / BLOCK))
 }
 

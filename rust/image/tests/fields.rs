@@ -38,7 +38,7 @@ fn image(dir: &Path, arguments: &[&str]) -> (PathBuf, Vec<u8>) {
 
 /// As `verify` prints them.
 fn problems(image: &Path) -> Vec<String> {
-    let report = kuasar_image::report::examine(image).unwrap();
+    let report = kuasar_image::examine::examine(image).unwrap();
     report
         .problems()
         .map(|f| format!("{}: {} is {}: {}", f.section, f.name, f.value, f.problem.as_deref().unwrap()))

@@ -7,8 +7,8 @@ mod common;
 use std::fs;
 
 use kuasar_image::archive;
-use kuasar_image::report::{self, Report};
 use kuasar_image::source::Pieces;
+use kuasar_image::{examine, report::Report};
 
 /// Numbers that look random and are the same in every run (splitmix64).
 struct Numbers(u64);
@@ -46,7 +46,7 @@ fn random_tables_superblocks_and_file_systems_are_judged() {
             file.write_all_at(&[0x53, 0xef], (3 << 20) + 1024 + 56).unwrap();
             file.write_all_at(b"NVDIMM_PFN_INFO\0", 4096).unwrap();
         }
-        let report = report::examine(&path).unwrap();
+        let report = examine::examine(&path).unwrap();
         assert!(report.problems().count() > 0);
         assert!(report.to_string().is_ascii(), "bytes of the image reach the terminal: {report}");
     }
@@ -75,7 +75,7 @@ fn mutated_file_systems_are_walked() {
                 bytes[block + numbers.below(4096)] = numbers.next() as u8;
             }
             let pieces = vec![(0, &bytes[..])];
-            report::disk_image(&Pieces { size: bytes.len() as u64, pieces }).unwrap();
+            examine::disk_image(&Pieces { size: bytes.len() as u64, pieces }).unwrap();
             bytes[block..block + 4096].copy_from_slice(&original[block..block + 4096]);
         }
     }
@@ -115,6 +115,6 @@ fn an_entry_that_claims_4_gib_costs_nothing() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("initrd");
     fs::write(&path, [b"070701".as_slice(), "ffffffff".repeat(13).as_bytes()].concat()).unwrap();
-    let report = report::examine(&path).unwrap().to_string();
+    let report = examine::examine(&path).unwrap().to_string();
     assert!(report.contains("a name is 4294967295 bytes; 1 to 4096 are allowed"), "{report}");
 }

@@ -33,7 +33,7 @@ fn ours(root: &Path, file: &Path, packing: &str) -> Vec<u8> {
 /// What is wrong with an initrd of these bytes.
 fn problems(file: &Path, bytes: &[u8]) -> Vec<String> {
     fs::write(file, bytes).unwrap();
-    let report = kuasar_image::report::examine(file).unwrap();
+    let report = kuasar_image::examine::examine(file).unwrap();
     report.problems().map(|field| format!("{}: {}", field.name, field.problem.as_deref().unwrap())).collect()
 }
 

@@ -3,7 +3,7 @@
 
 use std::io;
 
-use super::{BLOCK, Inode, MAX_INODES, Names};
+use super::inode::{BLOCK, Inode, MAX_INODES, Names};
 use crate::pfn::field;
 use crate::source::{self, Source};
 

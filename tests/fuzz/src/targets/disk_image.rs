@@ -1,7 +1,7 @@
 //! A disk image of another builder, or of nobody: partition tables of both kinds, the PFN superblock, the superblocks of
 //! file systems and dm-verity, and the walk through folders for the largest files.
 
-use kuasar_image::{mbr, pfn, report, source::Pieces};
+use kuasar_image::{examine, mbr, pfn, source::Pieces};
 
 /// Pieces of an image that is looked at: where each lies, and how many bytes of an input it gets. Few, so that most changes
 /// meet a byte that has a meaning.
@@ -30,10 +30,10 @@ fn start(piece: usize) -> usize {
 
 pub(crate) fn seeds() -> Vec<Vec<u8>> {
     let mut ours = vec![0; start(PIECES.len())];
-    put(&mut ours, 0, &mbr::encode(kuasar_image::disk::partition(SIZE, 0)));
+    put(&mut ours, 0, &mbr::encode(kuasar_image::layout::partition(SIZE, 0)));
     let superblock = pfn::Superblock::new(2 << 20, 2 << 20).encode();
     put(&mut ours, start(1), superblock.get(..128).unwrap_or_default());
-    put(&mut ours, start(2), &mbr::encode(kuasar_image::disk::partition(SIZE, 2 << 20)));
+    put(&mut ours, start(2), &mbr::encode(kuasar_image::layout::partition(SIZE, 2 << 20)));
     let (mut gpt, mut ext4, mut erofs, mut xfs) = (ours.clone(), ours.clone(), ours.clone(), ours);
 
     put(&mut gpt, 450, &[0xee]);
@@ -88,7 +88,7 @@ pub(crate) fn run(input: &[u8]) {
         rest = others;
         (at, piece)
     });
-    let Ok(report) = report::disk_image(&Pieces { size: SIZE, pieces: pieces.to_vec() }) else { return };
+    let Ok(report) = examine::disk_image(&Pieces { size: SIZE, pieces: pieces.to_vec() }) else { return };
     let text = report.to_string();
     assert!(text.is_ascii() && !text.contains('\x1b'), "bytes of the image reach the terminal: {text}");
 }
