@@ -4,7 +4,7 @@
 
 use std::fs;
 
-use kuasar_lints::{circles, root};
+use kuasar_lints::{circles, promises, root, rust_files};
 
 const CRATES: [&str; 7] = ["common", "derive", "image", "lints", "sandboxer", "shim", "task"];
 
@@ -50,4 +50,20 @@ fn every_crate_is_looked_at() {
         fs::read_dir(root().join("rust")).unwrap().flatten().map(|e| e.file_name()).collect();
     found.sort();
     assert_eq!(found, CRATES);
+}
+
+/// A promise without its test is a hope.
+#[test]
+fn every_test_that_the_specification_names_exists() {
+    let document = fs::read_to_string(root().join("docs/specification.md")).unwrap();
+    let mut known = std::collections::BTreeSet::new();
+    for folder in ["rust", "tests"] {
+        for file in rust_files(&root().join(folder)).unwrap() {
+            known.extend(promises::functions(&fs::read_to_string(file).unwrap()));
+        }
+    }
+    let named = promises::named(&document);
+    assert!(named.len() > 50, "only {} tests are named", named.len());
+    let missing: Vec<_> = named.into_iter().filter(|name| !known.contains(name)).collect();
+    assert!(missing.is_empty(), "docs/specification.md names tests that are not there: {missing:?}");
 }
