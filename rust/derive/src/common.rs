@@ -1,4 +1,4 @@
-//! What both macros need.
+//! Helpers of both macros.
 
 use convert_case::{Case, Casing};
 use proc_macro2::TokenStream;
@@ -38,7 +38,7 @@ pub(crate) fn kebab(ident: &Ident) -> LitStr {
     LitStr::new(&ident.unraw().to_string().to_case(Case::Kebab), ident.span())
 }
 
-/// What stands for `::kuasar_common` unless an attribute says otherwise.
+/// Default path of the `kuasar_common` crate, unless an attribute names another.
 pub(crate) fn default_crate() -> Path {
     parse_quote!(::kuasar_common)
 }

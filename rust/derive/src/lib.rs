@@ -101,7 +101,7 @@ pub fn cmd_line_params(input: TokenStream) -> TokenStream {
 
 /// Implements `ToCmdLineParams` for a struct with named fields: a whole command line, in the order of the fields.
 ///
-/// What a field prints depends on its type:
+/// The printed form of a field depends on its type:
 ///
 /// | type | prints |
 /// |---|---|

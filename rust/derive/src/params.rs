@@ -10,13 +10,13 @@ use crate::common::{bound, default_crate, inside, kebab, name, named_fields, ref
 
 const DERIVE: &str = "CmdLineParams";
 
-/// What `#[params(...)]` says.
+/// Content of `#[params(...)]`.
 struct Options {
     names: Vec<LitStr>,
     krate: Path,
 }
 
-/// What one `#[property(...)]` says.
+/// Content of one `#[property(...)]`.
 #[derive(Default)]
 struct Property {
     param: Option<LitStr>,
@@ -184,7 +184,7 @@ fn unknown(meta: &syn::meta::ParseNestedMeta<'_>) -> Error {
     meta.error("unknown item; known are `param`, `key`, `predicate`, `generator`, `ignore_key`, `ignore`")
 }
 
-/// Which of the struct's params the property belongs to.
+/// Index of the struct's param that the property belongs to.
 fn param_index(property: &Property, names: &[LitStr], at: &dyn quote::ToTokens) -> Result<usize> {
     let listed = || names.iter().map(|n| format!("`{}`", n.value())).collect::<Vec<_>>().join(", ");
     match &property.param {

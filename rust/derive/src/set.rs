@@ -15,7 +15,7 @@ const SCALARS: [&str; 20] = [
     "f8", "f16", "f32", "f64", "f128", "char",
 ];
 
-/// How a field prints.
+/// Printed form of a field.
 enum Form<'a> {
     Flag,
     Value,
@@ -88,7 +88,7 @@ impl Key {
     }
 }
 
-/// What the field's attribute says; nothing when the field is ignored.
+/// Reads the field's attribute; nothing if the field is ignored.
 fn key(field: &Field) -> Result<Option<Key>> {
     let (mut key, mut ignore) = (None, None);
     for attribute in field.attrs.iter().filter(|a| a.path().is_ident("param")) {
@@ -129,7 +129,7 @@ fn is_scalar(ty: &Type) -> bool {
     }
 }
 
-/// Whether a type is written as one of the names, by itself or as a path into the standard library.
+/// Returns true if a type is written as one of the names, by itself or as a path into the standard library.
 fn is_named(ty: &Type, names: &[&str]) -> bool {
     let Type::Path(path) = bare(ty) else { return false };
     let segments = &path.path.segments;

@@ -1,4 +1,4 @@
-//! What `#[derive(CmdLineParams)]` generates, seen from another crate.
+//! Output of `#[derive(CmdLineParams)]`, seen from another crate.
 #![allow(dead_code)]
 
 use kuasar_common::param::{
@@ -280,7 +280,7 @@ fn types_substituted_by_a_macro_are_seen_through() {
     assert!(Maybe { id: None }.to_cmdline_params("-").is_empty());
 }
 
-/// What a crate that renames its dependency, or has none, puts in its place.
+/// Replacement that a crate uses which renames its dependency, or has none.
 mod elsewhere {
     pub(crate) mod param {
         pub(crate) use kuasar_common::param::{Param, Property, ToParams};

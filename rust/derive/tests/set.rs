@@ -1,4 +1,4 @@
-//! What `#[derive(CmdLineParamSet)]` generates, seen from another crate.
+//! Output of `#[derive(CmdLineParamSet)]`, seen from another crate.
 #![allow(dead_code)]
 
 use kuasar_common::param::ToCmdLineParams;

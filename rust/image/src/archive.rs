@@ -18,7 +18,7 @@ const MAX_NAME: u64 = 4096;
 const GZIP_MAGIC: &[u8] = &[0x1f, 0x8b];
 const ZSTD_MAGIC: &[u8] = &[0x28, 0xb5, 0x2f, 0xfd];
 
-/// Whether a file that starts so is an initrd.
+/// Returns true if a file that starts with these bytes is an initrd.
 pub(crate) fn is_initrd(start: &[u8; 6]) -> bool {
     start.starts_with(GZIP_MAGIC) || start.starts_with(ZSTD_MAGIC) || start == b"070701"
 }
@@ -74,7 +74,7 @@ struct Summary {
 }
 
 impl Summary {
-    /// What the kernel's `unpack_to_rootfs` takes: one archive after the other, each packed or not, with zeros between
+    /// Reads input as the kernel's `unpack_to_rootfs` does: one archive after the other, each packed or not, with zeros between
     /// and behind them.
     fn parts(&mut self, input: impl Read) -> io::Result<()> {
         let mut input = Counted::new(input, u64::MAX);

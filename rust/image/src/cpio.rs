@@ -12,7 +12,7 @@ use crate::{Error, Result};
 
 pub(crate) const ZSTD: Tool = Tool::new("zstd", "zstd");
 
-/// How the archive is packed.
+/// Compression of the archive.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Packing {
     /// gzip, best compression, no name and no time in its header.

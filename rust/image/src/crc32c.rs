@@ -2,7 +2,7 @@
 
 const POLYNOMIAL: u32 = 0x82f6_3b78;
 
-/// What eight steps make of each byte.
+/// Remainder of each byte after eight steps.
 const TABLE: [u32; 256] = table();
 
 const fn table() -> [u32; 256] {

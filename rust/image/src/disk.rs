@@ -14,7 +14,7 @@ use crate::tree::Entry;
 use crate::verity::{self, Verity};
 use crate::{Error, Result, cpio, erofs, ext4, tree, xfs};
 
-/// What to build.
+/// Options of a build.
 #[derive(Debug, Clone)]
 pub struct Options<'a> {
     /// Folder that becomes the guest's root.
@@ -38,18 +38,18 @@ pub enum FileSystem {
     Xfs,
 }
 
-/// What is in a disk image.
+/// Content of a disk image.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Content {
     /// File system.
     pub fs: FileSystem,
     /// Bytes to leave free in it, at least.
     pub reserve: u64,
-    /// Whether a hash tree for dm-verity lies behind it.
+    /// True if a hash tree for dm-verity lies behind it.
     pub verity: bool,
 }
 
-/// Where the parts of the partition are, and what fills them.
+/// Sizes of the parts of the partition, and their content.
 struct Layout {
     /// Bytes of the file system.
     fs: u64,

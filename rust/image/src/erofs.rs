@@ -24,7 +24,7 @@ use crate::{Error, Result, crc32c};
 pub const BLOCK: u64 = 4096;
 /// Magic number of the superblock.
 pub const MAGIC: u32 = 0xe0f5_e1e2;
-/// Where the superblock lies, bytes.
+/// Offset of the superblock, bytes.
 pub const SUPER_OFFSET: u64 = 1024;
 /// UUID of every EROFS made here; an image is known by its hash, not by its UUID.
 const UUID: [u8; 16] = *b"kuasar\x40\x00\x80\x00\x00\x00\x00\x00\x00\x03";
@@ -38,7 +38,7 @@ const SLOT: u64 = 32;
 const COMPAT_CHECKSUM: u32 = 1;
 const DIRENT: usize = 12;
 
-/// Where everything lies.
+/// Placement of every inode and block.
 #[derive(Debug)]
 pub struct Plan {
     inodes: Vec<Inode>,

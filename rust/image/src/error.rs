@@ -5,13 +5,13 @@ use std::path::{Path, PathBuf};
 /// Result with this crate's [`enum@Error`].
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
-/// What went wrong, and with what.
+/// Errors of building, reading and checking images.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// A file operation failed.
     #[error("cannot {action} {}: {source}", path.display())]
     Io {
-        /// What was being done, as a verb.
+        /// The failed action, as a verb.
         action: &'static str,
         /// To which file.
         path: PathBuf,
@@ -39,7 +39,7 @@ pub enum Error {
     Tool {
         /// Name of the program.
         tool: &'static str,
-        /// What it said.
+        /// Output of the tool.
         detail: String,
     },
     /// A size that cannot be.
@@ -56,7 +56,7 @@ pub enum Error {
     Format {
         /// The file.
         path: PathBuf,
-        /// What is wrong with it.
+        /// The defect.
         reason: String,
     },
 }

@@ -73,7 +73,7 @@ fn content(report: &mut Report, image: &dyn Source, at: u64) -> std::io::Result<
     Ok(())
 }
 
-/// What `veritysetup` writes before a tree (its `struct verity_sb`).
+/// Examines the superblock that `veritysetup` writes before a tree (`struct verity_sb`).
 fn tree(report: &mut Report, sb: &[u8; 512], bytes: u64, room: u64) {
     const SECTION: &str = "dm-verity, behind the file system";
     if !sb.starts_with(verity::MAGIC) {

@@ -40,7 +40,7 @@ const FAST_LINK: usize = 60;
 /// Longest line debugfs reads from a script.
 const MAX_LINE: usize = 8000;
 
-/// What a file system has to hold.
+/// Needs of a file system: bytes and inodes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Plan {
     /// Number of inodes.

@@ -17,7 +17,7 @@ use crate::mbr::{self, Partition, SECTOR};
 pub const DAX_OFFSET: u64 = 2 * MIB;
 /// Alignment the superblock asks for: the size of a huge page, bytes.
 pub const ALIGN: u32 = 2 << 20;
-/// Where the file system begins, bytes.
+/// Offset of the file system, bytes.
 pub const FS_OFFSET: u64 = 3 * MIB;
 /// An MBR counts 512 byte sectors in 32 bits.
 pub(crate) const MAX_SIZE: u64 = (u32::MAX as u64) * SECTOR;

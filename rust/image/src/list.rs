@@ -191,7 +191,7 @@ struct Erofs<'a> {
     image: &'a dyn Source,
     at: u64,
     root: u64,
-    /// Where inode 0 would be.
+    /// Offset of inode 0, if there were one.
     inodes: u64,
 }
 

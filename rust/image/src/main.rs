@@ -25,7 +25,7 @@ enum Command {
     Initrd {
         #[command(flatten)]
         place: Place,
-        /// How to pack the archive
+        /// Compression of the archive
         #[arg(long, value_enum, default_value = "gzip")]
         compress: Compress,
     },

@@ -27,7 +27,7 @@ pub struct Partition {
 }
 
 impl Partition {
-    /// Whether the entry is in use.
+    /// Returns true if the entry is in use.
     #[must_use]
     pub fn is_used(&self) -> bool {
         *self != Self::default()
@@ -37,7 +37,7 @@ impl Partition {
 /// A partition table as read from a sector.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Table {
-    /// Whether the sector ends in 55 AA.
+    /// True if the sector ends in 55 AA.
     pub signature: bool,
     /// Disk identifier, the first half of `PARTUUID`.
     pub disk_id: u32,

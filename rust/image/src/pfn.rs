@@ -4,11 +4,11 @@
 //! whose first byte is the namespace's byte `dataoff`. Offsets of the fields are those of the kernel's
 //! `struct nd_pfn_sb`.
 
-/// Where the superblock lies in the file, bytes.
+/// Offset of the superblock in the file, bytes.
 pub const OFFSET: u64 = 4096;
 /// Size of the superblock, bytes.
 pub const SIZE: usize = 4096;
-/// What it starts with.
+/// First bytes of the superblock.
 pub const SIGNATURE: &[u8; 16] = b"NVDIMM_PFN_INFO\0";
 /// The mode that keeps the kernel's page descriptors in guest RAM, so that the file itself is never written.
 pub const MODE_RAM: u32 = 1;
@@ -30,7 +30,7 @@ pub struct Superblock {
     pub version_major: u16,
     /// Minor version; `align` counts from 2 on, `start_pad` and `end_trunc` from 1 on.
     pub version_minor: u16,
-    /// Where the data begins, bytes from the namespace's start.
+    /// Offset of the data, bytes from the namespace's start.
     pub dataoff: u64,
     /// Number of page frames described, 0 in mode RAM.
     pub npfns: u64,

@@ -2,7 +2,7 @@
 
 use std::fmt::{self, Display};
 
-/// How many of the largest files are named.
+/// Number of the largest files that a report names.
 pub(crate) const LARGEST: usize = 10;
 
 /// One field of an image.
@@ -12,9 +12,9 @@ pub struct Field {
     pub section: &'static str,
     /// Its name.
     pub name: &'static str,
-    /// What it holds.
+    /// Its value.
     pub value: String,
-    /// What is wrong with that, if something is.
+    /// The condition that the value breaks, if any.
     pub problem: Option<String>,
 }
 

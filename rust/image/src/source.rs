@@ -1,4 +1,4 @@
-//! Where the bytes of an image are read from.
+//! Sources of an image's bytes.
 
 use std::fs::File;
 use std::io;
@@ -63,7 +63,7 @@ impl Source for FileSource<'_> {
 pub struct Pieces<'a> {
     /// Number of bytes.
     pub size: u64,
-    /// Where each piece lies, and its bytes.
+    /// Offset and bytes of each piece.
     pub pieces: Vec<(u64, &'a [u8])>,
 }
 

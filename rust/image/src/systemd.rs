@@ -7,14 +7,14 @@ use crate::elf::{Arch, program, resolve};
 
 /// The agent's unit.
 const UNIT: &str = "vmm-task.service";
-/// Where systemd looks for units, and for what is enabled, the first being the first.
+/// Folders that systemd searches for units and for what is enabled, in its order.
 const FOLDERS: [&str; 4] = [
     "/etc/systemd/system",
     "/usr/local/lib/systemd/system",
     "/usr/lib/systemd/system",
     "/lib/systemd/system",
 ];
-/// What may precede the program of an `ExecStart=`.
+/// Characters that may precede the program of an `ExecStart=`.
 const PREFIXES: [char; 6] = ['@', '-', ':', '+', '!', '|'];
 
 /// Checks that the systemd of a root will start the agent.
@@ -37,7 +37,7 @@ pub(crate) fn starts_agent(root: &Path, arch: Arch) -> Result<(), String> {
     }
 }
 
-/// Whether something in a folder of units wants the agent's.
+/// Returns true if something in a folder of units wants the agent's unit.
 fn is_enabled(folder: &Path) -> bool {
     let entries = fs::read_dir(folder).into_iter().flatten().flatten();
     let wants = |path: &Path| path.extension().is_some_and(|kind| kind == "wants" || kind == "requires");

@@ -49,7 +49,7 @@ impl Tool {
         self.failed_with(format!("{}: {}", output.status, self.said(output)))
     }
 
-    /// What it said, but for its banner.
+    /// Output of the tool without its banner.
     pub(crate) fn said(self, output: &Output) -> String {
         let text = [output.stderr.as_slice(), output.stdout.as_slice()].concat();
         let text = String::from_utf8_lossy(&text);

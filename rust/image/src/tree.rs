@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 
 use crate::{Error, Result};
 
-/// What an entry is.
+/// Type of an entry.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Kind {
     /// A folder.
@@ -35,11 +35,11 @@ pub enum Kind {
 pub struct Entry {
     /// Path below the root, no leading slash; empty for the root itself.
     pub path: Vec<u8>,
-    /// Where it is read from.
+    /// Path that it is read from.
     pub source: PathBuf,
     /// Permission bits, setuid, setgid and sticky bit.
     pub permissions: u32,
-    /// What it is.
+    /// Its type.
     pub kind: Kind,
 }
 

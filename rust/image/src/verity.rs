@@ -19,7 +19,7 @@ const VERITYSETUP: Tool = Tool::new("veritysetup", "cryptsetup");
 const UUID: &str = "6b756173-6172-4000-8000-000000000005";
 const HASHES_PER_BLOCK: u64 = BLOCK / 32;
 
-/// What the kernel has to be told: the tree begins in the block after the superblock, which is behind the data.
+/// Parameters for the kernel. The tree begins in the block after the superblock, which is behind the data.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Verity {
     /// SHA-256 of the tree's root, hexadecimal.
@@ -49,7 +49,7 @@ pub fn size(data: u64) -> u64 {
     }
 }
 
-/// Where the tree's superblock lies, bytes from the start of the file system; none when there is none.
+/// Finds the tree's superblock: bytes from the start of the file system, or none if there is no tree.
 pub(crate) fn offset(file: &File, path: &Path) -> Result<Option<u64>> {
     let size = file.metadata().map_err(Error::io("read the size of", path))?.len();
     let image = FileSource { file, size };

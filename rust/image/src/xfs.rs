@@ -24,7 +24,7 @@ const BLOCK: u64 = 4096;
 const INODE: usize = 512;
 /// The smallest that `mkfs.xfs` makes, and that is with its word that nobody supports a file system so small.
 const SMALLEST: u64 = 16 * MIB;
-/// What the log takes in file systems of a few hundred MiB, and some blocks of trees.
+/// Bytes of the log in file systems of a few hundred MiB, and of some blocks of trees.
 const LOG: u64 = 7 * MIB;
 /// Seconds from the start of XFS' large time stamps to 1970.
 const EPOCH: u64 = 1 << 31;

@@ -34,7 +34,7 @@ fn image() -> (TempDir, PathBuf) {
     (dir, image)
 }
 
-/// What debugfs says about the file system in an image.
+/// Answer of debugfs about the file system in an image.
 fn debugfs(image: &Path, request: &str) -> String {
     let mut command = Command::new("debugfs");
     command.env("PATH", tool().get_envs().find(|(k, _)| *k == "PATH").unwrap().1.unwrap());

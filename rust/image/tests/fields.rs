@@ -13,10 +13,10 @@ use tempfile::TempDir;
 const PFN: usize = 4096;
 const TABLE_2: usize = 2 << 20;
 const FS: usize = 3 << 20;
-/// Where ext4 and EROFS have their superblocks.
+/// Offset of the superblocks of ext4 and EROFS.
 const SB: usize = FS + 1024;
 
-/// Where bytes are changed, what to, and the problem that must be among those found.
+/// Offset and value of changed bytes, and the problem that must be among those found.
 type Case<'a> = (usize, &'a [u8], &'a str);
 
 /// An image made with these arguments, which is good.

@@ -30,7 +30,7 @@ fn ours(root: &Path, file: &Path, packing: &str) -> Vec<u8> {
     fs::read(file).unwrap()
 }
 
-/// What is wrong with an initrd of these bytes.
+/// Problems of an initrd with these bytes.
 fn problems(file: &Path, bytes: &[u8]) -> Vec<String> {
     fs::write(file, bytes).unwrap();
     let report = kuasar_image::examine::examine(file).unwrap();

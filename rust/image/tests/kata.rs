@@ -16,7 +16,7 @@ use tempfile::TempDir;
 const MIB: u64 = 1 << 20;
 /// Its images are multiples of it.
 const SIZE: u64 = 128 * MIB;
-/// What its own headers take: MBR and superblock, then MBR and a MiB of nothing.
+/// Size of its own headers: MBR and superblock, then MBR and a MiB of nothing.
 const FS: u64 = 3 * MIB;
 
 /// `parted -s -a optimal IMAGE -- mklabel msdos mkpart primary ext4 START END [set 1 boot on]`, sectors.

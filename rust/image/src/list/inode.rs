@@ -1,4 +1,4 @@
-//! What every file system's reader gives: an inode, and the names in a folder.
+//! Results of every file system's reader: an inode, and the names in a folder.
 
 /// Inodes looked at.
 pub(super) const MAX_INODES: usize = 100_000;

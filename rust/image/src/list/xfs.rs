@@ -7,7 +7,7 @@ use super::inode::{BLOCK, Inode, MAX_INODES, Names};
 use crate::pfn::field;
 use crate::source::{self, Source};
 
-/// Where an inode's own fields end: its extents, or its names, begin.
+/// End of an inode's own fields. Its extents or names follow.
 const CORE: usize = 176;
 /// A folder's index lies from here on, beyond its names.
 const INDEX: u64 = 32 << 30;
@@ -25,7 +25,7 @@ pub(super) struct Xfs<'a> {
     group: (u64, u32),
     /// Bytes of an inode, and bits of a number that say which of its block.
     inode: (usize, u32),
-    /// Whether a byte behind each name says what it names.
+    /// True if a byte behind each name gives the type of the entry.
     kinds: bool,
 }
 
@@ -50,7 +50,7 @@ impl<'a> Xfs<'a> {
         Ok((known && sane).then_some(volume))
     }
 
-    /// Where a block lies; the upper bits of its number are its group's.
+    /// Offset of a block. The upper bits of its number are its group's.
     fn place(&self, block: u64) -> u64 {
         let (blocks, bits) = self.group;
         let in_group = block & ((1 << bits) - 1);

@@ -1,4 +1,4 @@
-//! What the tests of the program share.
+//! Helpers that the tests of the program share.
 #![allow(dead_code, reason = "each test program uses a part of it")]
 
 use std::fs::{self, Permissions};
