@@ -91,8 +91,8 @@ pub(crate) fn bare(ty: &Type) -> &Type {
     }
 }
 
-/// Adds `type: bound` for every type given that mentions a type parameter of the struct. Others need no bound: the
-/// compiler sees whether they fulfil it, and says so where the field is.
+/// Adds `type: bound` for every type given that mentions a type parameter of the struct. Others need no
+/// bound: the compiler sees whether they fulfil it, and says so where the field is.
 pub(crate) fn bound(generics: &Generics, types: &[&Type], bound: &TokenStream) -> Generics {
     let mut generics = generics.clone();
     let parameters: Vec<Ident> = generics.type_params().map(|p| p.ident.clone()).collect();

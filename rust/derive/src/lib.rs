@@ -1,10 +1,11 @@
 //! Derive macros that turn structs into command lines.
 //!
-//! * [`macro@CmdLineParams`]: a struct is one option with properties, or several, such as QEMU's `-netdev` and `-device`;
+//! * [`macro@CmdLineParams`]: a struct is one option with properties, or several, such as QEMU's `-netdev`
+//!   and `-device`;
 //! * [`macro@CmdLineParamSet`]: a struct is a whole command line, or a part of one.
 //!
-//! The generated code names the traits of `kuasar_common::param` by their absolute path and works in every crate that
-//! depends on `kuasar-common`.
+//! The generated code names the traits of `kuasar_common::param` by their absolute path and works in every
+//! crate that depends on `kuasar-common`.
 
 mod common;
 mod params;
@@ -24,8 +25,8 @@ use syn::{DeriveInput, parse_macro_input};
 /// * `crate`: what stands for `::kuasar_common` in the generated code.
 ///
 /// # Attributes of a field
-/// `#[property(...)]`; several of them print the field several times. A field without it prints as `key=value`, which
-/// is an error when there are several options.
+/// `#[property(...)]`; several of them print the field several times. A field without it prints as
+/// `key=value`, which is an error when there are several options.
 /// * `param = "a"`: the option it belongs to. Needed when there are several.
 /// * `key = "k"`: name of the property, else the field's name in kebab-case.
 /// * `predicate = "expression"`: print it only if true. The expression may use `self`.
@@ -99,7 +100,8 @@ pub fn cmd_line_params(input: TokenStream) -> TokenStream {
     params::derive(&input).unwrap_or_else(syn::Error::into_compile_error).into()
 }
 
-/// Implements `ToCmdLineParams` for a struct with named fields: a whole command line, in the order of the fields.
+/// Implements `ToCmdLineParams` for a struct with named fields: a whole command line, in the order of the
+/// fields.
 ///
 /// The printed form of a field depends on its type:
 ///

@@ -206,8 +206,8 @@ fn param_index(property: &Property, names: &[LitStr], at: &dyn quote::ToTokens) 
 fn statement(property: &Property, ident: &Ident, ty: &Type, krate: &Path, list: &Ident) -> TokenStream {
     let key = property.key.clone().unwrap_or_else(|| kebab(ident));
     let ignore_key = property.ignore_key;
-    // The function has the type's place, so that a type that does not print is an error there. `self` keeps its own: a
-    // type that comes out of a declarative macro has another hygiene.
+    // The function has the type's place, so that a type that does not print is an error there. `self` keeps
+    // its own: a type that comes out of a declarative macro has another hygiene.
     let to_string = quote_spanned!(ty.span()=> ::std::string::ToString::to_string);
     let value = |reference: TokenStream| match &property.generator {
         Some(generator) => quote!(#generator(#reference)),

@@ -74,8 +74,8 @@ struct Summary {
 }
 
 impl Summary {
-    /// Reads input as the kernel's `unpack_to_rootfs` does: one archive after the other, each packed or not, with zeros between
-    /// and behind them.
+    /// Reads input as the kernel's `unpack_to_rootfs` does: one archive after the other, each packed or not,
+    /// with zeros between and behind them.
     fn parts(&mut self, input: impl Read) -> io::Result<()> {
         let mut input = Counted::new(input, u64::MAX);
         while let Some(first) = input.first_but_zero()? {

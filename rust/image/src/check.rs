@@ -6,12 +6,12 @@ use std::path::Path;
 use crate::elf::{Arch, program, resolve};
 use crate::{Error, Result, systemd};
 
-/// Checks that the kernel of a guest could start `init` (absolute, as seen in the guest) as process 1, and that the agent will
-/// run: as process 1, or as a service of systemd.
+/// Checks that the kernel of a guest could start `init` (absolute, as seen in the guest) as process 1, and
+/// that the agent will run: as process 1, or as a service of systemd.
 ///
 /// # Errors
-/// [`Error::Root`] with the reason: missing, a folder, not executable, no program, for another machine, its loader or
-/// interpreter missing; a systemd that does not start the agent.
+/// [`Error::Root`] with the reason: missing, a folder, not executable, no program, for another machine, its
+/// loader or interpreter missing; a systemd that does not start the agent.
 pub fn init(root: &Path, init: &Path, arch: Arch) -> Result<()> {
     program(root, init, arch, 0)
         .and_then(|()| process_1(root, init, arch))

@@ -23,11 +23,12 @@ pub enum Packing {
     None,
 }
 
-/// Writes the entries as an archive. Owner 0:0, device numbers 0, inode numbers from 1 in the order given, every time
-/// stamp `mtime` (seconds since 1970).
+/// Writes the entries as an archive. Owner 0:0, device numbers 0, inode numbers from 1 in the order given,
+/// every time stamp `mtime` (seconds since 1970).
 ///
 /// # Errors
-/// When a file cannot be read, changes while it is read, or is of 4 GiB or more; when `zstd` is missing or fails.
+/// When a file cannot be read, changes while it is read, or is of 4 GiB or more; when `zstd` is missing or
+/// fails.
 pub fn write(out: &File, output: &Path, entries: &[Entry], mtime: u32, packing: Packing) -> Result<()> {
     let buffered = BufWriter::with_capacity(1 << 16, out);
     match packing {
@@ -39,7 +40,8 @@ pub fn write(out: &File, output: &Path, entries: &[Entry], mtime: u32, packing: 
         }
         Packing::Zstd => {
             let mut command = ZSTD.command(Path::new(""), mtime)?;
-            // A size in the header would need the whole archive first; the kernel wants neither that nor a checksum.
+            // A size in the header would need the whole archive first; the kernel wants neither that nor a
+            // checksum.
             command.args(["-19", "--single-thread", "--no-check", "-q", "-c"]);
             ZSTD.filter(command, out, output, |pipe| {
                 archive(BufWriter::with_capacity(1 << 16, pipe), output, entries, mtime).map(drop)

@@ -74,7 +74,8 @@ pub fn build(options: &Options<'_>, content: Content) -> Result<Option<Verity>> 
         fill(file, path, &layout, content.fs, &entries, options.epoch)?;
         if content.verity {
             let made = verity::append(file, path, FS_OFFSET, layout.fs, options.epoch)?;
-            // Who looks for the tree looks behind the file system: that must be as large as it was told to be.
+            // Who looks for the tree looks behind the file system: that must be as large as it was told to
+            // be.
             if verity::offset(file, path)? != Some(layout.fs) {
                 return Err(Error::Size("the file system is smaller than asked for; add a reserve".into()));
             }
@@ -149,8 +150,8 @@ pub fn build_initrd(options: &Options<'_>, packing: cpio::Packing) -> Result<()>
     replace(options.output, |file, path| cpio::write(file, path, &entries, options.epoch, packing))
 }
 
-/// Writes both tables and the superblock into `output` and leaves all other bytes as they are. The file is made, full
-/// of zeros, when `size` is given; else it must exist. Gives back its size in bytes.
+/// Writes both tables and the superblock into `output` and leaves all other bytes as they are. The file is
+/// made, full of zeros, when `size` is given; else it must exist. Gives back its size in bytes.
 ///
 /// # Errors
 /// When the size cannot be an image's, or the file cannot be written.

@@ -1,4 +1,5 @@
-//! Programs of a root file system: whether one can run on the guest's machine, with its interpreter or loader.
+//! Programs of a root file system: whether one can run on the guest's machine, with its interpreter or
+//! loader.
 
 use std::collections::VecDeque;
 use std::ffi::OsString;

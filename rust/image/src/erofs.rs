@@ -1,9 +1,9 @@
-//! An EROFS file system from a tree: nothing packed, every file's content in whole blocks, so that each page of it can be
-//! mapped by DAX.
+//! An EROFS file system from a tree: nothing packed, every file's content in whole blocks, so that each page
+//! of it can be mapped by DAX.
 //!
-//! Written here and not by `mkfs.erofs`: that one stores files that happen to be hard links of each other as one, so that
-//! a store that links equal files changes the image, and its bytes differ between releases. The layout is that of the
-//! kernel's `fs/erofs/erofs_fs.h`.
+//! Written here and not by `mkfs.erofs`: that one stores files that happen to be hard links of each other as
+//! one, so that a store that links equal files changes the image, and its bytes differ between releases. The
+//! layout is that of the kernel's `fs/erofs/erofs_fs.h`.
 //!
 //! | block | what |
 //! |---|---|
@@ -115,7 +115,8 @@ pub fn plan(entries: &[Entry]) -> Result<Plan> {
 /// An entry of a folder: name, number of the inode, type.
 type Name<'a> = (&'a [u8], u64, u8);
 
-/// Encodes every folder, and counts links of folders: one by its name, one by its `.`, one by the `..` of each in it.
+/// Encodes every folder, and counts links of folders: one by its name, one by its `.`, one by the `..` of
+/// each in it.
 fn folders(entries: &[Entry], plan: &mut Plan) -> Result<()> {
     let index: BTreeMap<&[u8], usize> = entries.iter().enumerate().map(|(i, e)| (&*e.path, i)).collect();
     let mut lists: BTreeMap<usize, Vec<Name<'_>>> = BTreeMap::new();
@@ -196,8 +197,8 @@ fn file_type(kind: &Kind) -> u8 {
     }
 }
 
-/// Writes the file system into `image` from byte `offset` on; what lies there must be zero. Every time stamp becomes
-/// `epoch`.
+/// Writes the file system into `image` from byte `offset` on; what lies there must be zero. Every time stamp
+/// becomes `epoch`.
 ///
 /// # Errors
 /// When a file cannot be read, changes while it is read, or the image cannot be written.

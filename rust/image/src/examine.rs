@@ -121,7 +121,8 @@ fn tree(report: &mut Report, sb: &[u8; 512], bytes: u64, room: u64) {
     );
 }
 
-/// Adds the partition table at `base`. Gives where its first partition starts, bytes from the start of the file.
+/// Adds the partition table at `base`. Gives where its first partition starts, bytes from the start of the
+/// file.
 fn table(
     report: &mut Report,
     section: &'static str,

@@ -1,7 +1,9 @@
-//! An ext4 file system from a tree, without root, loop devices or mounting: `mke2fs` makes it empty, `debugfs` fills it.
+//! An ext4 file system from a tree, without root, loop devices or mounting: `mke2fs` makes it empty,
+//! `debugfs` fills it.
 //!
-//! Not `mke2fs -d`: e2fsprogs 1.47.0 copies files in the order of the builder's folder, with the builder's owners and
-//! change times, and so gives other bytes on every machine. A script for `debugfs` fixes all three.
+//! Not `mke2fs -d`: e2fsprogs 1.47.0 copies files in the order of the builder's folder, with the builder's
+//! owners and change times, and so gives other bytes on every machine. A script for `debugfs` fixes all
+//! three.
 
 use std::ffi::OsString;
 use std::fmt::Write as _;
@@ -23,8 +25,8 @@ const HASH_SEED: &str = "6b756173-6172-4000-8000-000000000002";
 /// Volume label.
 pub const LABEL: &str = "kuasar";
 
-/// Features, all others off. No journal and no checksums: the image is never written and is verified as a whole by
-/// its hash, so both would cost the guest start time and give it nothing.
+/// Features, all others off. No journal and no checksums: the image is never written and is verified as a
+/// whole by its hash, so both would cost the guest start time and give it nothing.
 const FEATURES: &str = "none,sparse_super,large_file,filetype,extent,flex_bg,dir_nlink,extra_isize";
 
 const MKE2FS: Tool = Tool::new("mke2fs", "e2fsprogs");
@@ -67,14 +69,15 @@ pub fn plan(entries: &[Entry], reserve: u64) -> Plan {
     let inodes = entries.len() as u64 + RESERVED_INODES;
     let data = content + folders + names.div_ceil(BLOCK - 300) + reserve.div_ceil(BLOCK);
     let groups = data / BLOCKS_PER_GROUP + 1;
-    // Per group: two bitmaps, inode table, now and then a copy of the superblock and of the group table; and half a
-    // percent for the extent blocks of files that do not lie in one piece.
+    // Per group: two bitmaps, inode table, now and then a copy of the superblock and of the group table; and
+    // half a percent for the extent blocks of files that do not lie in one piece.
     let tables = inodes.div_ceil(INODES_PER_BLOCK) + groups * 5 + 64;
     Plan { inodes, bytes: (data + data / 200 + tables) * BLOCK }
 }
 
-/// Makes the file system in `image` from byte `offset` on, `bytes` long. The file must exist, filled with zeros.
-/// Every time stamp becomes `epoch` (seconds since 1970), or 1 when that is 0: e2fsprogs takes 0 for "now".
+/// Makes the file system in `image` from byte `offset` on, `bytes` long. The file must exist, filled with
+/// zeros. Every time stamp becomes `epoch` (seconds since 1970), or 1 when that is 0: e2fsprogs takes 0 for
+/// "now".
 ///
 /// # Errors
 /// When a tool of e2fsprogs is missing or fails, or a name cannot be given to it.
@@ -147,7 +150,8 @@ fn script(entries: &[Entry], epoch: u32) -> Result<Vec<u8>> {
     Ok(script)
 }
 
-/// Quotes an argument as the `ss` library, which reads debugfs' commands, wants it: a quote within is doubled.
+/// Quotes an argument as the `ss` library, which reads debugfs' commands, wants it: a quote within is
+/// doubled.
 fn quote(argument: &[u8], entry: &Entry) -> Result<Vec<u8>> {
     if argument.contains(&b'\n') {
         return Err(unusable(entry, "has a line break in its name, which debugfs cannot take"));

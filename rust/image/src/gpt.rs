@@ -1,5 +1,5 @@
-//! GUID partition tables, which the builders of Kata and Kuasar write. Our images have none: a table's entries would lie
-//! where the PFN superblock has to be, and the guest's kernel does not read them.
+//! GUID partition tables, which the builders of Kata and Kuasar write. Our images have none: a table's
+//! entries would lie where the PFN superblock has to be, and the guest's kernel does not read them.
 
 use std::io;
 

@@ -6,9 +6,9 @@
 //! * [`layout`]: where the parts of the disk image lie;
 //! * [`examine`]: makes the [`report`] that `inspect` prints and `verify` judges.
 //!
-//! Everything written depends on the content of the root file system only: no clock, no random number, no order of
-//! a directory listing, no owner or time stamp of the builder's files. `SOURCE_DATE_EPOCH`, when set, is the one time
-//! used.
+//! Everything written depends on the content of the root file system only: no clock, no random number, no
+//! order of a directory listing, no owner or time stamp of the builder's files. `SOURCE_DATE_EPOCH`, when
+//! set, is the one time used.
 
 pub mod archive;
 pub mod check;

@@ -1,5 +1,5 @@
-//! Finds the largest files of an ext4, EROFS or XFS file system. The bytes may come from anywhere: whatever they claim, the
-//! work is bounded, and what makes no sense is left out.
+//! Finds the largest files of an ext4, EROFS or XFS file system. The bytes may come from anywhere: whatever
+//! they claim, the work is bounded, and what makes no sense is left out.
 
 mod inode;
 mod xfs;

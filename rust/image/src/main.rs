@@ -29,7 +29,8 @@ enum Command {
         #[arg(long, value_enum, default_value = "gzip")]
         compress: Compress,
     },
-    /// Make a disk image that boots from virtio-blk and, with DAX, from pmem; the root needs an executable /sbin/init
+    /// Make a disk image that boots from virtio-blk and, with DAX, from pmem; the root needs an executable
+    /// /sbin/init
     Build {
         #[command(flatten)]
         place: Place,
@@ -39,7 +40,8 @@ enum Command {
         /// Free space to leave in the file system, MiB
         #[arg(long, value_name = "N", default_value_t = 0)]
         reserve_mib: u32,
-        /// Put a hash tree for dm-verity behind the file system, and print what the daemon's [hypervisor.verity] needs
+        /// Put a hash tree for dm-verity behind the file system, and print what the daemon's
+        /// [hypervisor.verity] needs
         #[arg(long)]
         verity: bool,
     },

@@ -1,6 +1,7 @@
 //! A master boot record with one partition.
 //!
-//! A real MBR and no GPT: a GPT's entry array fills bytes 1024 to 17407, and the PFN superblock has to be at 4096.
+//! A real MBR and no GPT: a GPT's entry array fills bytes 1024 to 17407, and the PFN superblock has to be at
+//! 4096.
 
 use crate::pfn::field;
 

@@ -1,8 +1,8 @@
 //! The PFN superblock: 4096 bytes at offset 4096 of a pmem namespace, little endian.
 //!
-//! With it, Linux (`drivers/nvdimm/pfn_devs.c`, `nd_pfn_validate`) turns the namespace into a block device with DAX
-//! whose first byte is the namespace's byte `dataoff`. Offsets of the fields are those of the kernel's
-//! `struct nd_pfn_sb`.
+//! With it, Linux (`drivers/nvdimm/pfn_devs.c`, `nd_pfn_validate`) turns the namespace into a block device
+//! with DAX whose first byte is the namespace's byte `dataoff`. Offsets of the fields are those of the
+//! kernel's `struct nd_pfn_sb`.
 
 /// Offset of the superblock in the file, bytes.
 pub const OFFSET: u64 = 4096;
@@ -96,7 +96,8 @@ impl Superblock {
         block
     }
 
-    /// Takes a block apart. Any 4096 bytes have a meaning; whether it is a good one is [`crate::report`]'s business.
+    /// Takes a block apart. Any 4096 bytes have a meaning; whether it is a good one is [`crate::report`]'s
+    /// business.
     #[must_use]
     pub fn decode(block: &[u8; SIZE]) -> Self {
         Self {
@@ -117,12 +118,14 @@ impl Superblock {
     }
 }
 
-/// The kernel's `nd_fletcher64` over the block's 32 bit little-endian words, its checksum field taken as zero.
+/// The kernel's `nd_fletcher64` over the block's 32 bit little-endian words, its checksum field taken as
+/// zero.
 #[must_use]
 pub fn checksum(block: &[u8; SIZE]) -> u64 {
     let (mut low, mut high) = (0_u32, 0_u64);
     let (body, _) = block.split_at(CHECKSUM_AT);
-    // The two words of the checksum itself are zero: they add nothing to `low`, but `high` still sums `low` twice.
+    // The two words of the checksum itself are zero: they add nothing to `low`, but `high` still sums `low`
+    // twice.
     for word in body.as_chunks::<4>().0.iter().chain(&[[0; 4]; 2]) {
         low = low.wrapping_add(u32::from_le_bytes(*word));
         high = high.wrapping_add(u64::from(low));

@@ -22,7 +22,8 @@ pub(crate) enum Known {
     Xfs,
 }
 
-/// Judges the first 4096 bytes of a file system in a partition of `room` bytes. Gives its kind and its size in bytes.
+/// Judges the first 4096 bytes of a file system in a partition of `room` bytes. Gives its kind and its size
+/// in bytes.
 pub(crate) fn examine(
     report: &mut Report,
     section: &'static str,

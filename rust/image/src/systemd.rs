@@ -1,4 +1,5 @@
-//! Roots whose process 1 is systemd: one that starts the agent is as good as one whose process 1 is the agent.
+//! Roots whose process 1 is systemd: one that starts the agent is as good as one whose process 1 is the
+//! agent.
 
 use std::fs;
 use std::path::{Path, PathBuf};

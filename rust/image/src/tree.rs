@@ -12,8 +12,8 @@ use crate::{Error, Result};
 pub enum Kind {
     /// A folder.
     Dir,
-    /// A regular file and its size in bytes. Hard links are files of their own: a store that links equal files must
-    /// not change the image.
+    /// A regular file and its size in bytes. Hard links are files of their own: a store that links equal
+    /// files must not change the image.
     File(u64),
     /// A symbolic link and its target.
     Symlink(Vec<u8>),
@@ -59,7 +59,8 @@ impl Entry {
     }
 }
 
-/// Lists a root file system: the root first, then by the bytes of the path, so that a folder precedes its content.
+/// Lists a root file system: the root first, then by the bytes of the path, so that a folder precedes its
+/// content.
 ///
 /// # Errors
 /// When something cannot be read, is a socket, or is not a folder to begin with.

@@ -1,5 +1,5 @@
-//! dm-verity: a tree of hashes behind the file system, whose root on the kernel's command line vouches for every block.
-//! `veritysetup` makes it and checks it.
+//! dm-verity: a tree of hashes behind the file system, whose root on the kernel's command line vouches for
+//! every block. `veritysetup` makes it and checks it.
 
 use std::fmt;
 use std::fs::File;

@@ -1,7 +1,8 @@
 //! An XFS file system from a tree, without root, loop devices or mounting: `mkfs.xfs` makes and fills it.
 //!
-//! `mkfs.xfs` stamps every inode with the clock and a generation; both are written over here, and the inodes' checksums
-//! with them. Layouts are those of the kernel's `fs/xfs/libxfs/xfs_format.h`: big endian, but for checksums.
+//! `mkfs.xfs` stamps every inode with the clock and a generation; both are written over here, and the inodes'
+//! checksums with them. Layouts are those of the kernel's `fs/xfs/libxfs/xfs_format.h`: big endian, but for
+//! checksums.
 
 use std::fmt::Write as _;
 use std::fs::File;
@@ -49,7 +50,8 @@ pub fn size(entries: &[Entry], reserve: u64) -> u64 {
     (LOG + bytes + bytes / 50).max(SMALLEST)
 }
 
-/// Makes the file system in the file `image`, which exists and has its size. Every time stamp becomes `epoch`.
+/// Makes the file system in the file `image`, which exists and has its size. Every time stamp becomes
+/// `epoch`.
 ///
 /// # Errors
 /// When a tool of xfsprogs is missing or fails, or a name cannot be given to it.
@@ -89,8 +91,9 @@ pub fn make(image: &Path, entries: &[Entry], epoch: u32) -> Result<()> {
     Ok(())
 }
 
-/// Turns off what later versions of `mkfs.xfs` turn on by themselves, if `usage` says that this is one: parent pointers hold
-/// the generations of inodes, which are written over here. Versions before them refuse the words.
+/// Turns off what later versions of `mkfs.xfs` turn on by themselves, if `usage` says that this is one:
+/// parent pointers hold the generations of inodes, which are written over here. Versions before them refuse
+/// the words.
 fn newer(usage: &str) -> Vec<&'static str> {
     let options = [("exchange=0|1", ["-i", "exchange=0"]), ("parent=0|1", ["-n", "parent=0"])];
     options.into_iter().filter(|(word, _)| usage.contains(word)).flat_map(|(_, option)| option).collect()
@@ -111,7 +114,8 @@ fn sticky(entries: &[Entry], folder: &Path, name: &std::ffi::OsStr, epoch: u32) 
     Ok(())
 }
 
-/// The description of the tree that `mkfs.xfs -p` reads. Files are named by links in `stage`: a blank ends a name.
+/// The description of the tree that `mkfs.xfs -p` reads. Files are named by links in `stage`: a blank ends a
+/// name.
 fn prototype(entries: &[Entry], stage: &Path) -> Result<String> {
     let mut text = String::from("/dev/null\n0 0\n");
     let mut open: Vec<&[u8]> = Vec::new();

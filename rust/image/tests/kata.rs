@@ -1,6 +1,7 @@
-//! Images of Kata's builder (`tools/osbuilder/image-builder/image_builder.sh`), made here with the tools and the options that it
-//! uses: `mkfs.ext4 -q -F -b 4096`, `tune2fs -m 3`, `fsck.ext4 -D -y` or `mkfs.erofs -zlz4hc -Enoinline_data` for the file system; where it calls `parted mklabel msdos`
-//! and its `nsdax`, the bytes that these write.
+//! Images of Kata's builder (`tools/osbuilder/image-builder/image_builder.sh`), made here with the tools and
+//! the options that it uses: `mkfs.ext4 -q -F -b 4096`, `tune2fs -m 3`, `fsck.ext4 -D -y` or `mkfs.erofs
+//! -zlz4hc -Enoinline_data` for the file system; where it calls `parted mklabel msdos` and its `nsdax`, the
+//! bytes that these write.
 
 #![allow(clippy::unwrap_used, clippy::indexing_slicing)]
 
@@ -48,7 +49,8 @@ fn header() -> [u8; 4096] {
     block
 }
 
-/// An image with DAX header; `hashes` of its MiB at the end are a partition of their own (`MEASURED_ROOTFS=yes`).
+/// An image with DAX header; `hashes` of its MiB at the end are a partition of their own
+/// (`MEASURED_ROOTFS=yes`).
 fn kata(dir: &Path, hashes: u64) -> PathBuf {
     let (root, part) = (dir.join("root"), dir.join("part"));
     common::root(&root, false);

@@ -19,7 +19,8 @@ const FOLDERS: [(&str, usize, &str); 4] = [
     ("tree", 6000, "3 (btree)"),
 ];
 
-/// An image with Kata's options, `mkfs.xfs -q -f -b size=4096`, and more; gives the sizes of its largest files, and them.
+/// An image with Kata's options, `mkfs.xfs -q -f -b size=4096`, and more; gives the sizes of its largest
+/// files, and them.
 fn image(dir: &Path, more: &[&str]) -> Vec<(usize, String)> {
     let mut largest = Vec::new();
     let file = |size: usize| {

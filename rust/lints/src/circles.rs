@@ -1,8 +1,9 @@
 //! Files of a crate that import each other.
 //!
-//! The graph has a node for each file of a crate's `src` and an arrow for each path that leads from one file to an item of
-//! another. A path is followed through `use` declarations to the file that defines the item: a re-export in a `mod.rs` is
-//! a door, not a room. Declaring a module (`mod x;`) is no arrow, nor is what stands below `#[cfg(test)]`.
+//! The graph has a node for each file of a crate's `src` and an arrow for each path that leads from one file
+//! to an item of another. A path is followed through `use` declarations to the file that defines the item: a
+//! re-export in a `mod.rs` is a door, not a room. Declaring a module (`mod x;`) is no arrow, nor is what
+//! stands below `#[cfg(test)]`.
 //!
 //! Paths inside macros are not seen. An arrow can therefore be missing; none is invented.
 

@@ -33,7 +33,8 @@ pub fn openings(text: &str) -> Openings {
     found
 }
 
-/// Numbers of the lines whose comment is wider than `most` columns. A line that is one long word, such as an address, cannot be broken.
+/// Numbers of the lines whose comment is wider than `most` columns. A line that is one long word, such as an
+/// address, cannot be broken.
 #[must_use]
 pub fn wide(text: &str, most: usize) -> Vec<usize> {
     let is_wide = |line: &str| {

@@ -1,10 +1,12 @@
 //! Rules about this repository that no compiler and no linter keeps.
 //!
-//! A rule is a function from files to findings. Its test, in `tests/rules.rs`, runs it over the repository and fails with
-//! every finding, and its unit tests run it over text that breaks the rule. Nothing here is part of a program.
+//! A rule is a function from files to findings. Its test, in `tests/rules.rs`, runs it over the repository
+//! and fails with every finding, and its unit tests run it over text that breaks the rule. Nothing here is
+//! part of a program.
 //!
-//! - [`circles`] finds files of a crate that import each other. `cargo-modules` answers a like question, but takes minutes
-//!   to build on a new machine and counts items and modules, not files; what a reader meets is files.
+//! - [`circles`] finds files of a crate that import each other. `cargo-modules` answers a like question, but
+//!   takes minutes to build on a new machine and counts items and modules, not files; what a reader meets is
+//!   files.
 //! - [`comments`] reads doc comments: how they open, and how wide they are.
 //! - [`promises`] reads `docs/specification.md`: each promise there names the test that keeps it.
 
@@ -44,7 +46,7 @@ pub fn rust_files(folder: &Path) -> io::Result<Vec<PathBuf>> {
     Ok(files)
 }
 
-/// Whether a file holds tests only, by its name.
+/// Returns true if a file holds tests only, by its name.
 #[must_use]
 pub fn is_test(path: &Path) -> bool {
     path.components().any(|part| part.as_os_str() == "tests")

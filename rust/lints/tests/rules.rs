@@ -8,7 +8,8 @@ use kuasar_lints::{circles, promises, root, rust_files};
 
 const CRATES: [&str; 7] = ["common", "derive", "image", "lints", "sandboxer", "shim", "task"];
 
-/// Circles that are known, by the first two files of each. One that is opened goes from here, and none is added.
+/// Circles that are known, by the first two files of each. One that is opened goes from here, and none is
+/// added.
 const KNOWN: [(&str, &str, &str); 13] = [
     ("sandboxer", "config", "container::disks"),
     ("sandboxer", "container::mount", "container::remove"),

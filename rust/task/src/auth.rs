@@ -36,7 +36,7 @@ impl Token {
         let _ = self.secret.set(secret);
     }
 
-    /// Whether `presented` is the secret. Takes the same time wherever they differ.
+    /// Returns true if `presented` is the secret. Takes the same time wherever they differ.
     #[must_use]
     pub fn is(&self, presented: &str) -> bool {
         let Some(secret) = self.secret.get() else { return false };
@@ -48,7 +48,8 @@ impl Token {
 /// Why a call without the token is refused.
 const NO_TOKEN: &str = "the call does not carry the pod's token";
 
-/// Whether a connection's first frame is a call that carries the token; if not, why not, as an answer to it.
+/// Returns true if a connection's first frame is a call that carries the token; if not, why not, as an answer
+/// to it.
 ///
 /// # Errors
 /// When it does not.

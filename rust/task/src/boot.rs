@@ -1,5 +1,5 @@
-//! What PID 1 owes the rest of the guest: file systems, cgroups, sysctls; and how it ends. As a service, the agent adds what
-//! containers need to what systemd has made.
+//! Duties of PID 1 to the rest of the guest: file systems, cgroups, sysctls, and the guest's end. As a
+//! service, the agent adds what containers need to what systemd has made.
 
 use std::{ffi::CString, fs, io, os::unix::fs::MetadataExt, path::Path};
 
@@ -19,7 +19,7 @@ use crate::{
     sandbox,
 };
 
-/// Where cgroups are mounted.
+/// Mount point of cgroups.
 pub const CGROUPS: &str = "/sys/fs/cgroup";
 /// Below it, the cgroup of all containers.
 const POD_CGROUP: &str = "kuasar";
@@ -47,15 +47,15 @@ pub enum BootError {
         fs: &'static str,
         /// Where.
         target: &'static str,
-        /// What the kernel said.
+        /// The kernel's answer.
         source: io::Error,
     },
     /// A file or folder that the agent cannot do without.
     #[error("{doing}: {source}")]
     Io {
-        /// What was being done to what.
+        /// The action that failed, and its object.
         doing: String,
-        /// What the kernel said.
+        /// The kernel's answer.
         source: io::Error,
     },
     /// systemd has made the guest otherwise than the agent can use it.
@@ -112,15 +112,17 @@ const CGROUP_V2: Mount = Mount { fs: "cgroup2", target: CGROUPS, flags: SAFE, da
 /// Folders of the hierarchies of version 1.
 const CGROUP_V1: Mount = Mount { fs: "tmpfs", target: CGROUPS, flags: SAFE, data: "mode=755" };
 
-/// Controllers of version 1 without which a container could not be limited, or would not be confined to its devices.
+/// Controllers of version 1 without which a container could not be limited, or would not be confined to its
+/// devices.
 const REQUIRED_V1: [&str; 5] = ["cpu", "devices", "freezer", "memory", "pids"];
 
-/// Open files that a container's process may have unless its spec says otherwise, as on a Kubernetes node; a kernel starts
-/// PID 1 with 1024, at most 4096.
+/// Open files that a container's process may have unless its spec says otherwise, as on a Kubernetes node; a
+/// kernel starts PID 1 with 1024, at most 4096.
 const MAX_FILES: u64 = 1 << 20;
 
-/// What containers of a Kubernetes node find set there; and that none of the agent's log lines are left out, which the kernel
-/// takes with the end of its line only (kernel/printk/printk.c, `devkmsg_sysctl_set_loglvl`).
+/// Values that containers find on a Kubernetes node. Besides, none of the agent's log lines is left out,
+/// which the kernel takes with the end of its line only (kernel/printk/printk.c,
+/// `devkmsg_sysctl_set_loglvl`).
 const SYSCTLS: [(&str, &str); 3] = [
     ("vm/overcommit_memory", "1"),
     ("kernel/keys/root_maxkeys", "1000000"),
@@ -185,7 +187,7 @@ fn mount_share(share: ShareFs) -> Result<(), BootError> {
         .map_err(|source| BootError::Mount { fs, target: GUEST_STATE_DIR, source: source.into() })
 }
 
-/// Whether a service has to mount it: other services may have files in `/tmp` already.
+/// Returns true if a service has to mount it: other services may have files in `/tmp` already.
 fn is_lacking(entry: &Mount) -> bool {
     entry.target != "/tmp" && !is_mount_point(Path::new(entry.target))
 }
@@ -243,7 +245,7 @@ fn links() {
     }
 }
 
-/// Where containers' cgroups are.
+/// Hierarchies of the containers' cgroups.
 #[must_use]
 pub fn hierarchies(version: CgroupVersion) -> Hierarchies {
     match version {
@@ -260,10 +262,11 @@ fn cgroups(version: CgroupVersion) -> Result<(), BootError> {
     pass_on_controllers()
 }
 
-/// Containers have their own cgroup beside systemd's slices and scopes, as those of a kubelet with the driver `cgroupfs` have:
-/// none of systemd's has this name, systemd passes on to it every controller that the kernel has, and cannot take one back
-/// while it is passed on further. A cgroup below the service's own would lack those that systemd does not know (`hugetlb`), and
-/// what happens to a container there would be a matter of the service (`OOMPolicy=`).
+/// Containers have their own cgroup beside systemd's slices and scopes, as those of a kubelet with the driver
+/// `cgroupfs` have: none of systemd's has this name, systemd passes on to it every controller that the kernel
+/// has, and cannot take one back while it is passed on further. A cgroup below the service's own would lack
+/// those that systemd does not know (`hugetlb`), and what happens to a container there would be a matter of
+/// the service (`OOMPolicy=`).
 fn cgroups_of_systemd(version: CgroupVersion) -> Result<(), BootError> {
     if version == CgroupVersion::V1 {
         return Err(BootError::Service(
@@ -344,14 +347,14 @@ fn enable_controllers(cgroup: &Path) -> io::Result<()> {
     Ok(())
 }
 
-/// Whether the root file system is an initramfs, which cannot be pivoted away from.
+/// Returns true if the root file system is an initramfs, which cannot be pivoted away from.
 #[must_use]
 pub fn root_is_initramfs() -> bool {
     statfs("/").is_ok_and(|root| u32::try_from(root.f_type).is_ok_and(|kind| INITRAMFS.contains(&kind)))
 }
 
-/// Ends the VM. A reboot and not a power-off, because a guest without ACPI cannot power off, and the VMM is told to end
-/// at a reboot.
+/// Ends the VM. A reboot and not a power-off, because a guest without ACPI cannot power off, and the VMM is
+/// told to end at a reboot.
 pub fn end_vm() -> ! {
     rustix::fs::sync();
     loop {

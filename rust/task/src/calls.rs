@@ -1,4 +1,5 @@
-//! The port of calls and streams: nothing of a connection goes further before its first frame has shown the pod's token.
+//! The port of calls and streams: nothing of a connection goes further before its first frame has shown the
+//! pod's token.
 
 use std::{io, sync::Arc};
 

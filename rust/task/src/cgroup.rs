@@ -1,4 +1,5 @@
-//! A container's cgroup: who is in it, and its end. [`Cgroup`] is one of either version; the functions are those of version 2.
+//! A container's cgroup: who is in it, and its end. [`Cgroup`] is one of either version; the functions are
+//! those of version 2.
 
 use std::{
     fs::{self, File},
@@ -19,10 +20,10 @@ use crate::{cgroup_v1 as v1, metrics, spec::CGROUPS};
 
 /// Deepest folders below a container's own that are looked for processes.
 pub(crate) const MAX_DEPTH: u32 = 8;
-/// How long killed processes may take to be gone.
+/// Longest time that killed processes may take to be gone.
 const EMPTY_DEADLINE: Duration = Duration::from_secs(10);
 
-/// Where cgroups are.
+/// Mounted cgroup hierarchies.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Hierarchies {
     /// Version 2: one hierarchy, mounted here.
@@ -40,7 +41,7 @@ pub enum Cgroup {
     Legacy(v1::Cgroup),
 }
 
-/// What the kernel counts in a cgroup, as containerd knows it.
+/// The kernel's counters of a cgroup, as containerd knows them.
 #[derive(Clone, Debug)]
 pub enum Stats {
     /// Version 2.
@@ -60,8 +61,8 @@ impl Hierarchies {
         }
     }
 
-    /// Whether a container's cgroup has this file, by version 2's names, of which version 1 has none. The cgroup above has the
-    /// same controllers, and is there before the container's is.
+    /// Returns true if a container's cgroup has this file, by version 2's names, of which version 1 has none.
+    /// The cgroup above has the same controllers, and is there before the container's is.
     #[must_use]
     pub(crate) fn has(&self, file: &str) -> bool {
         let plain = !file.is_empty() && !file.contains(['/', '\0']);
@@ -91,7 +92,7 @@ impl Cgroup {
         }
     }
 
-    /// How often the kernel killed something in it for want of memory; `None` if it does not count that.
+    /// Number of kills in it for want of memory; `None` if the kernel does not count them.
     #[must_use]
     pub fn oom_kills(&self) -> Option<u64> {
         match self {
@@ -100,7 +101,7 @@ impl Cgroup {
         }
     }
 
-    /// What the kernel counts in it; `None` if it is gone.
+    /// The kernel's counters of it; `None` if it is gone.
     #[must_use]
     pub fn stats(&self) -> Option<Stats> {
         match self {
@@ -159,7 +160,7 @@ pub fn kill(cgroup: &Path) -> bool {
     fs::write(cgroup.join("cgroup.kill"), "1").is_ok()
 }
 
-/// How often the kernel killed something in a cgroup or below it for want of memory; `None` if it does not count that.
+/// Number of kills in a cgroup or below it for want of memory; `None` if the kernel does not count them.
 #[must_use]
 pub fn oom_kills(cgroup: &Path) -> Option<u64> {
     Flat::read(&cgroup.join("memory.events")).map(|events| events.get("oom_kill"))

@@ -1,5 +1,5 @@
-//! cgroup v1, for pods whose programs know nothing else: one hierarchy for each controller, and no way to ask for all
-//! processes to be killed at once, or to be told that none is left.
+//! cgroup v1, for pods whose programs know nothing else: one hierarchy for each controller, and no way to ask
+//! for all processes to be killed at once, or to be told that none is left.
 
 use std::{
     fs::{self, File},
@@ -66,7 +66,8 @@ impl Cgroup {
         Flat::read(&self.dir("memory").join("memory.oom_control")).map(|file| file.get("oom_kill"))
     }
 
-    /// Kills what is in it, and again what that has started meanwhile, until nothing is left; then removes it.
+    /// Kills what is in it, and again what that has started meanwhile, until nothing is left; then removes
+    /// it.
     pub(crate) async fn remove(&self, deadline: Duration) -> io::Result<()> {
         let emptied = async {
             loop {
@@ -75,7 +76,8 @@ impl Cgroup {
                     return Ok::<(), io::Error>(());
                 }
                 for pid in pids {
-                    // By the time it is opened the number may be another's: who is in the cgroup still is its own.
+                    // By the time it is opened the number may be another's: who is in the cgroup still is its
+                    // own.
                     let Ok(process) = pidfd_open(pid, PidfdFlags::NONBLOCK) else { continue };
                     if self.processes().contains(&pid.as_raw_nonzero().get()) {
                         let _ = pidfd_send_signal(&process, Signal::KILL);

@@ -1,7 +1,8 @@
 //! The guest's clock: set when the pod is set up, kept in step by the host's corrections afterwards.
 //!
-//! A small correction is slewed: time never jumps and never goes back, it runs 0.05 % faster or slower until the offset is
-//! gone. A large one, as after a suspended or restored VM, is a step, forward or back: a slew of it would take hours.
+//! A small correction is slewed: time never jumps and never goes back, it runs 0.05 % faster or slower until
+//! the offset is gone. A large one, as after a suspended or restored VM, is a step, forward or back: a slew
+//! of it would take hours.
 
 use rustix::{
     fs::Timespec,
@@ -12,11 +13,11 @@ use crate::error::TaskError;
 
 const NANOS: i64 = 1_000_000_000;
 const NANOS_PER_MICRO: i64 = 1_000;
-/// Largest offset that is slewed, in nanoseconds, as ntpd has it. The kernel slews 500 us a second (`MAX_TICKADJ` of
-/// `kernel/time/ntp.c`), so this much is gone after 256 s.
+/// Largest offset that is slewed, in nanoseconds, as ntpd has it. The kernel slews 500 us a second
+/// (`MAX_TICKADJ` of `kernel/time/ntp.c`), so this much is gone after 256 s.
 const MAX_SLEW: i64 = 128_000_000;
 
-/// What to do about an offset.
+/// Treatment of an offset.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Correction {
     /// Nothing: it is below what the kernel slews by.
@@ -54,8 +55,8 @@ pub fn set(ns: i64) -> Result<(), TaskError> {
     clock_settime(ClockId::Realtime, time).map_err(TaskError::io(format!("setting the clock to {ns} ns")))
 }
 
-/// Corrects the guest's clock by a number of nanoseconds, forward or back. Replaces what is left of an earlier slew: the
-/// host has measured anew.
+/// Corrects the guest's clock by a number of nanoseconds, forward or back. Replaces what is left of an
+/// earlier slew: the host has measured anew.
 ///
 /// # Errors
 /// When the result is before 1970, or the kernel's.

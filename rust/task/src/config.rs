@@ -1,4 +1,4 @@
-//! What the kernel command line says to the agent: `task.*` parameters as a typed [`TaskConfig`].
+//! The agent's words of the kernel command line: `task.*` parameters as a typed [`TaskConfig`].
 //!
 //! A wrong parameter never keeps a pod from starting: the default is taken and one line says what was wrong.
 
@@ -18,7 +18,8 @@ pub struct TaskConfig {
     pub share: ShareFs,
     /// `task.cgroup`: version of the cgroups that containers see.
     pub cgroup: CgroupVersion,
-    /// `task.debug`: log at debug level at least, and run processes outside containers when the host asks for it.
+    /// `task.debug`: log at debug level at least, and run processes outside containers when the host asks for
+    /// it.
     pub debug: bool,
     /// `task.debug_shell`: absolute path of the debug console's shell. None: there is no debug console.
     pub debug_shell: Option<PathBuf>,
@@ -61,7 +62,8 @@ impl Default for TaskConfig {
 }
 
 impl TaskConfig {
-    /// Reads the parameters of a kernel command line; returns what was wrong with them, one sentence each, beside.
+    /// Reads the parameters of a kernel command line; returns what was wrong with them, one sentence each,
+    /// beside.
     #[must_use]
     pub fn parse(cmdline: &str) -> (Self, Vec<String>) {
         let mut config = Self::default();
@@ -139,7 +141,8 @@ impl TaskConfig {
     }
 }
 
-/// What may have been meant: the one known parameter that is close, or else all of them.
+/// Suggests the parameter that was probably meant: the one known parameter that is close, or else all of
+/// them.
 fn hint(name: &str) -> String {
     let close = KNOWN.into_iter().map(|known| (strsim::levenshtein(name, known), known)).min();
     match close {

@@ -41,7 +41,7 @@ use crate::{
 
 /// Consoles that may be open at the same time.
 const MAX_OPEN: usize = 8;
-/// How long a shell may take to end once its terminal was hung up.
+/// Longest time that a shell may take to end once its terminal was hung up.
 const HANG_UP_DEADLINE: Duration = Duration::from_secs(2);
 
 /// Takes connections in and gives each a shell.
@@ -61,7 +61,8 @@ impl Consoles {
         Self { shell: shell.to_owned(), token, reaper, open, strangers }
     }
 
-    /// Deals with one accepted connection, in a task of its own. One that knows the token waits there while too many are open.
+    /// Deals with one accepted connection, in a task of its own. One that knows the token waits there while
+    /// too many are open.
     pub fn accept(&self, transport: Box<dyn Transport>) {
         let place = self.strangers.enter();
         let (shell, token, reaper) = (self.shell.clone(), Arc::clone(&self.token), Arc::clone(&self.reaper));

@@ -22,7 +22,7 @@ use crate::{
 
 const SIGKILL: u32 = 9;
 
-/// What a container is made from.
+/// Parts that a container is made from.
 #[derive(Clone, Debug, Default)]
 pub struct NewContainer {
     /// Its id.
@@ -50,7 +50,7 @@ pub struct Container {
     pub(crate) gate: RwLock<()>,
     pub(crate) cgroup: OnceLock<Cgroup>,
     last_stats: Mutex<Option<Stats>>,
-    /// How many of the kernel's kills for want of memory are known.
+    /// Number of the kernel's kills for want of memory that are known.
     oom_kills: AtomicU64,
     gone: AtomicBool,
     /// Its PID namespace has processes of others.
@@ -103,7 +103,7 @@ impl Container {
         }
     }
 
-    /// Whether its PID namespace has processes of other containers, too.
+    /// Returns true if its PID namespace has processes of other containers, too.
     pub(crate) fn shares_pids(&self) -> bool {
         self.shares_pids.load(Ordering::Relaxed)
     }
@@ -144,7 +144,7 @@ impl Container {
         running.map(|(id, exec)| (exec.process.pid(), id.clone())).collect()
     }
 
-    /// What the kernel counts for it; the last known values when it does not any more, none before it ever did.
+    /// The kernel's counters of it. The last known values once it has ended; none before it began.
     #[must_use]
     pub fn stats(&self) -> Option<Stats> {
         let mut last = self.last_stats.lock().unwrap_or_else(PoisonError::into_inner);
@@ -154,13 +154,13 @@ impl Container {
         last.clone()
     }
 
-    /// Whether the kernel counts its memory still.
+    /// Returns true if the kernel counts its memory still.
     pub(crate) fn has_memory(&self) -> bool {
         self.cgroup.get().and_then(Cgroup::oom_kills).is_some()
     }
 
-    /// Publishes that the kernel killed something in it for want of memory, unless that is known already. What was killed
-    /// between two looks is one event.
+    /// Publishes that the kernel killed something in it for want of memory, unless that is known already.
+    /// What was killed between two looks is one event.
     pub fn check_memory(&self, events: &Events) {
         let Some(kills) = self.cgroup.get().and_then(Cgroup::oom_kills) else { return };
         if self.oom_kills.fetch_max(kills, Ordering::Relaxed) < kills {
@@ -176,7 +176,8 @@ impl Container {
         }
     }
 
-    /// Sends a signal to every process of it, also to what outlives its own in a PID namespace that it shares.
+    /// Sends a signal to every process of it, also to what outlives its own in a PID namespace that it
+    /// shares.
     ///
     /// # Errors
     /// When nothing of it lives, or the number is no signal's.

@@ -9,10 +9,10 @@ use crate::runc::RuncError;
 /// Why a call was not done.
 #[derive(Debug, thiserror::Error)]
 pub enum TaskError {
-    /// What the call names does not exist.
+    /// The object of the call does not exist.
     #[error("{0} not found")]
     NotFound(String),
-    /// What the call would make exists already.
+    /// The object that the call would make exists already.
     #[error("{0} already exists")]
     AlreadyExists(String),
     /// The call does not fit the state of what it names.
@@ -33,9 +33,9 @@ pub enum TaskError {
     /// The guest's kernel refused.
     #[error("{doing}: {source}")]
     Io {
-        /// What was being done to what.
+        /// The action that failed, and its object.
         doing: String,
-        /// What the kernel said.
+        /// The kernel's answer.
         source: io::Error,
     },
     /// A defect of the agent.

@@ -1,7 +1,7 @@
-//! What happens to containers, as containerd's events, kept for the host to fetch.
+//! Events of containers, in containerd's form, kept for the host to fetch.
 //!
-//! Whoever publishes never waits: a full queue drops its oldest event. Events are numbered, so that the host sees the gap
-//! and reads the state of all containers again.
+//! Whoever publishes never waits: a full queue drops its oldest event. Events are numbered, so that the host
+//! sees the gap and reads the state of all containers again.
 
 use std::{
     collections::VecDeque,
@@ -81,8 +81,8 @@ impl Events {
         self.last.send_replace(sequence);
     }
 
-    /// The first event after the one of this number that is still kept; waits for one if there is none. Without a number,
-    /// the first that was not handed out so before.
+    /// The first event after the one of this number that is still kept; waits for one if there is none.
+    /// Without a number, the first that was not handed out so before.
     ///
     /// # Errors
     /// When the number is none that was given out yet.
@@ -154,7 +154,8 @@ impl Events {
         self.publish(&container.namespace, TASK_EXEC_STARTED_EVENT_TOPIC, &event);
     }
 
-    /// A process has ended; once for each, however often this is called. `exec_id` is empty for a container's own.
+    /// A process has ended; once for each, however often this is called. `exec_id` is empty for a container's
+    /// own.
     pub fn exited(&self, container: &Container, exec_id: &str, process: &Process) {
         // One that could not be started never was, as in containerd's own shims.
         let Some(exit) = process.exit().filter(|_| process.pid() > 0 && process.announce()) else { return };

@@ -1,5 +1,5 @@
-//! Port-forward: carries TCP connections of the host to the guest's own loopback (see [`kuasar_common::forward`]). On the same
-//! port, connections of containers go to sockets of the host.
+//! Port-forward: carries TCP connections of the host to the guest's own loopback (see
+//! [`kuasar_common::forward`]). On the same port, connections of containers go to sockets of the host.
 
 use std::{io, net::SocketAddr, sync::Arc, time::Duration};
 
@@ -21,7 +21,8 @@ use crate::{
 
 /// Connections that may be open at the same time.
 const MAX_OPEN: usize = 512;
-/// How long a server of the pod may take to take a connection; only one that takes none any more needs so long.
+/// Longest time that a server of the pod may take to accept a connection. Only one that accepts none any more
+/// needs so long.
 const DIAL_DEADLINE: Duration = Duration::from_secs(15);
 
 /// Takes connections in and carries each to where its first line says.
@@ -33,7 +34,8 @@ pub struct Forwards {
 }
 
 impl Forwards {
-    /// For connections that know `token`, to the pod's ports or to those who are connected to one of these sockets.
+    /// For connections that know `token`, to the pod's ports or to those who are connected to one of these
+    /// sockets.
     #[must_use]
     pub fn new(token: Arc<Token>, sockets: Arc<HostSockets>) -> Self {
         Self {
@@ -44,7 +46,8 @@ impl Forwards {
         }
     }
 
-    /// Deals with one accepted connection, in a task of its own. One that knows the token waits there while too many are open.
+    /// Deals with one accepted connection, in a task of its own. One that knows the token waits there while
+    /// too many are open.
     pub fn accept(&self, transport: Box<dyn Transport>) {
         let place = self.strangers.enter();
         let (token, sockets) = (Arc::clone(&self.token), Arc::clone(&self.sockets));

@@ -11,9 +11,9 @@ use tokio::{
     time::timeout,
 };
 
-/// How long the host may take to answer.
+/// Longest time that the host may take to answer.
 const ANSWER_DEADLINE: Duration = Duration::from_secs(30);
-/// How long the host may take to take our last words.
+/// Longest time that the host may take to receive the last message.
 const FATAL_DEADLINE: Duration = Duration::from_secs(2);
 /// Hexadecimal digits of a token.
 const TOKEN_LEN: usize = 64;
@@ -30,7 +30,7 @@ pub enum HandshakeError {
     /// The host said something else.
     #[error("reading the host's answer to READY: {0}")]
     Line(#[from] LineError),
-    /// What the host sent is no token.
+    /// The host sent something that is no token.
     #[error("reading the host's answer to READY: the token is not {TOKEN_LEN} hexadecimal digits")]
     Token,
 }
@@ -84,7 +84,7 @@ impl<S: AsyncRead + AsyncWrite> HostLink<S> {
     }
 }
 
-/// How the root is mounted; nothing where that cannot be read. The last line counts: it hides those before.
+/// Mount options of the root; nothing where they cannot be read. The last line counts: it hides those before.
 fn root() -> String {
     let mounts = std::fs::read_to_string("/proc/mounts").unwrap_or_default();
     root_of(&mounts).unwrap_or_default()

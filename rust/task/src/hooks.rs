@@ -1,6 +1,6 @@
-//! OCI hooks: programs that the runtime runs around a container's life. In a VM they run in the guest, so they must exist
-//! there; one that does not is an error at create, because a hook that silently did not run (one that adds a GPU, say)
-//! is noticed much later and by somebody else.
+//! OCI hooks: programs that the runtime runs around a container's life. In a VM they run in the guest, so
+//! they must exist there; one that does not is an error at create, because a hook that silently did not run
+//! (one that adds a GPU, say) is noticed much later and by somebody else.
 
 use std::path::Path;
 
@@ -57,7 +57,7 @@ fn refuse(field: &str, why: &str) -> TaskError {
     TaskError::InvalidArgument(format!("{field} of the container's spec {why}"))
 }
 
-/// What is mounted over the container's root file system cannot be seen yet.
+/// Returns true if a path lies on a mount over the container's root, whose content cannot be seen yet.
 fn on_a_mount(spec: &Value, path: &str) -> bool {
     let mounts = spec.get("mounts").and_then(Value::as_array).into_iter().flatten();
     mounts
@@ -84,7 +84,7 @@ fn runnable(name: &str, root: &Path, path: &str, wher: &str) -> Result<(), TaskE
     ))
 }
 
-/// What a path leads to, symbolic links included, for somebody whose root folder is `root`.
+/// Follows a path, symbolic links included, for a process whose root folder is `root`.
 fn find(root: &Path, path: &str) -> rustix::io::Result<Stat> {
     let flags = OFlags::PATH | OFlags::CLOEXEC;
     let root = open(root, flags | OFlags::DIRECTORY, Mode::empty())?;

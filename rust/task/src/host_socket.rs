@@ -1,5 +1,5 @@
-//! Sockets of the host that containers have mounted: listens in their place, and hands each connection to the relay (see
-//! [`kuasar_common::host_socket`]).
+//! Sockets of the host that containers have mounted: listens in their place, and hands each connection to the
+//! relay (see [`kuasar_common::host_socket`]).
 
 use std::{
     collections::HashMap,
@@ -116,7 +116,8 @@ async fn none(mut connection: Connection) {
     let _ = connection.flush().await;
 }
 
-/// Makes a socket that nobody can connect to before it has its owner and mode: nothing shows it to a container yet.
+/// Makes a socket that nobody can connect to before it has its owner and mode: nothing shows it to a
+/// container yet.
 fn listen(path: &Path, Access { uid, gid, mode }: Access) -> io::Result<StdListener> {
     let (folder, name) = path.parent().zip(path.file_name()).ok_or(io::ErrorKind::InvalidInput)?;
     fs::create_dir_all(folder)?;
@@ -132,7 +133,7 @@ fn listen(path: &Path, Access { uid, gid, mode }: Access) -> io::Result<StdListe
     Ok(listener)
 }
 
-/// Who connected, as the kernel knows it.
+/// The connected peer, as the kernel knows it.
 fn peer(unix: &UnixStream) -> io::Result<Peer> {
     let of = unix.peer_cred()?;
     Ok(Peer { uid: of.uid(), gid: of.gid(), groups: groups(unix)? })

@@ -1,8 +1,8 @@
 //! PID 1 of the microVM: runs the pod's containers.
 //!
-//! The agent boots the guest, tells the host that it is ready, and serves containerd's Task API and the pod's own
-//! `SandboxService`. One thread does it all, so nothing in it may block for long; what the kernel may take its
-//! time for (mounts, files of the share) is done in threads that come and go.
+//! The agent boots the guest, tells the host that it is ready, and serves containerd's Task API and the pod's
+//! own `SandboxService`. One thread does it all, so nothing in it may block for long; what the kernel may
+//! take its time for (mounts, files of the share) is done in threads that come and go.
 
 pub mod auth;
 pub mod boot;

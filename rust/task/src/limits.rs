@@ -1,4 +1,4 @@
-//! What holds for every call, whatever it does: it ends, and a defect in it ends nothing but itself.
+//! Limits of every call: it ends, and a defect in it ends nothing but itself.
 
 use std::{
     any::Any,
@@ -12,11 +12,12 @@ use std::{
 use tokio::time::timeout;
 use ttrpc::{Code, Response};
 
-/// Longest that a call may take that says nothing else. A little more than what calls have that do work with a deadline of
-/// its own, so that those word their errors themselves.
+/// Longest that a call may take that says nothing else. A little more than what calls have that do work with
+/// a deadline of its own, so that those word their errors themselves.
 pub const DEADLINE: Duration = Duration::from_secs(120);
 
-/// Calls that wait for something that may never happen, or for as long as they say: their caller's deadline is theirs.
+/// Calls that wait for something that may never happen, or for as long as they say: their caller's deadline
+/// is theirs.
 const PATIENT: [&str; 3] = ["GetEvents", "Shutdown", "Wait"];
 
 /// The deadline of a method, if it has one of its own.
@@ -56,7 +57,7 @@ fn refusal(code: Code, why: String) -> Response {
     response
 }
 
-/// What the work says, or else with what it panicked.
+/// The result of the work, or the message of its panic.
 pub(crate) async fn unless_it_panics<T>(work: impl Future<Output = T>) -> Result<T, String> {
     let mut work = pin!(work);
     poll_fn(|context| {

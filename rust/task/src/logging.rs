@@ -14,8 +14,8 @@ struct KernelLog {
     kmsg: Option<File>,
 }
 
-/// Sends all log lines from here on to `/dev/kmsg`, or to standard error where that does not exist. Later calls only
-/// change the level.
+/// Sends all log lines from here on to `/dev/kmsg`, or to standard error where that does not exist. Later
+/// calls only change the level.
 pub fn init(level: LevelFilter) {
     let kmsg = OpenOptions::new().write(true).open("/dev/kmsg").ok();
     // The only error is that a logger is set already, which is what is wanted then.
@@ -43,7 +43,8 @@ impl Log for KernelLog {
     fn flush(&self) {}
 }
 
-/// One record for `/dev/kmsg`: syslog priority of the kernel facility's daemon, name, message without line breaks.
+/// One record for `/dev/kmsg`: syslog priority of the kernel facility's daemon, name, message without line
+/// breaks.
 fn render(level: Level, message: &str) -> String {
     let priority = match level {
         Level::Error => 3,

@@ -19,9 +19,9 @@ const CONSOLE: &str = "/dev/console";
 const HELPER_STACK: usize = 256 * 1024;
 const HELPER_IDLE: Duration = Duration::from_secs(1);
 
-// Not Rust's own entry: that one ends the process if standard streams are closed and /dev/null is missing, which is what
-// PID 1 finds on an image without device nodes and a kernel without console.
-// SAFETY: the C library calls the one symbol of this name, with arguments that are not looked at here.
+// Not Rust's own entry: that one ends the process if standard streams are closed and /dev/null is missing,
+// which is what PID 1 finds on an image without device nodes and a kernel without console. SAFETY: the C
+// library calls the one symbol of this name, with arguments that are not looked at here.
 #[unsafe(no_mangle)]
 extern "C" fn main() -> c_int {
     // First: it is process 1, too, of its namespace.

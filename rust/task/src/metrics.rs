@@ -1,4 +1,4 @@
-//! What the kernel counts for a container: cgroup v2 files, read as they are and sent as containerd's metrics.
+//! The kernel's counters of a container: cgroup v2 files, read as they are and sent as containerd's metrics.
 
 use std::{fs, path::Path};
 
@@ -10,8 +10,8 @@ use protobuf::MessageField;
 
 use crate::cgroup::Flat;
 
-/// Everything containerd knows of in a cgroup; `None` if the cgroup is gone. Files of controllers that are not enabled
-/// leave their part out.
+/// Everything containerd knows of in a cgroup; `None` if the cgroup is gone. Files of controllers that are
+/// not enabled leave their part out.
 #[must_use]
 pub fn read(cgroup: &Path) -> Option<Metrics> {
     let cpu = Flat::read(&cgroup.join("cpu.stat"))?;

@@ -1,5 +1,5 @@
-//! Sees the kernel kill for want of memory: one inotify watch on each container's `memory.events`; with cgroup v1, which
-//! has no such file, an eventfd of each container's.
+//! Sees the kernel kill for want of memory: one inotify watch on each container's `memory.events`; with
+//! cgroup v1, which has no such file, an eventfd of each container's.
 
 use std::{
     collections::HashMap,

@@ -1,8 +1,8 @@
 //! PID namespaces that several containers share: the pod's own, and that of another container.
 //!
-//! In a spec that comes from the host, the `path` of the PID namespace is [`POD`] for the pod's, or [`CONTAINER`] and an id
-//! or [`PROCESS`] and the pid of its first process for a container's; no path is a namespace of the container's own, as in any spec. (Paths of the host's `/proc` would
-//! mean nothing here.)
+//! In a spec that comes from the host, the `path` of the PID namespace is [`POD`] for the pod's, or
+//! [`CONTAINER`] and an id or [`PROCESS`] and the pid of its first process for a container's; no path is a
+//! namespace of the container's own, as in any spec. (Paths of the host's `/proc` would mean nothing here.)
 
 use std::{
     ffi::OsStr,
@@ -26,10 +26,11 @@ use crate::{error::TaskError, reaper::Reaper, runc::Runc};
 pub const POD: &str = "pod";
 /// `path` of a container's PID namespace, followed by the container's id.
 pub const CONTAINER: &str = "container:";
-/// `path` of a container's PID namespace, followed by the pid that was reported for the container: all that CRI names.
+/// `path` of a container's PID namespace, followed by the pid that was reported for the container: all that
+/// CRI names.
 pub const PROCESS: &str = "process:";
-/// Name under which the agent's program runs as the first process of the pod's PID namespace. Not an argument: what the
-/// kernel does not understand of its command line becomes arguments of PID 1.
+/// Name under which the agent's program runs as the first process of the pod's PID namespace. Not an
+/// argument: what the kernel does not understand of its command line becomes arguments of PID 1.
 const PAUSE: &str = "kuasar-pause";
 
 /// The pod's PID namespace, once there is one.
@@ -39,7 +40,8 @@ pub struct PodPidNamespace {
 }
 
 impl PodPidNamespace {
-    /// Makes it; its first process, which reaps what the containers leave, is this very program. Repeating changes nothing.
+    /// Makes it; its first process, which reaps what the containers leave, is this very program. Repeating
+    /// changes nothing.
     ///
     /// # Errors
     /// The kernel's.
@@ -52,8 +54,8 @@ impl PodPidNamespace {
         Ok(())
     }
 
-    /// Replaces the host's names of PID namespaces in a spec by paths of this VM. True if the container is not alone in its
-    /// namespace: the end of its first process will not end the others then.
+    /// Replaces the host's names of PID namespaces in a spec by paths of this VM. True if the container is
+    /// not alone in its namespace: the end of its first process will not end the others then.
     ///
     /// # Errors
     /// When there is no such namespace.
@@ -108,8 +110,8 @@ fn init_of(container: &str, runc: &Runc) -> Option<i64> {
     Path::new("/proc").join(pid.to_string()).join("ns/pid").exists().then_some(pid)
 }
 
-/// Whether a container's first process has this pid: any other process's namespace, the agent's own among them, is none to
-/// share.
+/// Returns true if a container's first process has this pid: any other process's namespace, the agent's own
+/// among them, is none to share.
 fn is_init(pid: i64, runc: &Runc) -> bool {
     let containers = fs::read_dir(&runc.root).into_iter().flatten().flatten();
     containers.filter_map(|entry| init_of(entry.file_name().to_str()?, runc)).any(|init| init == pid)
@@ -117,7 +119,8 @@ fn is_init(pid: i64, runc: &Runc) -> bool {
 
 fn start(reaper: &Arc<Reaper>) -> io::Result<Pid> {
     let ours = File::open("/proc/self/ns/pid")?;
-    // SAFETY: it only changes in which namespace children start; this thread's descriptors and memory stay shared.
+    // SAFETY: it only changes in which namespace children start; this thread's descriptors and memory stay
+    // shared.
     unsafe { unshare_unsafe(UnshareFlags::NEWPID) }?;
     let mut command = Command::new("/proc/self/exe");
     command.arg0(PAUSE).env_clear().current_dir("/");
@@ -127,7 +130,7 @@ fn start(reaper: &Arc<Reaper>) -> io::Result<Pid> {
     Ok(started?.0)
 }
 
-/// Whether this process was started as the first one of a pod's PID namespace.
+/// Returns true if this process was started as the first one of a pod's PID namespace.
 #[must_use]
 pub fn is_pause() -> bool {
     std::env::args_os().next().as_deref() == Some(OsStr::new(PAUSE))

@@ -14,7 +14,7 @@ use crate::{
     stdio::process_io::{ProcessIo, StdioSpec},
 };
 
-/// How far a process has come. That it ended is known from its exit alone.
+/// Phase of a process. Its end is known from its exit alone.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Phase {
     /// Waits for Start.
@@ -74,7 +74,7 @@ impl Process {
         self.pid.store(pid, Ordering::Relaxed);
     }
 
-    /// Where its exit is announced.
+    /// Channel that announces its exit.
     #[must_use]
     pub fn exit_sender(&self) -> ExitSender {
         Arc::clone(&self.exit)
@@ -86,13 +86,13 @@ impl Process {
         self.exit.subscribe()
     }
 
-    /// How it ended, if it has.
+    /// Its exit, if it has ended.
     #[must_use]
     pub fn exit(&self) -> Option<Exit> {
         *self.exit.borrow()
     }
 
-    /// How far it has come.
+    /// Its phase.
     #[must_use]
     pub fn phase(&self) -> Phase {
         if self.exit().is_some() {
@@ -101,7 +101,7 @@ impl Process {
         *self.phase.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Whether its start is under way, or was when it ended.
+    /// Returns true if its start is under way, or was when it ended.
     #[must_use]
     pub fn is_starting(&self) -> bool {
         *self.phase.lock().unwrap_or_else(PoisonError::into_inner) == Phase::Starting
@@ -132,7 +132,8 @@ impl Process {
         if self.exit().is_some() {
             return Err(TaskError::NotFound("process (it has ended already)".to_owned()));
         }
-        // Its pid cannot belong to another: it stays taken until the reaper collects the exit, which it has not.
+        // Its pid cannot belong to another: it stays taken until the reaper collects the exit, which it has
+        // not.
         match Pid::from_raw(self.pid()) {
             Some(pid) => signal_pid(pid, signal),
             None => Err(TaskError::FailedPrecondition("the process was not started yet".to_owned())),
@@ -149,8 +150,8 @@ pub fn signal_pid(pid: Pid, signal: u32) -> Result<(), TaskError> {
     let Some(number) = number else {
         return Err(TaskError::InvalidArgument(format!("{signal} is not the number of a signal")));
     };
-    // SAFETY: the signal is only sent, never used for a handler in this process, which is what the C library reserves
-    // some of the numbers for; the kernel checks the range, and so did we.
+    // SAFETY: the signal is only sent, never used for a handler in this process, which is what the C library
+    // reserves some of the numbers for; the kernel checks the range, and so did we.
     let signal = unsafe { Signal::from_raw_unchecked(number) };
     match kill_process(pid, signal) {
         Ok(()) | Err(rustix::io::Errno::SRCH) => Ok(()),

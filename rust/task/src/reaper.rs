@@ -1,8 +1,9 @@
 //! The one place that waits for children.
 //!
-//! PID 1 inherits every orphan of the VM, so `waitpid(-1)` is called here and nowhere else, and exits are handed to
-//! whoever registered the pid. A container's process becomes known only when the runtime that made it has ended, and may
-//! have exited before: while a [`Spawning`] guard lives, exits of unknown pids are kept for it.
+//! PID 1 inherits every orphan of the VM, so `waitpid(-1)` is called here and nowhere else, and exits are
+//! handed to whoever registered the pid. A container's process becomes known only when the runtime that made
+//! it has ended, and may have exited before: while a [`Spawning`] guard lives, exits of unknown pids are kept
+//! for it.
 
 use std::{
     collections::HashMap,
@@ -19,7 +20,7 @@ use tokio::{
     sync::watch,
 };
 
-/// How a process ended.
+/// Exit of a process.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Exit {
     /// Exit code, or 128 plus the signal's number.
@@ -38,7 +39,7 @@ pub fn timestamp(exit: &Exit) -> MessageField<Timestamp> {
     MessageField::some(timestamp)
 }
 
-/// Where the exit of one process is announced; `None` until then.
+/// Channel that announces the exit of one process; `None` until then.
 pub type ExitSender = Arc<watch::Sender<Option<Exit>>>;
 
 #[derive(Default)]
@@ -77,14 +78,16 @@ impl Reaper {
         Ok(run(Arc::clone(self), children))
     }
 
-    /// Keeps the exits of pids unknown yet, until the guard is dropped. Take it before starting what makes the process.
+    /// Keeps the exits of pids unknown yet, until the guard is dropped. Take it before starting what makes
+    /// the process.
     #[must_use]
     pub fn spawning(self: &Arc<Self>) -> Spawning {
         self.lock().spawning += 1;
         Spawning { reaper: Arc::clone(self) }
     }
 
-    /// Announces the exit of `pid` on `exit`, at once if it has exited under a [`Spawning`] guard that still lives.
+    /// Announces the exit of `pid` on `exit`, at once if it has exited under a [`Spawning`] guard that still
+    /// lives.
     pub fn watch(&self, pid: i32, exit: ExitSender) {
         let mut table = self.lock();
         let early = table.early.remove(&pid);

@@ -1,4 +1,4 @@
-//! What the agent is in its guest: the first process, or a service of a first process that is systemd.
+//! The agent's role in its guest: the first process, or a service of a first process that is systemd.
 
 use std::io;
 
@@ -6,7 +6,7 @@ use rustix::process::{getpid, set_child_subreaper};
 
 use crate::boot;
 
-/// What the agent is in its guest.
+/// The agent's role in its guest.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Role {
     /// Process 1: everything in the guest is its business.
@@ -22,8 +22,8 @@ impl Role {
         if std::process::id() == 1 { Self::Init } else { Self::Service }
     }
 
-    /// Has what its children leave behind, as the OCI runtime leaves containers, become its own children. Process 1 is given
-    /// all of that in any case.
+    /// Has what its children leave behind, as the OCI runtime leaves containers, become its own children.
+    /// Process 1 is given all of that in any case.
     ///
     /// # Errors
     /// The kernel's.
@@ -34,8 +34,8 @@ impl Role {
         }
     }
 
-    /// Ends the VM. A service only ends itself, with this status: its unit has systemd stop what else there is, unmount, and
-    /// restart the machine (`SuccessAction=`, `FailureAction=`).
+    /// Ends the VM. A service only ends itself, with this status: its unit has systemd stop what else there
+    /// is, unmount, and restart the machine (`SuccessAction=`, `FailureAction=`).
     pub fn end(self, status: i32) -> ! {
         match self {
             Self::Init => boot::end_vm(),

@@ -23,11 +23,12 @@ use tokio::{
 
 use crate::reaper::{Exit, Reaper};
 
-/// Longest that one call of the runtime may take, once it runs; a hung one is killed. A container whose `create` failed is
-/// deleted in the same call of the host, so both fit into the time of one.
+/// Longest that one call of the runtime may take, once it runs; a hung one is killed. A container whose
+/// `create` failed is deleted in the same call of the host, so both fit into the time of one.
 #[derive(Debug, Clone, Copy)]
 pub struct Deadlines {
-    /// Of `create`, which does the most: twenty emulated guests on two processors take about 50 s for it, each.
+    /// Of `create`, which does the most: twenty emulated guests on two processors take about 50 s for it,
+    /// each.
     pub create: Duration,
     /// Of `delete`. Without it the agent removes the container itself.
     pub delete: Duration,
@@ -52,8 +53,8 @@ impl Deadlines {
     }
 }
 
-/// Calls that run side by side. Each is two processes with memory and processor time of their own; as many as probes may fall
-/// due in the same second would leave a small VM with neither.
+/// Calls that run side by side. Each is two processes with memory and processor time of their own; as many as
+/// probes may fall due in the same second would leave a small VM with neither.
 const AT_ONCE: usize = 8;
 /// After so long a call makes room for the next, ended or not: one that hangs holds up nobody else.
 const TURN: Duration = Duration::from_secs(5);
@@ -70,7 +71,7 @@ pub enum RuncError {
         program: String,
         /// First word of what it was to do.
         command: &'static str,
-        /// What the kernel said.
+        /// The kernel's answer.
         source: io::Error,
     },
     /// It ran and failed.
@@ -86,7 +87,7 @@ pub enum RuncError {
     Timeout {
         /// First word of what it was to do.
         command: &'static str,
-        /// How long it was given.
+        /// The deadline that it missed.
         deadline: Duration,
     },
 }
@@ -108,7 +109,7 @@ impl Default for ChildStdio {
     }
 }
 
-/// Where the runtime is and what it is told on every call.
+/// The OCI runtime: its program, and the arguments of every call.
 pub struct Runc {
     /// The executable.
     pub program: PathBuf,

@@ -1,4 +1,4 @@
-//! What makes a VM a certain pod: names, sysctls, `/dev/shm`.
+//! Turns a VM into a certain pod: names, sysctls, `/dev/shm`.
 
 use std::{
     ffi::CString,
@@ -14,9 +14,9 @@ use rustix::{
 
 use crate::error::TaskError;
 
-/// Where the pod's resolver configuration is written.
+/// File that gets the pod's resolver configuration.
 const RESOLV_CONF: &str = "/run/kuasar/resolv.conf";
-/// Where programs of the guest look for it.
+/// Path at which programs of the guest look for it.
 const ETC_RESOLV_CONF: &str = "/etc/resolv.conf";
 
 /// Sets the VM's host name. Empty leaves it.
@@ -30,8 +30,8 @@ pub fn set_hostname(name: &str) -> Result<(), TaskError> {
     sethostname(name.as_bytes()).map_err(TaskError::io(format!("setting the host name to {name:?}")))
 }
 
-/// Puts the pod's resolver configuration where programs look. The root file system may be read-only: the file is on a
-/// tmpfs, and bound over the one in the image.
+/// Puts the pod's resolver configuration where programs look. The root file system may be read-only: the file
+/// is on a tmpfs, and bound over the one in the image.
 ///
 /// # Errors
 /// When it cannot be written. An image without the file is no error: nothing in it resolves names then.
@@ -83,8 +83,8 @@ fn turn(name: &str) -> (bool, usize) {
     (!forwards, scope)
 }
 
-/// The file of a sysctl, named with dots or with slashes; the first of either in a name says which separates. The other
-/// one then stands for the separator in a link's name, as in `net/ipv4/conf/eth0.1/rp_filter`.
+/// The file of a sysctl, named with dots or with slashes; the first of either in a name says which separates.
+/// The other one then stands for the separator in a link's name, as in `net/ipv4/conf/eth0.1/rp_filter`.
 fn sysctl_path(name: &str) -> Result<PathBuf, TaskError> {
     let separator = name.find(['.', '/']).and_then(|at| name.as_bytes().get(at)).copied();
     let relative = if separator == Some(b'.') {

@@ -30,7 +30,7 @@ use crate::{
     vm_process,
 };
 
-/// How long killed containers may take to be gone.
+/// Longest time that killed containers may take to be gone.
 const KILL_DEADLINE: Duration = Duration::from_secs(5);
 const SIGTERM: u32 = 15;
 const SIGKILL: u32 = 9;

@@ -42,13 +42,14 @@ use crate::{
     transport::SmallWrites,
 };
 
-/// The host listens before it starts the VM, so this is only for a device that is late: on a host with too much to do, by more
-/// than 5 s. The daemon ends a VM that has not called in its own time, 60 s unless configured.
+/// The host listens before it starts the VM, so this is only for a device that is late: on a host with too
+/// much to do, by more than 5 s. The daemon ends a VM that has not called in its own time, 60 s unless
+/// configured.
 const CONNECT_DEADLINE: Duration = Duration::from_secs(30);
 const CONNECT_PAUSE: Duration = Duration::from_millis(20);
 /// Connections that wait for ttrpc's server to take them.
 const MAX_WAITING: usize = 16;
-/// How long containers have between SIGTERM and SIGKILL when the VM is ended by a signal.
+/// Time between SIGTERM and SIGKILL of containers when the VM is ended by a signal.
 const SIGNAL_GRACE: Duration = Duration::from_secs(10);
 /// `asm-generic/signal.h`; the same on x86-64 and aarch64.
 const SIGPWR: i32 = 30;
@@ -73,7 +74,8 @@ pub enum AgentError {
     Panic(String),
 }
 
-/// The agent's services, each method behind the token. `debug` lets the host run processes outside containers.
+/// The agent's services, each method behind the token. `debug` lets the host run processes outside
+/// containers.
 #[must_use]
 pub fn services(tasks: &Arc<Tasks>, token: &Arc<Token>, debug: bool) -> HashMap<String, Service> {
     let mut services = create_task(Arc::new(TaskService::new(Arc::clone(tasks))));
@@ -187,8 +189,8 @@ async fn first_end(mut vital: JoinSet<()>) -> AgentError {
     AgentError::Panic(why)
 }
 
-/// Ends the VM in order when it is told to from inside: by a person in a debug console, a kernel whose power is going, or
-/// systemd that stops its services.
+/// Ends the VM in order when it is told to from inside: by a person in a debug console, a kernel whose power
+/// is going, or systemd that stops its services.
 fn end_on_signal(sandbox: Sandbox, role: Role) -> io::Result<()> {
     let mut terminate = signal(SignalKind::terminate())?;
     let mut power = signal(SignalKind::from_raw(SIGPWR))?;

@@ -1,8 +1,8 @@
 //! The OCI spec that the host sends, checked, and made into the one that the runtime gets.
 //!
-//! The host has rewritten it for the guest already; what is left is what only the guest knows, and what it does not take
-//! from anybody: where the containers' cgroups are, which programs exist. A function on JSON, so that fields unknown to
-//! the agent survive.
+//! The host has rewritten it for the guest already; what is left is what only the guest knows, and what it
+//! does not take from anybody: where the containers' cgroups are, which programs exist. A function on JSON,
+//! so that fields unknown to the agent survive.
 
 use std::path::{Component, Path};
 
@@ -21,7 +21,7 @@ pub const CGROUPS: &str = "/kuasar";
 /// Labels of the host's security modules, which the guest does not have, in the process and beside it.
 const HOST_LABELS: [&str; 2] = ["apparmorProfile", "selinuxLabel"];
 
-/// What a spec is for.
+/// Container that a spec is for.
 #[derive(Clone, Copy, Debug)]
 pub struct Target<'a> {
     /// Container id.
@@ -37,7 +37,8 @@ type Object = Map<String, Value>;
 /// Reads a container's spec and makes of it what the runtime gets.
 ///
 /// # Errors
-/// When it is none, does not fit the request, or asks for what a container must not have; the message names the field.
+/// When it is none, does not fit the request, or asks for what a container must not have; the message names
+/// the field.
 pub fn rewrite(json: &[u8], target: Target) -> Result<Value, TaskError> {
     let mut spec: Value = serde_json::from_slice(json).map_err(|error| refuse(&error.to_string()))?;
     let fields = spec.as_object_mut().ok_or_else(|| refuse("it is not a JSON object"))?;
@@ -65,8 +66,8 @@ pub(crate) fn fit_cgroup(spec: &mut Value, cgroups: &Hierarchies) -> Result<(), 
     }
 }
 
-/// Gives block devices the guest's numbers in place of those that the host lists them under, as nodes, in the rules of
-/// who may use them, and where they are bound.
+/// Gives block devices the guest's numbers in place of those that the host lists them under, as nodes, in the
+/// rules of who may use them, and where they are bound.
 pub fn set_devices(spec: &mut Value, nodes: &Nodes) {
     for list in ["/linux/devices", "/linux/resources/devices"] {
         let devices = spec.pointer_mut(list).and_then(Value::as_array_mut).into_iter().flatten();
@@ -92,8 +93,8 @@ pub fn set_devices(spec: &mut Value, nodes: &Nodes) {
     }
 }
 
-/// The JSON of an OCI process as the runtime gets it: without what only the host has, and with the terminal that the
-/// request asks for.
+/// The JSON of an OCI process as the runtime gets it: without what only the host has, and with the terminal
+/// that the request asks for.
 ///
 /// # Errors
 /// When it is no process.
@@ -111,8 +112,9 @@ pub fn process(json: &[u8], terminal: bool) -> Result<Vec<u8>, TaskError> {
     serde_json::to_vec(&spec).map_err(|error| refuse(error.to_string()))
 }
 
-/// New limits of a container, OCI `LinuxResources` as JSON, as the runtime gets them: the host sends them as containerd made
-/// them, so what names the host's processors, memory nodes and disks goes, as it does from the spec.
+/// New limits of a container, OCI `LinuxResources` as JSON, as the runtime gets them: the host sends them as
+/// containerd made them, so what names the host's processors, memory nodes and disks goes, as it does from
+/// the spec.
 ///
 /// # Errors
 /// When they are none, or limit what the guest does not have.
@@ -175,7 +177,8 @@ fn set_process(process: &mut Object, terminal: bool) -> Result<(), TaskError> {
     Ok(())
 }
 
-/// The runtime reads the spec from a folder of the agent's, so the root file system's path must not depend on it.
+/// The runtime reads the spec from a folder of the agent's, so the root file system's path must not depend on
+/// it.
 fn set_root(root: &mut Object, bundle: &Path) -> Result<(), TaskError> {
     let path = root.get("path").and_then(Value::as_str).unwrap_or_default();
     if path.is_empty() {

@@ -1,5 +1,5 @@
-//! Connections that have not shown the pod's token yet. Whoever may open a vsock on the host can open them, so each may take
-//! little, for a short time, and no number of them keeps out one that knows the token.
+//! Connections that have not shown the pod's token yet. Whoever may open a vsock on the host can open them,
+//! so each may take little, for a short time, and no number of them keeps out one that knows the token.
 
 use std::{
     collections::VecDeque,
@@ -12,7 +12,7 @@ use std::{
 
 use tokio::{sync::oneshot, time::timeout};
 
-/// How long a connection may take to show the token.
+/// Longest time that a connection may take to show the token.
 pub const DEADLINE: Duration = Duration::from_secs(10);
 /// Connections of one port that may be at it at the same time.
 pub const MAX: usize = 64;
@@ -65,13 +65,13 @@ impl Strangers {
         self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// How many there are.
+    /// Number of connections.
     #[must_use]
     pub fn len(&self) -> usize {
         self.waiting().len()
     }
 
-    /// Whether there are none.
+    /// Returns true if there are none.
     #[must_use]
     pub fn is_empty(&self) -> bool {
         self.len() == 0
@@ -91,8 +91,8 @@ impl Strangers {
         Place { strangers: Arc::clone(self), number, crowded }
     }
 
-    /// Says that a connection was refused before it had shown the token. The first ones have a line each, then fewer and fewer:
-    /// the console is not a stranger's to fill.
+    /// Says that a connection was refused before it had shown the token. The first ones have a line each,
+    /// then fewer and fewer: the console is not a stranger's to fill.
     pub fn refused(&self, why: &str) {
         let count = self.refused.fetch_add(1, Ordering::Relaxed).saturating_add(1);
         if count.is_power_of_two() {
@@ -102,7 +102,8 @@ impl Strangers {
 }
 
 impl Place {
-    /// Does what is to be done until the token was shown, as long as there is time and room. The place is free again then.
+    /// Does what is to be done until the token was shown, as long as there is time and room. The place is
+    /// free again then.
     ///
     /// # Errors
     /// When there is none any more.

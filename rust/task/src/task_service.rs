@@ -21,11 +21,12 @@ use crate::{
 /// Type of what Stats answers; containerd knows this name only, without the usual prefix.
 /// Type of what Pids says of an added process.
 const PROCESS_TYPE: &str = "containerd.runc.v1.ProcessDetails";
-/// Longest that a call may take that the OCI runtime works for: its turn at the container and two runs of the runtime, each
-/// of which has a deadline of its own. The other calls, but Wait, never wait at all.
+/// Longest that a call may take that the OCI runtime works for: its turn at the container and two runs of the
+/// runtime, each of which has a deadline of its own. The other calls, but Wait, never wait at all.
 const DEADLINE: Duration = Duration::from_secs(110);
 
-/// Where containerd says in which of its namespaces a call is made, and the one that Kubernetes' containers are in.
+/// Metadata key in which containerd names its namespace of a call, and the namespace of Kubernetes'
+/// containers.
 const NAMESPACE_METADATA: &str = "containerd-namespace-ttrpc";
 const DEFAULT_NAMESPACE: &str = "k8s.io";
 const CHECKPOINT: &str =
@@ -46,8 +47,8 @@ impl TaskService {
         Self { tasks }
     }
 
-    /// Does the work in a task of its own, so that a caller who goes away, a deadline, or a panic leaves nothing half done:
-    /// the work goes on to its own end.
+    /// Does the work in a task of its own, so that a caller who goes away, a deadline, or a panic leaves
+    /// nothing half done: the work goes on to its own end.
     async fn run<T, F>(&self, work: impl FnOnce(Arc<Tasks>) -> F) -> Result<T, ttrpc::Error>
     where
         T: Send + 'static,
@@ -72,7 +73,7 @@ fn namespace(context: &TtrpcContext) -> String {
     given.map_or(DEFAULT_NAMESPACE, String::as_str).to_owned()
 }
 
-/// What Pids says of a process that Exec added.
+/// Details in the answer to Pids of a process that Exec added.
 fn process_details(exec_id: String) -> Result<Any, TaskError> {
     let details = ProcessDetails { exec_id, ..Default::default() };
     let value = details.write_to_bytes().map_err(|error| TaskError::Internal(error.to_string()))?;

@@ -33,22 +33,23 @@ use crate::{
     vm_size::VmSize,
 };
 
-/// How long a killed process may take to be gone.
+/// Longest time that a killed process may take to be gone.
 const KILL_DEADLINE: Duration = Duration::from_secs(10);
-/// How long a call waits for its turn at a container: what is before it may be a hung runtime, which is killed first.
+/// Longest time that a call waits for its turn at a container. The call before it may have a hung runtime,
+/// which is killed first.
 const GATE_DEADLINE: Duration = Duration::from_secs(55);
 /// Longest id of a container or exec; containerd allows 76.
 const MAX_ID: usize = 128;
 /// Exit status of a process that could not be started, as containerd's own shims report it.
 pub const NEVER_RAN: u32 = 255;
 
-/// What all containers of the VM share.
+/// Services that all containers of the VM share.
 pub struct Context {
     /// The OCI runtime.
     pub runc: Runc,
     /// Sees processes end.
     pub reaper: Arc<Reaper>,
-    /// What happens to them, for the host.
+    /// Their events, for the host.
     pub events: Arc<Events>,
     /// Sees the kernel kill for want of memory.
     pub oom: Arc<OomWatch>,
@@ -56,17 +57,17 @@ pub struct Context {
     pub pids: PodPidNamespace,
     /// Knows the connections of their streams.
     pub streams: Arc<Registry>,
-    /// What is mounted for them.
+    /// Their mounts.
     pub storages: Arc<Storages>,
     /// A folder for small files of ours, on a tmpfs.
     pub work: PathBuf,
-    /// Where cgroups are.
+    /// Hierarchies of their cgroups.
     pub cgroups: Hierarchies,
 }
 
 /// All containers.
 pub struct Tasks {
-    /// What they share.
+    /// Services that they share.
     pub context: Arc<Context>,
     containers: Mutex<HashMap<String, Arc<Container>>>,
 }
@@ -218,8 +219,8 @@ impl Tasks {
         Ok(())
     }
 
-    /// Forgets a process that has ended or never started, and with a container's own process the container. Returns its
-    /// pid and how it ended.
+    /// Forgets a process that has ended or never started, and with a container's own process the container.
+    /// Returns its pid and how it ended.
     ///
     /// # Errors
     /// When it runs, or the runtime fails.
@@ -316,15 +317,17 @@ async fn watch_init(context: Arc<Context>, container: Arc<Container>) {
     }
 }
 
-/// Does what there is to do once a container's own process has ended, and tells that when its output is delivered.
+/// Does what there is to do once a container's own process has ended, and tells that when its output is
+/// delivered.
 async fn tell_exit(context: Arc<Context>, container: Arc<Container>) {
     settle(&context, &container);
     container.init.io.delivered().await;
     context.events.exited(&container, "", &container.init);
 }
 
-/// Does what there is to do once a container's own process has ended, and tells why it did, if it was for want of memory.
-/// That it ended is told after that; and whoever is at [`Phase::Starting`] does both when the start has been told.
+/// Does what there is to do once a container's own process has ended, and tells why it did, if it was for
+/// want of memory. That it ended is told after that; and whoever is at [`Phase::Starting`] does both when the
+/// start has been told.
 fn settle(context: &Context, container: &Container) {
     if container.init.exit().is_none() {
         return;
@@ -376,7 +379,7 @@ fn begin(process: &Process, name: &str) -> Result<(), TaskError> {
     Err(TaskError::FailedPrecondition(format!("{name} {why}")))
 }
 
-/// How it ended, or that it never ran.
+/// Exit of a process, or that of one that never ran.
 fn ended(process: &Process) -> Exit {
     process.exit().unwrap_or(Exit { code: NEVER_RAN, at: SystemTime::now() })
 }

@@ -8,8 +8,8 @@ use std::{
 
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
-/// Most bytes that are written at once. Guests' kernels since 6.12.43 put larger writes (from about 32 KiB on) into
-/// packets of several pieces, and vhost-device-vsock 0.3 drops those.
+/// Most bytes that are written at once. Guests' kernels since 6.12.43 put larger writes (from about 32 KiB
+/// on) into packets of several pieces, and vhost-device-vsock 0.3 drops those.
 pub const MAX_WRITE: usize = 16 * 1024;
 
 /// A connection that writes at most [`MAX_WRITE`] bytes at once.

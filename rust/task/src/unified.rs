@@ -1,7 +1,9 @@
-//! Files of a container's cgroup that its spec names itself (`linux.resources.unified`), as far as this guest has them.
+//! Files of a container's cgroup that its spec names itself (`linux.resources.unified`), as far as this guest
+//! has them.
 //!
-//! They are the host's names: kubelet asks for what the node's kernel knows, and the guest's may know less. The runtime fails
-//! on the first one that is not there, so what would change nothing is left out, and the rest is refused by name.
+//! They are the host's names: kubelet asks for what the node's kernel knows, and the guest's may know less.
+//! The runtime fails on the first one that is not there, so what would change nothing is left out, and the
+//! rest is refused by name.
 
 use serde_json::{Map, Value};
 
@@ -9,10 +11,11 @@ use crate::cgroup::Hierarchies;
 
 type Object = Map<String, Value>;
 
-/// Names the host's processors and memory nodes, as `cpu.cpus` and `cpu.mems` do, which the daemon has used already.
+/// Names the host's processors and memory nodes, as `cpu.cpus` and `cpu.mems` do, which the daemon has used
+/// already.
 const OF_THE_HOST: [&str; 2] = ["cpuset.cpus", "cpuset.mems"];
-/// With it the kernel kills a container as a whole for want of memory. Version 1 knows nothing like it, and kubelet asks for
-/// it without being asked.
+/// With it the kernel kills a container as a whole for want of memory. Version 1 knows nothing like it, and
+/// kubelet asks for it without being asked.
 const OOM_GROUP: &str = "memory.oom.group";
 
 /// Leaves of OCI `LinuxResources` only those files that the guest's cgroups have.
@@ -41,7 +44,7 @@ pub(crate) fn fit(resources: &mut Object, cgroups: &Hierarchies) -> Result<(), S
     refusal.map_or(Ok(()), Err)
 }
 
-/// Whether a container without this file behaves in another way than one with it.
+/// Returns true if a container without this file behaves in another way than one with it.
 fn changes_something(file: &str, value: &str, cgroups: &Hierarchies) -> bool {
     if file == OOM_GROUP && matches!(cgroups, Hierarchies::Legacy(_)) {
         return false;

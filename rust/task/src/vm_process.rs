@@ -24,14 +24,14 @@ use crate::{
     reaper::{Exit, Reaper},
 };
 
-/// How long it may run when the host asks for it.
+/// Longest time that it may run when the host asks for it.
 pub const DEADLINE: Duration = Duration::from_secs(30);
-/// How long descendants may go on writing once it has ended.
+/// Longest time that descendants may go on writing once it has ended.
 const GRACE: Duration = Duration::from_millis(200);
 /// Most bytes of its output that are kept.
 pub const MAX_OUTPUT: usize = 1 << 20;
 
-/// What it said and how it ended.
+/// Output and exit of a process.
 #[derive(Debug)]
 pub struct Output {
     /// Standard output and standard error, in the order in which they came.

@@ -1,4 +1,4 @@
-//! What the VM has for its containers, and limits that promise more.
+//! Size of the VM, and limits of containers that promise more.
 
 use std::{num::NonZero, thread::available_parallelism};
 
@@ -8,7 +8,7 @@ const MIB: u64 = 1 << 20;
 /// Time in which a quota of CPU time is spent, in µs, unless it is said.
 const PERIOD: u64 = 100_000;
 
-/// What the VM has.
+/// Size of the VM.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct VmSize {
     /// In bytes.
@@ -27,8 +27,8 @@ impl VmSize {
         }
     }
 
-    /// Why the VM cannot give a container these resources, both OCI `LinuxResources`. What the container was made with it
-    /// keeps, and no limit at all is no promise.
+    /// Why the VM cannot give a container these resources, both OCI `LinuxResources`. What the container was
+    /// made with it keeps, and no limit at all is no promise.
     pub(crate) fn refusal(self, resources: &Value, made_with: &Value) -> Option<String> {
         let (memory, thousandths) = (memory(resources), cpu_thousandths(resources));
         let what = if memory > self.memory.max(self::memory(made_with)) {
@@ -45,7 +45,7 @@ impl VmSize {
     }
 }
 
-/// What goes into a file of the container's cgroup as it is: the runtime writes it after all else.
+/// Value for a file of the container's cgroup, written as it is. The runtime writes it after all else.
 fn unified<'a>(resources: &'a Value, file: &str) -> Option<&'a str> {
     resources.get("unified")?.get(file)?.as_str().map(str::trim)
 }
@@ -58,7 +58,8 @@ fn memory(resources: &Value) -> u64 {
     }
 }
 
-/// A number with a unit, as the kernel reads it (`memparse`); 0 if it is none, like `max`: the kernel refuses others.
+/// A number with a unit, as the kernel reads it (`memparse`); 0 if it is none, like `max`: the kernel refuses
+/// others.
 fn bytes(text: &str) -> u64 {
     let digits = text.trim_end_matches(|c: char| c.is_ascii_alphabetic());
     let power = match text.get(digits.len()..).unwrap_or_default().to_ascii_lowercase().as_str() {

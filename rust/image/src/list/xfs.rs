@@ -1,5 +1,5 @@
-//! Inodes and folders of XFS: version 5, blocks of 4096 bytes, also for folders. Big endian, as the kernel's `xfs_format.h`
-//! and `xfs_da_format.h` have it.
+//! Inodes and folders of XFS: version 5, blocks of 4096 bytes, also for folders. Big endian, as the kernel's
+//! `xfs_format.h` and `xfs_da_format.h` have it.
 
 use std::io;
 

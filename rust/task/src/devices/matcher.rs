@@ -1,4 +1,4 @@
-//! How a host names a device that it has given to the guest.
+//! Names that the host gives to devices of the guest.
 
 use std::{
     fmt::{self, Display},
@@ -8,12 +8,12 @@ use std::{
 /// Longest serial that virtio-blk has (`VIRTIO_BLK_ID_BYTES` of `linux/virtio_blk.h`).
 const MAX_SERIAL: usize = 20;
 
-/// Which device is meant. As text: `pci:0000:00:05.0`, `serial:data`, `scsi:0:0:1:2` or `scsi:*:0:1:2`,
+/// Name of a device. As text: `pci:0000:00:05.0`, `serial:data`, `scsi:0:0:1:2` or `scsi:*:0:1:2`,
 /// `pmem:0000:00:06.0`, `name:vdb`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Matcher {
-    /// A disk at a PCI address: its own, or that of the bridge directly above it, which is all that a host knows of a
-    /// slot behind a port.
+    /// A disk at a PCI address: its own, or that of the bridge directly above it, which is all that a host
+    /// knows of a slot behind a port.
     BlockPci(String),
     /// A virtio disk by its serial.
     BlockSerial(String),
@@ -76,7 +76,7 @@ impl Display for Matcher {
     }
 }
 
-/// Whether a text is a PCI address as sysfs writes it, `dddd:bb:dd.f`.
+/// Returns true if a text is a PCI address as sysfs writes it, `dddd:bb:dd.f`.
 pub(super) fn is_pci_address(text: &str) -> bool {
     let hex = |text: &str, length: usize| text.len() == length && text.bytes().all(|b| b.is_ascii_hexdigit());
     let mut parts = text.split(':');

@@ -1,8 +1,8 @@
 //! Disks that come and go while the guest runs.
 //!
-//! What there is, sysfs says; nothing of it is remembered here, so nothing can be out of date when a slot is used again.
-//! The kernel's uevents only tell that looking again is worth while: whoever waits for a device has subscribed before the
-//! first look, and is forgotten when it gives up.
+//! What there is, sysfs says; nothing of it is remembered here, so nothing can be out of date when a slot is
+//! used again. The kernel's uevents only tell that looking again is worth while: whoever waits for a device
+//! has subscribed before the first look, and is forgotten when it gives up.
 
 mod matcher;
 mod sysfs;
@@ -37,7 +37,8 @@ pub use self::{
 
 /// The kernel's own group of uevents; group 2 is udev's.
 const KERNEL_GROUP: u32 = 1;
-/// Longest uevent that is read, bytes: `UEVENT_BUFFER_SIZE` and the header of `linux/kobject.h`, and to spare.
+/// Longest uevent that is read, bytes: `UEVENT_BUFFER_SIZE` and the header of `linux/kobject.h`, and to
+/// spare.
 const BUFFER: usize = 8 * 1024;
 
 /// A disk or partition.
@@ -63,11 +64,11 @@ pub enum DeviceError {
     /// It did not come in time.
     #[error("no device {wanted} came within {} s; there are: {there}", .within.as_secs())]
     TimedOut {
-        /// Which was waited for.
+        /// The device that was waited for.
         wanted: Matcher,
         /// For how long.
         within: Duration,
-        /// What is there instead.
+        /// Devices that are there instead.
         there: String,
     },
 }
@@ -113,7 +114,7 @@ impl Devices {
         Ok(devices)
     }
 
-    /// How many wait for a device now.
+    /// Number of calls that wait for a device now.
     #[must_use]
     pub fn waiting(&self) -> usize {
         self.changes.receiver_count()
@@ -149,7 +150,8 @@ impl Devices {
         })
     }
 
-    /// Has the kernel look what is plugged in behind bridges: on a machine without ACPI and native hot-plug nobody tells it.
+    /// Has the kernel look what is plugged in behind bridges: on a machine without ACPI and native hot-plug
+    /// nobody tells it.
     async fn scan_pci(&self, wanted: &Matcher) {
         if !matches!(wanted, Matcher::BlockPci(_) | Matcher::BlockSerial(_) | Matcher::PmemPci(_)) {
             return;
@@ -177,8 +179,8 @@ impl Devices {
         sysfs::disks(&self.sysfs).into_iter().find(|disk| disk.is(wanted))?.device(&self.dev)
     }
 
-    /// Tells SCSI hosts to look for a disk: not every one says by itself that there is a new one. That may take the host
-    /// a while, and what it finds comes as a uevent.
+    /// Tells SCSI hosts to look for a disk: not every one says by itself that there is a new one. That may
+    /// take the host a while, and what it finds comes as a uevent.
     fn scan_scsi(&self, wanted: &Matcher) {
         let Matcher::Scsi { host, channel, target, lun } = *wanted else { return };
         let hosts = fs::read_dir(self.sysfs.join("class/scsi_host"));
@@ -222,7 +224,8 @@ async fn read(socket: AsyncFd<OwnedFd>, changes: watch::Sender<u64>) {
     }
 }
 
-/// Any process may send to a netlink socket; the kernel is 0. A socket of another family has two ends and no others.
+/// Any process may send to a netlink socket; the kernel is 0. A socket of another family has two ends and no
+/// others.
 fn is_kernel(from: Option<&SocketAddrAny>) -> bool {
     let Some(from) = from else { return true };
     if from.address_family() != AddressFamily::NETLINK {

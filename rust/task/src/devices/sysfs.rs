@@ -27,7 +27,7 @@ pub(super) fn disks(sysfs: &Path) -> Vec<Disk> {
     disks
 }
 
-/// What there is, for a person who misses something.
+/// Lists the devices that there are, for a person who misses one.
 pub(super) fn list(sysfs: &Path) -> String {
     let disks = disks(sysfs);
     let shown: Vec<String> =
@@ -45,8 +45,8 @@ pub(super) fn buses_behind_bridges(sysfs: &Path) -> Vec<PathBuf> {
     buses
 }
 
-/// Has the kernel let go of the PCI device that a disk is on, if it is behind a bridge: the host may take it away. It comes
-/// back with the next scan, if it is still there.
+/// Has the kernel let go of the PCI device that a disk is on, if it is behind a bridge: the host may take it
+/// away. It comes back with the next scan, if it is still there.
 ///
 /// # Errors
 /// When the kernel refuses.

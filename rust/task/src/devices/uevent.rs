@@ -1,5 +1,5 @@
-//! What the kernel says when a device comes or goes (`lib/kobject_uevent.c`): `<action>@<path>`, then `KEY=value` each, all
-//! ended by zero bytes.
+//! Messages of the kernel when a device comes or goes (`lib/kobject_uevent.c`): `<action>@<path>`, then
+//! `KEY=value` each, all ended by zero bytes.
 
 /// A uevent, as far as the agent reads it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

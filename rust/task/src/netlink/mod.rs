@@ -76,8 +76,8 @@ impl Network {
         Ok(())
     }
 
-    /// Names and configures the links, found by their hardware addresses, and brings those up that are to be. Addresses that a link has
-    /// and shall not have are removed.
+    /// Names and configures the links, found by their hardware addresses, and brings those up that are to be.
+    /// Addresses that a link has and shall not have are removed.
     ///
     /// # Errors
     /// When there is no such link, or the kernel refuses.
@@ -360,7 +360,7 @@ fn route_message(route: &Route, index: u32) -> RouteMessage {
     message
 }
 
-/// Whether a route that exists is one that is wanted.
+/// Returns true if a route that exists is one that is wanted.
 fn same_route(exists: &RouteMessage, wanted: &RouteMessage, plan: &Route) -> bool {
     let has = |attribute: &RouteAttribute| exists.attributes.contains(attribute);
     let gateway = |attribute: &&RouteAttribute| matches!(attribute, RouteAttribute::Gateway(_));

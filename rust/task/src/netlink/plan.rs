@@ -1,4 +1,4 @@
-//! What the host asks for, checked and typed before anything is changed.
+//! The host's wishes, checked and typed before anything is changed.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
@@ -33,7 +33,7 @@ pub struct Link {
 pub struct Address {
     /// It.
     pub ip: IpAddr,
-    /// How many bits of it, or of the peer, are the network's.
+    /// Length of the network's prefix of it, or of the peer, in bits.
     pub bits: u8,
     /// The other end's, if it is another.
     pub peer: Option<IpAddr>,
@@ -42,7 +42,7 @@ pub struct Address {
 /// A route as it shall be.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Route {
-    /// Where to, and how many bits of it count.
+    /// Destination, and the length of its prefix in bits.
     pub destination: (IpAddr, u8),
     /// Next hop.
     pub gateway: Option<IpAddr>,
@@ -160,7 +160,8 @@ fn optional(text: &str) -> Result<Option<IpAddr>, String> {
     if text.is_empty() { Ok(None) } else { address(text).map(Some) }
 }
 
-/// The last one that is a number, `RTAX_FASTOPEN_NO_COOKIE` of `linux/rtnetlink.h`, and the one that is not, `RTAX_CC_ALGO`.
+/// The last one that is a number, `RTAX_FASTOPEN_NO_COOKIE` of `linux/rtnetlink.h`, and the one that is not,
+/// `RTAX_CC_ALGO`.
 const RTAX_LAST: u16 = 17;
 const RTAX_CC_ALGO: u16 = 16;
 

@@ -1,4 +1,5 @@
-//! One question, one answer: a blocking rtnetlink socket. The kernel answers before `send` returns, so nothing waits.
+//! One question, one answer: a blocking rtnetlink socket. The kernel answers before `send` returns, so
+//! nothing waits.
 
 use std::{io, os::fd::OwnedFd, time::Duration};
 

@@ -29,7 +29,8 @@ pub struct ConsoleSocket {
 }
 
 impl ConsoleSocket {
-    /// Makes a socket of a new, short name in `dir`: socket paths are limited to 107 bytes, container ids are long.
+    /// Makes a socket of a new, short name in `dir`: socket paths are limited to 107 bytes, container ids are
+    /// long.
     ///
     /// # Errors
     /// When it cannot be bound.
@@ -39,7 +40,7 @@ impl ConsoleSocket {
         Ok(Self { path, listener })
     }
 
-    /// What the runtime connects to.
+    /// Path of the socket that the runtime connects to.
     #[must_use]
     pub fn path(&self) -> &Path {
         &self.path

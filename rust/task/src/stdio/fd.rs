@@ -12,10 +12,12 @@ use tokio::{
 
 use crate::reaper::Exit;
 
-/// How long a terminal stays open for descendants of a process that has exited, in case there is more output.
+/// Time that a terminal stays open for descendants of a process that has exited, in case there is more
+/// output.
 const TTY_GRACE: Duration = Duration::from_millis(200);
 
-/// How long the pipe of a process that has exited may be locked by a descendant before what is in it is given up.
+/// Longest time that a descendant may lock the pipe of a process that has exited. Then the content is given
+/// up.
 const LOCKED_GRACE: Duration = Duration::from_secs(1);
 
 /// More than the kernel keeps of a terminal's output.
@@ -36,7 +38,8 @@ impl Fd {
     /// When it cannot be made non-blocking or polled.
     pub fn new(fd: OwnedFd, interest: Interest, tty: bool) -> io::Result<Self> {
         rustix::io::ioctl_fionbio(&fd, true)?;
-        // SAFETY: an `OwnedFd` names the same open file for as long as it lives, and nothing here takes it out.
+        // SAFETY: an `OwnedFd` names the same open file for as long as it lives, and nothing here takes it
+        // out.
         let fd = unsafe { AsyncFd::register_with_interest(fd, interest) }?;
         Ok(Self { fd: Arc::new(fd), tty })
     }
@@ -47,8 +50,9 @@ impl Fd {
         self.fd.get_ref()
     }
 
-    /// Does something with a pipe in a thread that may be held up: whoever splices into a pipe or out of it has it locked for
-    /// as long as the other end of the splice keeps them waiting (splice(2)), and then not even FIONREAD returns at once.
+    /// Does something with a pipe in a thread that may be held up: whoever splices into a pipe or out of it
+    /// has it locked for as long as the other end of the splice keeps them waiting (splice(2)), and then not
+    /// even FIONREAD returns at once.
     fn apart<T: Send + 'static>(&self, work: impl FnOnce(&OwnedFd) -> T + Send + 'static) -> JoinHandle<T> {
         let fd = Arc::clone(&self.fd);
         spawn_blocking(move || work(fd.get_ref()))
@@ -108,7 +112,7 @@ impl Fd {
 /// A read of a pipe, and what it was read into.
 type Reading = JoinHandle<(rustix::io::Result<usize>, Vec<u8>)>;
 
-/// What a process writes, up to the end of it.
+/// Output of a process, up to its end.
 pub struct Source {
     fd: Fd,
     /// Under way; kept if nobody waits for it any more.
@@ -124,9 +128,9 @@ impl Source {
         Self { fd, reading: None, rest: None }
     }
 
-    /// Reads what there is; 0 at the end. Once the process has exited, the end is behind what it had written, because a
-    /// descendant may keep the other side open, and even write, for ever. Cancelling loses nothing, as long as the next
-    /// buffer has as much room.
+    /// Reads what there is; 0 at the end. Once the process has exited, the end is behind what it had written,
+    /// because a descendant may keep the other side open, and even write, for ever. Cancelling loses nothing,
+    /// as long as the next buffer has as much room.
     pub async fn read(&mut self, buffer: &mut [u8], exited: &mut watch::Receiver<Option<Exit>>) -> usize {
         if self.rest.is_none() && exited.borrow().is_none() {
             tokio::select! {
@@ -194,7 +198,8 @@ impl Source {
         let read = if self.fd.tty {
             match rustix::io::read(self.fd.get(), &mut *buffer) {
                 Ok(read) => read,
-                // Closing the other side of a terminal ends it with EIO, after all output. Still open: wait a little.
+                // Closing the other side of a terminal ends it with EIO, after all output. Still open: wait a
+                // little.
                 Err(Errno::AGAIN) => timeout(TTY_GRACE, self.fd.read_ready(buffer)).await.unwrap_or(0),
                 Err(_) => 0,
             }
@@ -238,7 +243,8 @@ mod tests {
         });
         exited.send_replace(Some(Exit { code: 0, at: SystemTime::now() }));
         let (all, _write) = waiting.await.unwrap();
-        // Two were left at the exit; whether more is taken together with them is up to the kernel, but it ends.
+        // Two were left at the exit; whether more is taken together with them is up to the kernel, but it
+        // ends.
         assert_eq!(all.first(), Some(&2));
         assert_eq!(all.last(), Some(&0));
     }
@@ -260,13 +266,14 @@ mod tests {
         assert_eq!(read, Ok(3));
     }
 
-    /// What `io::copy` of Rust's library does in a container that copies a socket to its output.
+    /// `io::copy` of Rust's library splices in a container that copies a socket to its output.
     #[tokio::test]
     async fn who_splices_holds_nobody_else_up() {
         use std::{io::Write, os::fd::AsRawFd, os::unix::net::UnixStream, thread, time::Instant};
 
         let splice = |from: RawFd, to: RawFd| {
-            // SAFETY: the descriptors are open until the thread that calls this has ended; there are no offsets.
+            // SAFETY: the descriptors are open until the thread that calls this has ended; there are no
+            // offsets.
             unsafe { libc::splice(from, std::ptr::null_mut(), to, std::ptr::null_mut(), 1000, 0) }
         };
         let soon = Duration::from_millis(300);

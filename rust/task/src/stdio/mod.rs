@@ -1,4 +1,5 @@
-//! Standard streams of containers, each on a connection of its own to guest port 1026 (see [`kuasar_common::stdio`]).
+//! Standard streams of containers, each on a connection of its own to guest port 1026 (see
+//! [`kuasar_common::stdio`]).
 
 pub mod console;
 pub mod fd;

@@ -17,13 +17,13 @@ use crate::{reaper::Exit, transport::MAX_WRITE};
 
 /// Bytes of a frame, header included: one write, one packet.
 const FRAME: usize = MAX_WRITE;
-/// How long the receiver may take to close after the end of the stream.
+/// Longest time that the receiver may take to close after the end of the stream.
 const CLOSE_DEADLINE: Duration = Duration::from_secs(10);
-/// How long what is left of a deleted process's output is still delivered to a connection that takes it.
+/// Time that the rest of a deleted process's output is still delivered to a connection that takes it.
 const DELETED_DEADLINE: Duration = Duration::from_secs(30);
 
-/// One output stream. Holds at most one frame; a slow or absent receiver leaves the rest in the pipe, where it holds up
-/// the process that writes, and nobody else.
+/// One output stream. Holds at most one frame; a slow or absent receiver leaves the rest in the pipe, where
+/// it holds up the process that writes, and nobody else.
 pub struct Output {
     source: Option<Source>,
     slot: Slot,
@@ -33,7 +33,7 @@ pub struct Output {
     readers: Readers,
 }
 
-/// How many outputs of a process somebody reads who has not got all of it.
+/// Number of a process's outputs whose reader has not got all of it.
 pub type Readers = Arc<watch::Sender<usize>>;
 
 /// A connection that is counted among the readers for as long as it is there.
@@ -65,7 +65,8 @@ struct Frame {
 }
 
 impl Frame {
-    /// Reads the next frame, header first. Cancelling loses nothing: the frame is only there when the read is done.
+    /// Reads the next frame, header first. Cancelling loses nothing: the frame is only there when the read is
+    /// done.
     async fn fill(&mut self, source: &mut Source, exited: &mut watch::Receiver<Option<Exit>>) -> usize {
         self.buffer.resize(FRAME, 0);
         let Some((head, payload)) = self.buffer.split_first_chunk_mut::<HEADER>() else { return 0 };

@@ -25,10 +25,10 @@ use super::{
 };
 use crate::{reaper::Exit, runc::ChildStdio};
 
-/// How long an exit waits for a reader that takes nothing.
+/// Longest time that an exit waits for a reader that takes nothing.
 const READER_DEADLINE: Duration = Duration::from_secs(10);
 
-/// What a Create or Exec request says about standard streams; echoed by State.
+/// Standard streams in a Create or Exec request; echoed by State.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct StdioSpec {
     /// [`STDIO_WANTED`], a URL with a streaming id, or empty.
@@ -207,8 +207,8 @@ impl ProcessIo {
         }
     }
 
-    /// Waits until whoever reads the output of an ended process has all of it: what is told of its end is told after its
-    /// last byte. Who takes nothing is not waited for long, and who is not there not at all.
+    /// Waits until whoever reads the output of an ended process has all of it: what is told of its end is
+    /// told after its last byte. Who takes nothing is not waited for long, and who is not there not at all.
     pub fn delivered(&self) -> impl Future<Output = ()> + Send + use<> {
         let mut readers = self.readers.subscribe();
         async move {

@@ -1,7 +1,7 @@
-//! Which connection belongs to which stream.
+//! Assigns connections to streams.
 //!
-//! The relay may open a stream's connection before the process exists, and again after it lost one. A connection for a
-//! stream that nobody owns yet waits here, bounded in number and time.
+//! The relay may open a stream's connection before the process exists, and again after it lost one. A
+//! connection for a stream that nobody owns yet waits here, bounded in number and time.
 
 use std::{
     collections::HashMap,
@@ -19,12 +19,12 @@ use tokio::{
 
 /// Most connections that wait for their process.
 pub const MAX_PENDING: usize = 256;
-/// How long a connection waits for its process.
+/// Longest time that a connection waits for its process.
 pub const PENDING_FOR: Duration = Duration::from_secs(60);
 /// Connections of one stream that may queue up before its owner looks.
 const QUEUE: usize = 4;
 
-/// What a stream's connection runs over.
+/// Byte stream that a connection runs over.
 pub trait Transport: AsyncRead + AsyncWrite + Send + Unpin {}
 impl<T: AsyncRead + AsyncWrite + Send + Unpin> Transport for T {}
 
@@ -38,7 +38,7 @@ pub struct Key {
     pub container: String,
     /// Exec id; empty for the container's own process.
     pub exec: String,
-    /// Which stream.
+    /// The stream.
     pub stream: Stream,
 }
 
@@ -88,8 +88,8 @@ pub struct Slot {
 }
 
 impl Registry {
-    /// Claims a stream: connections that wait for it, and later ones, go to the slot. A stream has one owner at a time;
-    /// a new one displaces the old.
+    /// Claims a stream: connections that wait for it, and later ones, go to the slot. A stream has one owner
+    /// at a time; a new one displaces the old.
     pub fn claim(self: &Arc<Self>, key: Key) -> Slot {
         let (sender, connections) = mpsc::channel(QUEUE);
         let mut table = self.lock();
@@ -110,7 +110,7 @@ impl Registry {
         self.lock().owners.remove(key);
     }
 
-    /// Whether a connection for this stream would be taken in now.
+    /// Returns true if a connection for this stream would be taken in now.
     ///
     /// # Errors
     /// When there are too many.

@@ -17,8 +17,8 @@ use super::{
     registry::{Connection, Slot},
 };
 
-/// After CloseIO, how long input may be silent before it counts as ended. CloseIO and the bytes before it come on
-/// different connections, so the bytes may arrive later.
+/// After CloseIO, how long input may be silent before it counts as ended. CloseIO and the bytes before it
+/// come on different connections, so the bytes may arrive later.
 const CLOSE_SILENCE: Duration = Duration::from_secs(1);
 
 /// One input stream.
@@ -93,8 +93,8 @@ impl Input {
     }
 }
 
-/// Moves frames until the end. What the process does not take any more is read and dropped, so that the sender gets to
-/// its end.
+/// Moves frames until the end. What the process does not take any more is read and dropped, so that the
+/// sender gets to its end.
 async fn copy(connection: &mut Connection, sink: Option<&Fd>, activity: &Activity) -> Ended {
     let mut broken = sink.is_none();
     let mut payload = Vec::new();

@@ -1,4 +1,4 @@
-//! What the drivers of storages do; the names are in [`kuasar_common::storage::driver`].
+//! Drivers of storages; their names are in [`kuasar_common::storage::driver`].
 
 use std::{
     io,
@@ -35,7 +35,7 @@ use crate::{
 /// File systems that cannot be written, whatever the options say.
 const READ_ONLY_FILE_SYSTEMS: [&str; 3] = ["erofs", "squashfs", "iso9660"];
 
-/// How a device's file system is mounted: one at a time for a device.
+/// Mount of a device's file system: one at a time for a device.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Filesystem {
     fstype: String,
@@ -45,7 +45,7 @@ pub(super) struct Filesystem {
 /// A device's file system, where only the agent looks; or a device that a container uses itself.
 #[derive(Clone)]
 pub(super) struct Base {
-    /// Where the file system is mounted, if it is.
+    /// Mount point of the file system, if it is mounted.
     dir: Option<PathBuf>,
     writable: bool,
     /// The device's folder in sysfs.
@@ -221,8 +221,8 @@ fn ready(
     Ok(Base { dir: Some(dir), writable, sys })
 }
 
-/// Gives back a reference to a device; at the last its file system is written out and unmounted, and the kernel lets go of
-/// it, so that the host can take it away.
+/// Gives back a reference to a device; at the last its file system is written out and unmounted, and the
+/// kernel lets go of it, so that the host can take it away.
 async fn drop_base(storages: &Storages, name: &str) -> Result<(), TaskError> {
     let name = name.to_owned();
     let Some(mut there) = storages.bases.drop_one(&name).await else { return Ok(()) };
@@ -283,7 +283,7 @@ fn socket(storages: &Storages, storage: &Storage) -> Result<Mounted, TaskError> 
     Ok(Mounted { socket: true, ..Mounted::default() })
 }
 
-/// What the kernel would ignore is refused: somebody relies on it.
+/// Refuses options that the kernel would ignore: somebody relies on them.
 fn no_data(storage: &Storage, options: &Options) -> Result<(), TaskError> {
     match options.data.first() {
         Some((name, _)) => {

@@ -1,4 +1,5 @@
-//! Huge pages for hugetlbfs storages: taken from the VM's memory when the storage comes, given back when it goes.
+//! Huge pages for hugetlbfs storages: taken from the VM's memory when the storage comes, given back when it
+//! goes.
 
 use std::{
     fs,

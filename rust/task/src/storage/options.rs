@@ -1,22 +1,22 @@
-//! The words of a storage's options, sorted: what the kernel keeps for a mount, how it propagates, what the file system
-//! knows.
+//! The words of a storage's options, sorted: what the kernel keeps for a mount, how it propagates, what the
+//! file system knows.
 
 use rustix::mount::{MountAttrFlags, MountPropagationFlags};
 
 /// The options of a storage.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Options {
-    /// What the mount has (`MOUNT_ATTR_*` of `linux/mount.h`).
+    /// Attributes that the mount gets (`MOUNT_ATTR_*` of `linux/mount.h`).
     pub attributes: MountAttrFlags,
-    /// What the mount must not have.
+    /// Attributes that the mount must not have.
     pub cleared: MountAttrFlags,
     /// `rro` and the like: mounts below get the attributes, too.
     pub recursive: bool,
     /// Mounts below the source come along.
     pub recursive_bind: bool,
-    /// How mounts below it propagate; None leaves what the kernel made.
+    /// Propagation of mounts below it; None leaves the kernel's choice.
     pub propagation: Option<MountPropagationFlags>,
-    /// What only the file system knows, in the order given: name, and value if there is one.
+    /// Options that only the file system knows, in the order given: name, and value if there is one.
     pub data: Vec<(String, Option<String>)>,
 }
 
@@ -116,7 +116,8 @@ impl Options {
     }
 }
 
-/// Bytes of a size as options have it: a number, and K, M or G for powers of 1024 (`Ki`, `Mi`, `Gi` are the same).
+/// Bytes of a size as options have it: a number, and K, M or G for powers of 1024 (`Ki`, `Mi`, `Gi` are the
+/// same).
 #[must_use]
 pub fn size(text: &str) -> Option<u64> {
     let digits = text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len());

@@ -1,4 +1,5 @@
-//! Things that several want and one makes: made at the first reference, undone at the last, never both at a time.
+//! Things that several want and one makes: made at the first reference, undone at the last, never both at a
+//! time.
 
 use std::{
     collections::HashMap,
@@ -8,7 +9,8 @@ use std::{
 
 use tokio::sync::{Mutex as AsyncMutex, OwnedMutexGuard};
 
-/// What is there under a key: None before it is made and after it is undone. Whoever holds the lock makes or undoes it.
+/// Object under a key: None before it is made and after it is undone. Whoever holds the lock makes or undoes
+/// it.
 type Slot<T> = Arc<AsyncMutex<Option<T>>>;
 
 struct Entry<I, T> {
@@ -51,8 +53,8 @@ impl<K: Clone + Eq + Hash, I: Clone + PartialEq, T> References<K, I, T> {
         Ok(Arc::clone(&entry.slot))
     }
 
-    /// Takes a reference back. If it was the last, what is there is for the caller to undo, and then to [`Self::forget`].
-    /// Waits for whoever is making it.
+    /// Takes a reference back. If it was the last, what is there is for the caller to undo, and then to
+    /// [`Self::forget`]. Waits for whoever is making it.
     pub(super) async fn drop_one(&self, key: &K) -> Option<OwnedMutexGuard<Option<T>>> {
         let slot = {
             let mut table = self.table();
@@ -74,7 +76,7 @@ impl<K: Clone + Eq + Hash, I: Clone + PartialEq, T> References<K, I, T> {
         }
     }
 
-    /// How many keys are known.
+    /// Number of known keys.
     pub(super) fn len(&self) -> usize {
         self.table().len()
     }

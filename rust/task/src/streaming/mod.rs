@@ -1,7 +1,7 @@
 //! containerd's `Streaming` service, on the same port as the other services of the agent.
 //!
-//! As on every call from the host, the request carries the pod's token as metadata; whoever passes containerd's streams on
-//! adds it.
+//! As on every call from the host, the request carries the pod's token as metadata; whoever passes
+//! containerd's streams on adds it.
 
 pub mod names;
 
@@ -33,7 +33,8 @@ use crate::{
 
 /// Streams that may be open at the same time.
 const MAX_STREAMS: usize = 4096;
-/// How long a stream waits for its process: containerd opens it when a container is created, a person may start it later.
+/// Longest time that a stream waits for its process: containerd opens it when a container is created, a
+/// person may start it later.
 const PROCESS_DEADLINE: Duration = Duration::from_secs(3600);
 /// Clients of one stream that may queue up.
 const QUEUE: usize = 2;

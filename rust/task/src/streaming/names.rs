@@ -1,5 +1,5 @@
-//! Which stream of which process a streaming id means. containerd opens streams before their process exists, and an exec's
-//! streams are named without their container; the request that makes the process tells.
+//! Meaning of streaming ids: a stream of a process. containerd opens streams before their process exists, and
+//! an exec's streams are named without their container; the request that makes the process tells.
 
 use std::{
     collections::HashMap,
