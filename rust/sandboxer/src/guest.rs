@@ -229,9 +229,62 @@ async fn within<T>(
 
 #[cfg(test)]
 mod tests {
+    use std::sync::{Arc, Mutex};
+
+    use async_trait::async_trait;
+    use kuasar_common::api::sandbox_ttrpc::{SandboxService, create_sandbox_service};
+    use protobuf::well_known_types::empty::Empty;
     use tokio::net::UnixListener;
+    use ttrpc::r#async::{Server, TtrpcContext, transport::Listener};
 
     use super::*;
+
+    /// An agent that remembers what it was asked, connection by connection.
+    #[derive(Clone, Default)]
+    struct Asked(Arc<Mutex<Vec<&'static str>>>);
+
+    #[async_trait]
+    impl SandboxService for Asked {
+        async fn check(&self, _: &TtrpcContext, _: CheckRequest) -> ttrpc::Result<Empty> {
+            self.0.lock().unwrap().push("Check");
+            Ok(Empty::new())
+        }
+
+        async fn setup_sandbox(&self, _: &TtrpcContext, _: SetupSandboxRequest) -> ttrpc::Result<Empty> {
+            self.0.lock().unwrap().push("SetupSandbox");
+            Ok(Empty::new())
+        }
+    }
+
+    #[tokio::test]
+    async fn a_long_first_call_comes_after_a_short_one() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("vsock.sock");
+        let listener = UnixListener::bind(&path).unwrap();
+        let (sender, receiver) = tokio::sync::mpsc::channel::<io::Result<UnixStream>>(4);
+        let asked = Asked::default();
+        let connections = tokio_stream::wrappers::ReceiverStream::new(receiver);
+        let mut server = Server::new()
+            .add_listener(Listener::new(connections))
+            .register_service(create_sandbox_service(Arc::new(asked.clone())));
+        server.start().await.unwrap();
+        let connected = asked.clone();
+        tokio::spawn(async move {
+            while let Ok((mut stream, _)) = listener.accept().await {
+                stream.read_exact(&mut [0; 13]).await.unwrap();
+                connected.0.lock().unwrap().push("CONNECT");
+                stream.write_all(b"OK 1024\n").await.unwrap();
+                sender.send(Ok(stream)).await.unwrap();
+            }
+        });
+        let guest = Guest::new(GuestAddress::Hybrid(path), "t".into());
+        let mut request = SetupSandboxRequest::new();
+        guest.setup(&request, Duration::from_secs(10)).await.unwrap();
+        request.resolv_conf = "x".repeat(SHORT);
+        guest.setup(&request, Duration::from_secs(10)).await.unwrap();
+        let asked = asked.0.lock().unwrap();
+        assert_eq!(*asked, ["CONNECT", "SetupSandbox", "CONNECT", "Check", "SetupSandbox"]);
+    }
 
     #[tokio::test]
     async fn whoever_gives_up_does_not_hang_up_before_the_answer() {
