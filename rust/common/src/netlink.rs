@@ -53,7 +53,7 @@ pub fn list(protocol: Protocol, kind: u16, question: &[u8]) -> io::Result<Vec<Ve
 }
 
 fn is_missing(error: &io::Error) -> bool {
-    let missing = [Errno::PROTONOSUPPORT, Errno::AFNOSUPPORT, Errno::OPNOTSUPP, Errno::INVAL, Errno::NOENT];
+    let missing = [Errno::PROTONOSUPPORT, Errno::AFNOSUPPORT, Errno::OPNOTSUPP, Errno::INVAL];
     missing.iter().any(|errno| error.raw_os_error() == Some(errno.raw_os_error()))
 }
 
