@@ -24,7 +24,7 @@ use kinds::{
     a_pod_with_two_interfaces, a_pod_with_what_is_rare, a_ptp_pod, an_ipv6_pod,
 };
 use rules::{
-    packet_filters_of_plugins_hold, rules_that_a_vm_cannot_have_are_refused,
+    packet_filters_of_plugins_hold, rules_of_plugins_that_a_vm_cannot_have_are_refused,
     sysctls_of_plugins_are_the_guests,
 };
 use traffic::{
@@ -51,7 +51,7 @@ fn main() -> ExitCode {
         a_pod_with_routing_rules_is_refused,
         packet_filters_of_plugins_hold,
         sysctls_of_plugins_are_the_guests,
-        rules_that_a_vm_cannot_have_are_refused,
+        rules_of_plugins_that_a_vm_cannot_have_are_refused,
         limits_of_the_bandwidth_plugin_hold,
         host_ports_are_mapped,
         a_killed_vmm_gives_the_network_back,

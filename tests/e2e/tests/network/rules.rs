@@ -75,7 +75,7 @@ async fn refusal(lab: &Lab, name: &str, handler: &str) -> Result<String> {
     Ok(refused.err().ok_or_else(|| anyhow!("it runs"))?.message().to_owned())
 }
 
-pub(crate) async fn rules_that_a_vm_cannot_have_are_refused(lab: Arc<Lab>) -> Result<()> {
+pub(crate) async fn rules_of_plugins_that_a_vm_cannot_have_are_refused(lab: Arc<Lab>) -> Result<()> {
     let text = refusal(&lab, "legacy", NET_LEGACY).await?;
     ensure!(
         text.contains(
