@@ -21,6 +21,12 @@ const LEAST_MEMORY: u32 = 48;
 /// The same with the initrd as root: all its files are memory.
 const LEAST_MEMORY_INITRD: u32 = 60;
 
+/// Memory, in MiB, that QEMU takes beside the guest's, with virtiofsd, vsock device and relay, by measurement
+/// (docs/kubernetes.md).
+const VMM_MEMORY: u32 = 72;
+/// The same with emulation, which keeps what it has translated.
+const VMM_MEMORY_TCG: u32 = 128;
+
 /// The whole file.
 #[derive(Clone, Debug, Default, Deserialize)]
 #[serde(default, deny_unknown_fields)]
@@ -139,10 +145,14 @@ pub struct HypervisorConfig {
     pub cpu_model: String,
     /// vCPUs of a pod without a CPU limit, if it does not request more.
     pub vcpus: u32,
-    /// Guest memory, in MiB, of a pod without a memory limit.
-    pub memory_in_mb: u32,
+    /// Guest memory, in MiB, of a pod without a memory limit; without it, a share of the node's.
+    pub memory_in_mb: Option<u32>,
     /// MiB added to a pod's memory limit for the guest's kernel and agent.
     pub memory_overhead_in_mb: u32,
+    /// MiB of the pod's cgroup that VMM, companions and relay take beside the guest; without it, what was measured.
+    pub vmm_memory_in_mb: Option<u32>,
+    /// The guest gives memory that it does not use any more back to the host.
+    pub free_page_reporting: bool,
     /// Annotations with which a pod may ask for another VM.
     pub allowed_annotations: Vec<Annotation>,
     /// Guest kernel.
@@ -181,6 +191,16 @@ impl HypervisorConfig {
             Root::Initrd => LEAST_MEMORY_INITRD,
         }
     }
+
+    /// MiB of the pod's cgroup that are not for the guest.
+    #[must_use]
+    pub fn vmm_memory(&self) -> u64 {
+        let measured = match self.accel {
+            Accel::Kvm => VMM_MEMORY,
+            Accel::Tcg => VMM_MEMORY_TCG,
+        };
+        self.vmm_memory_in_mb.unwrap_or(measured).into()
+    }
 }
 
 impl Default for HypervisorConfig {
@@ -191,8 +211,10 @@ impl Default for HypervisorConfig {
             machine_type: Machine::default(),
             cpu_model: String::new(),
             vcpus: 1,
-            memory_in_mb: 512,
+            memory_in_mb: None,
             memory_overhead_in_mb: 64,
+            vmm_memory_in_mb: None,
+            free_page_reporting: true,
             allowed_annotations: Vec::new(),
             kernel_path: Path::new("/usr/share/kuasar").join(KERNEL),
             image_path: "/usr/share/kuasar/kuasar.img".into(),
@@ -315,6 +337,7 @@ impl Config {
             virtiofsd: hypervisor.virtiofsd.path.clone(),
             vsock: hypervisor.vsock,
             vhost_device_vsock: hypervisor.vsock_device.path.clone(),
+            free_page_reporting: hypervisor.free_page_reporting,
             task_log_level: self.task.log_level.as_str().to_owned(),
             debug: hypervisor.debug || self.task.debug,
         }
@@ -346,8 +369,8 @@ impl Config {
             return Err(("hypervisor.vcpus", "is 0, a VM needs at least 1".into()));
         }
         let least = hypervisor.least_memory_in_mb();
-        if hypervisor.memory_in_mb < least {
-            let why = format!("is {}, a guest needs at least {least}", hypervisor.memory_in_mb);
+        if let Some(memory) = hypervisor.memory_in_mb.filter(|memory| *memory < least) {
+            let why = format!("is {memory}, a guest needs at least {least}");
             return Err(("hypervisor.memory_in_mb", why));
         }
         if self.sandbox.start_timeout_s == 0 {

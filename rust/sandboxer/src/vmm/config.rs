@@ -38,6 +38,8 @@ pub struct VmConfig {
     pub vsock: VsockKind,
     /// Program for [`VsockKind::VhostUser`].
     pub vhost_device_vsock: PathBuf,
+    /// The guest tells which of its memory it does not use any more, and the host takes it back.
+    pub free_page_reporting: bool,
     /// Log level of the guest's agent.
     pub task_log_level: String,
     /// The kernel's messages go to the console, and the agent says more.

@@ -34,6 +34,7 @@ pub(crate) fn config(
         virtiofsd: "virtiofsd".into(),
         vsock: if asked("KUASAR_VSOCK", "vhost") { VsockKind::Vhost } else { VsockKind::VhostUser },
         vhost_device_vsock: "vhost-device-vsock".into(),
+        free_page_reporting: true,
         task_log_level: "warn".into(),
         debug: false,
     }

@@ -36,6 +36,7 @@ impl Files {
             virtiofsd: "sh".into(),
             vsock: VsockKind::VhostUser,
             vhost_device_vsock: "sh".into(),
+            free_page_reporting: true,
             task_log_level: "info".into(),
             debug: false,
         }

@@ -67,6 +67,7 @@ impl CommandLine {
         for extra in extras {
             line.extra(extra, &mut plug)?;
         }
+        line.balloon(config, &mut plug)?;
         let later = line.bridge(config.machine, &mut plug)?;
         Ok((line, std::iter::once(plug.bus).chain(later).collect()))
     }
@@ -196,6 +197,15 @@ impl CommandLine {
             chardev: Some("console"),
             ..Device::default()
         });
+        Ok(())
+    }
+
+    /// Takes back what the guest does not use any more. It is never inflated.
+    fn balloon(&mut self, config: &VmConfig, plug: &mut Plug) -> Result<(), VmError> {
+        if config.free_page_reporting {
+            let device = plug.device("virtio-balloon", "balloon")?;
+            self.devices.push(Device { free_page_reporting: Some(true), ..device });
+        }
         Ok(())
     }
 

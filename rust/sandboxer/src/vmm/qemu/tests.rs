@@ -53,6 +53,7 @@ impl Lab {
             virtiofsd: self.0.path().join("virtiofsd"),
             vsock: VsockKind::VhostUser,
             vhost_device_vsock: self.0.path().join("vsock"),
+            free_page_reporting: true,
             task_log_level: "info".into(),
             debug: false,
         })

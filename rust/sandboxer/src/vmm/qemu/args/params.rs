@@ -178,6 +178,8 @@ pub(super) struct Device {
     pub(super) chassis_nr: Option<u32>,
     #[property(generator = "bool_to_on_off")]
     pub(super) shpc: Option<bool>,
+    #[property(generator = "bool_to_on_off")]
+    pub(super) free_page_reporting: Option<bool>,
     /// Empty: no boot ROM.
     pub(super) romfile: Option<&'static str>,
 }

@@ -20,6 +20,7 @@ fn config() -> VmConfig {
         virtiofsd: "virtiofsd".into(),
         vsock: crate::vmm::VsockKind::Vhost,
         vhost_device_vsock: "vhost-device-vsock".into(),
+        free_page_reporting: true,
         task_log_level: "info".into(),
         debug: false,
     }
@@ -88,7 +89,8 @@ fn pmem_virtiofs_vhost_user_and_a_card() {
              -device virtio-serial-pci,id=serial,bus=pcie.0,addr=0x4 -device virtconsole,id=hvc0,chardev=console \
              -device virtio-rng-pci,id=rng,bus=pcie.0,addr=0x5 \
              -device virtio-net-pci,id=net2-device,bus=pcie.0,addr=0x6,netdev=net2,mac=02:00:00:00:00:05,mq=on,\
-             vectors=6,romfile= -device pci-bridge,id=plug,bus=pcie.0,addr=0x7,chassis_nr=1,shpc=on"
+             vectors=6,romfile= -device virtio-balloon-pci,id=balloon,bus=pcie.0,addr=0x7,free-page-reporting=on \
+             -device pci-bridge,id=plug,bus=pcie.0,addr=0x8,chassis_nr=1,shpc=on"
         )
     );
     assert_eq!(bus.used.get(&6).map(String::as_str), Some("net2-device"));
@@ -114,7 +116,8 @@ fn initrd_9p_and_the_kernels_vsock() {
          -device virtio-9p-pci,id=share-device,bus=pcie.0,addr=0x2,fsdev=share,mount_tag=kuasar \
          -device virtio-serial-pci,id=serial,bus=pcie.0,addr=0x3 -device virtconsole,id=hvc0,chardev=console \
          -device virtio-rng-pci,id=rng,bus=pcie.0,addr=0x4 \
-         -device pci-bridge,id=plug,bus=pcie.0,addr=0x5,chassis_nr=1,shpc=on"
+         -device virtio-balloon-pci,id=balloon,bus=pcie.0,addr=0x5,free-page-reporting=on \
+         -device pci-bridge,id=plug,bus=pcie.0,addr=0x6,chassis_nr=1,shpc=on"
     );
 }
 
@@ -144,7 +147,8 @@ fn other_machines_and_a_disk() {
         "-device virtio-blk-pci,id=d0-device,bus=pci.0,addr=0x7,drive=d0",
         "-netdev tap,id=net2,fds=6",
         "-global PIIX4_PM.acpi-pci-hotplug-with-bridge-support=off ",
-        "-device pci-bridge,id=plug,bus=pci.0,addr=0x9,chassis_nr=1,shpc=on",
+        "-device virtio-balloon-pci,id=balloon,bus=pci.0,addr=0x9,free-page-reporting=on",
+        "-device pci-bridge,id=plug,bus=pci.0,addr=0xa,chassis_nr=1,shpc=on",
         "-device virtio-net-pci,id=net2-device,bus=pci.0,addr=0x8,netdev=net2,mac=02:00:00:00:00:05,romfile=",
     ] {
         assert!(pc.contains(part), "{part} in {pc}");
@@ -153,6 +157,9 @@ fn other_machines_and_a_disk() {
     assert!(microvm.contains("-machine microvm,accel=tcg,"), "{microvm}");
     assert!(microvm.contains("-device virtio-blk-device,id=root-device,drive=root"), "{microvm}");
     assert!(!microvm.contains("pci") && !microvm.contains("romfile"), "{microvm}");
+    assert!(microvm.contains("-device virtio-balloon-device,id=balloon,free-page-reporting=on"), "{microvm}");
+    let without = VmConfig { free_page_reporting: false, ..config(Machine::Microvm) };
+    assert!(!argv(&without, &spec(), &inherited, &extras).0.contains("balloon"));
 }
 
 #[test]
@@ -172,7 +179,8 @@ fn the_machine_of_aarch64() {
         "-append root=/dev/vda1 ro rootfstype=ext4 console=hvc0 reboot=t panic=-1 \
          initcall_blacklist=jent_mod_init quiet task.sharefs_type=9p",
         "-device virtio-blk-pci,id=root-device,bus=pcie.0,addr=0x1,drive=root",
-        "-device pci-bridge,id=plug,bus=pcie.0,addr=0x6,chassis_nr=1,shpc=on",
+        "-device virtio-balloon-pci,id=balloon,bus=pcie.0,addr=0x6,free-page-reporting=on",
+        "-device pci-bridge,id=plug,bus=pcie.0,addr=0x7,chassis_nr=1,shpc=on",
     ] {
         assert!(virt.contains(part), "{part} in {virt}");
     }
