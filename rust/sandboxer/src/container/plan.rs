@@ -114,6 +114,12 @@ impl Plan {
         &self.cpuset
     }
 
+    /// How readily the kernel is to kill its processes for want of memory.
+    #[must_use]
+    pub fn oom_score_adj(&self) -> Option<i64> {
+        self.spec.pointer("/process/oomScoreAdj")?.as_i64()
+    }
+
     /// Tells the guest where it finds what was plugged in.
     pub fn plugged_in(&mut self, addresses: Vec<String>) {
         for (storage, address) in self.storages.iter_mut().zip(addresses) {

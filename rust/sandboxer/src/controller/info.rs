@@ -27,6 +27,7 @@ pub(super) fn of(pod: &Pod, view: &View) -> HashMap<String, String> {
         "folder": pod.dir(),
         "exitCode": exit.map(|exit| exit.code),
         "reason": exit.and_then(|exit| exit.reason.as_deref()),
+        "memory": pod.shortage(),
         "guestSilent": silence.map(|silence| json!({
             "since": timestamp(silence.since).to_string(),
             "why": silence.why,

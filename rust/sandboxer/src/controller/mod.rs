@@ -67,16 +67,23 @@ impl From<PodError> for Status {
     }
 }
 
-/// Runs `work` in a task that goes on when the client does not wait any more.
+/// Runs `work` in a task that goes on when the client does not wait any more, and logs why it failed.
 async fn apart<T: Send + 'static>(
     id: &str,
     work: impl Future<Output = Result<T, PodError>> + Send + 'static,
 ) -> Result<T, Status> {
-    let span = tracing::info_span!("pod", id);
-    let task = tokio::spawn(
-        async move { work.await.inspect_err(|error| tracing::warn!(%error, "answering containerd")) }
-            .instrument(span),
-    );
+    quietly_apart(id, async {
+        work.await.inspect_err(|error| tracing::warn!(%error, "answering containerd"))
+    })
+    .await
+}
+
+/// As [`apart`], for work that logs its failures itself.
+async fn quietly_apart<T: Send + 'static>(
+    id: &str,
+    work: impl Future<Output = Result<T, PodError>> + Send + 'static,
+) -> Result<T, Status> {
+    let task = tokio::spawn(work.instrument(tracing::info_span!("pod", id)));
     match task.await {
         Ok(done) => Ok(done?),
         Err(error) => Err(Status::internal(format!("the daemon failed: {error}"))),
@@ -217,7 +224,7 @@ impl controller_server::Controller for Controller {
         let request = request.into_inner();
         let pod = self.pods.get(&request.sandbox_id)?;
         if let Some(resources) = update::resources(&request)? {
-            apart(&request.sandbox_id, async move { pod.update(resources).await }).await?;
+            quietly_apart(&request.sandbox_id, async move { pod.update(resources).await }).await?;
         }
         Ok(Response::new(ControllerUpdateResponse {}))
     }

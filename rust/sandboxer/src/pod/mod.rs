@@ -16,6 +16,7 @@ mod log;
 mod record;
 mod recover;
 mod relay;
+mod scores;
 mod setup;
 mod silence;
 mod size;
@@ -52,10 +53,11 @@ pub use self::{
     store::Pods,
 };
 use self::{
-    cgroup::Cgroups,
+    cgroup::{Cgroups, Given},
     cpusets::CpuSets,
     host::HostServer,
     record::{ExitRecord, PodRecord, VERSION, boot_id},
+    scores::OomScores,
     size::VmSize,
 };
 use crate::{
@@ -134,6 +136,8 @@ pub struct Pod {
     netns: PathBuf,
     namespace: String,
     cgroup_parent: String,
+    /// See [`Pod::shortage`].
+    shortage: Option<String>,
     environment: Environment,
     view: watch::Sender<View>,
     work: Mutex<Work>,
@@ -144,6 +148,9 @@ pub struct Pod {
     /// Taken before `storage`, and never while `work` is waited for: ending a pod must not wait for its VM's bus.
     disks: Mutex<Disks>,
     cpusets: SyncMutex<CpuSets>,
+    scores: SyncMutex<OomScores>,
+    /// Why it was not given other resources when that was last asked for.
+    refused: SyncMutex<Option<String>>,
     /// Why its VM ends, from the first who knows; nobody who only was asked for it says so.
     blame: SyncMutex<Option<String>>,
     /// The guest did not answer when it was last asked.
@@ -171,7 +178,9 @@ struct Work {
 
 impl Pod {
     fn new(environment: &Environment, id: &str, spec: PodSpec, view: View) -> Arc<Self> {
-        let dir = environment.dir.join(id);
+        let (dir, sizes) = (environment.dir.join(id), &environment.sizes);
+        let size = VmSize::of(&spec, sizes).ok();
+        let scores = OomScores::new(&dir, &spec.cgroup_parent, spec.oom_score_adj);
         Arc::new(Self {
             id: id.to_owned(),
             labels: spec.labels.clone(),
@@ -179,6 +188,7 @@ impl Pod {
             netns: spec.netns.clone(),
             namespace: spec.namespace.clone(),
             cgroup_parent: spec.cgroup_parent.clone(),
+            shortage: size.and_then(|size| size.shortage(&spec, sizes)),
             environment: environment.clone(),
             view: watch::Sender::new(view),
             work: Mutex::new(Work { spec, ..Work::default() }),
@@ -186,6 +196,8 @@ impl Pod {
             busy: SyncMutex::default(),
             disks: Mutex::new(Disks::new(&dir)),
             cpusets: SyncMutex::new(CpuSets::new(&dir)),
+            scores: SyncMutex::new(scores),
+            refused: SyncMutex::default(),
             blame: SyncMutex::default(),
             silence: SyncMutex::default(),
             watchers: SyncMutex::default(),
@@ -257,6 +269,18 @@ impl Pod {
         Cgroups::plan(&self.environment.cgroup_root, &self.cgroup_parent, &self.id)
     }
 
+    /// Why the host's kernel killed a process of the pod for want of memory, if it did.
+    fn killed_for_memory(&self) -> Option<String> {
+        let given = Given::of_pod(&self.environment.cgroup_root, &self.cgroup_parent);
+        self.cgroups().ok()?.killed_for_memory(&given)
+    }
+
+    /// Why the guest has less memory than the pod's limits promise, if it has.
+    #[must_use]
+    pub fn shortage(&self) -> Option<&str> {
+        self.shortage.as_deref()
+    }
+
     /// Where containerd reaches the pod's containers. The scheme is the only one that containerd 2.1 can use for both
     /// Task calls and streams.
     #[must_use]
@@ -301,6 +325,7 @@ impl Pod {
         let sockets = plan.sockets().to_vec();
         let made = async {
             self.pin(&container, Some(plan.cpuset().clone()))?;
+            self.score(&container, plan.oom_score_adj());
             at("prepare: pinned")?;
             plan.plugged_in(disks.attach(&container, plan.disks()).await?);
             at("prepare: attached")?;
@@ -319,6 +344,7 @@ impl Pod {
         };
         let made = made.await;
         if made.is_err() {
+            self.score(&container, None);
             for undone in [disks.release(&container).await, self.pin(&container, None)] {
                 if let Err(error) = undone {
                     tracing::warn!(container, %error, "undoing a failed preparation");
@@ -335,6 +361,7 @@ impl Pod {
         let mut disks = self.free(self.disks.lock()).await?;
         let gone = disks.release(&container).await;
         let pinned = self.pin(&container, None);
+        self.score(&container, None);
         at("release: detached")?;
         let storage = self.take_storage(format!("unmounting for the container {container}")).await?;
         storage.with(move |storage| storage.release(&container)).await?;

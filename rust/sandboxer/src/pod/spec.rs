@@ -1,6 +1,10 @@
 //! What containerd asks for when it creates a pod, reduced to what we need, or refused.
 
-use std::{collections::BTreeMap, fs, path::PathBuf};
+use std::{
+    collections::BTreeMap,
+    fs,
+    path::{Path, PathBuf},
+};
 
 use prost::Message;
 use serde::{Deserialize, Serialize};
@@ -8,7 +12,7 @@ use serde::{Deserialize, Serialize};
 use super::{
     PodError,
     annotations::{Annotation, Wishes},
-    cgroup::Limits,
+    cgroup::{Given, Limits},
 };
 use crate::protos::{
     controller::ControllerCreateRequest,
@@ -49,6 +53,9 @@ pub struct PodSpec {
     pub cgroup_parent: String,
     /// What the pod may use.
     pub resources: PodResources,
+    /// What the pod itself asks for; kubelet says it of containers only, and this is 0.
+    #[serde(default)]
+    pub oom_score_adj: i64,
     /// What its annotations say of its VM.
     #[serde(default)]
     pub wishes: Wishes,
@@ -85,6 +92,10 @@ pub struct PodResources {
     pub cpuset_mems: String,
     /// Bytes of huge pages by their size, as in `2MB`.
     pub huge_pages: BTreeMap<String, u64>,
+    /// Bytes that the pod's cgroup may use, with all that runs in it; 0: unlimited or not known.
+    pub cgroup_memory: i64,
+    /// Processes and threads that it may have; 0: unlimited or not known.
+    pub pids_limit: i64,
 }
 
 impl PodResources {
@@ -95,6 +106,35 @@ impl PodResources {
             mems: self.cpuset_mems.clone(),
             huge_pages: self.huge_pages.clone(),
         }
+    }
+
+    /// Corrects what the CRI says by what the pod's cgroup has. A sum of limits is none if one container has no limit, and then
+    /// kubelet leaves the cgroup unlimited.
+    pub(super) fn correct(&mut self, given: &Given) {
+        let signed = |number: u64| i64::try_from(number).unwrap_or(i64::MAX);
+        match given.memory {
+            None => {}
+            Some(None) => self.memory_limit = 0,
+            Some(Some(_)) if self.memory_limit > 0 => {}
+            Some(Some(bytes)) => self.memory_limit = (signed(bytes) - self.memory_overhead.max(0)).max(1),
+        }
+        match given.cpu {
+            None => {}
+            Some(None) => self.cpu_quota = 0,
+            Some(Some(_)) if self.cpu_quota > 0 => {}
+            Some(Some((quota, period))) => {
+                (self.cpu_quota, self.cpu_period) = (signed(quota), signed(period))
+            }
+        }
+        self.bound(given);
+    }
+
+    /// Takes over only what the CRI does not say.
+    pub(super) fn bound(&mut self, given: &Given) {
+        let signed =
+            |limit: Option<Option<u64>>| i64::try_from(limit.flatten().unwrap_or(0)).unwrap_or(i64::MAX);
+        self.cgroup_memory = signed(given.memory);
+        self.pids_limit = signed(given.pids);
     }
 
     /// From the CRI's.
@@ -110,6 +150,7 @@ impl PodResources {
             cpuset_cpus: limits.cpuset_cpus,
             cpuset_mems: limits.cpuset_mems,
             huge_pages: huge_pages.map(|limit| (limit.page_size, limit.limit)).collect(),
+            ..Self::default()
         }
     }
 }
@@ -146,6 +187,7 @@ impl PodSpec {
             shared_pids: namespace_options(&linux).is_some_and(|options| is(options.pid, NamespaceMode::Pod)),
             sysctls,
             cgroup_parent: linux.cgroup_parent.clone(),
+            oom_score_adj: linux.resources.as_ref().map_or(0, |resources| resources.oom_score_adj),
             resources: PodResources::new(
                 linux.resources.unwrap_or_default(),
                 &linux.overhead.unwrap_or_default(),
@@ -154,6 +196,13 @@ impl PodSpec {
             namespace: namespace_of_cri(),
             labels: labels.into_iter().collect(),
         })
+    }
+}
+
+impl PodSpec {
+    /// Corrects the pod's resources by the cgroup that kubelet has made for it.
+    pub(super) fn look_at_cgroup(&mut self, root: &Path) {
+        self.resources.correct(&Given::of_pod(root, &self.cgroup_parent));
     }
 }
 
@@ -276,6 +325,29 @@ mod tests {
         assert_eq!(spec.sysctls["net.ipv4.ping_group_range"], "0 2147483647");
         assert_eq!((spec.resources.memory_limit, spec.resources.cpuset_cpus.as_str()), (1 << 30, "0-1"));
         assert_eq!(spec.cgroup_parent, "/kubepods/podu");
+    }
+
+    #[test]
+    fn the_cgroup_says_whether_a_sum_of_limits_is_one() {
+        let corrected = |memory_limit, cpu_quota, given: &Given| {
+            let of_overhead = PodResources { memory_overhead: 100, ..PodResources::default() };
+            let mut resources = PodResources { memory_limit, cpu_quota, cpu_period: 100_000, ..of_overhead };
+            resources.correct(given);
+            (resources.memory_limit, resources.cpu_quota, resources.cgroup_memory)
+        };
+        // A sidecar with limits beside a container without: kubelet's cgroup has none.
+        let unlimited = Given { memory: Some(None), cpu: Some(None), pids: Some(None) };
+        assert_eq!(corrected(64, 20_000, &unlimited), (0, 0, 0));
+        // All containers have some.
+        let limited =
+            Given { memory: Some(Some(164)), cpu: Some(Some((45_000, 100_000))), pids: Some(Some(7)) };
+        assert_eq!(corrected(64, 20_000, &limited), (64, 20_000, 164));
+        // Of the pod as a whole, and of no container.
+        assert_eq!(corrected(0, 0, &limited), (64, 45_000, 164));
+        // Nobody has made it yet, or the hierarchy has no such controller.
+        assert_eq!(corrected(64, 20_000, &Given::default()), (64, 20_000, 0));
+        let huge = Given { memory: Some(Some(u64::MAX)), cpu: Some(Some((u64::MAX, 0))), pids: None };
+        assert_eq!(corrected(0, 0, &huge), (i64::MAX - 100, i64::MAX, i64::MAX));
     }
 
     #[test]

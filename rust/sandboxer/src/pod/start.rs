@@ -70,6 +70,9 @@ impl Pod {
     async fn bring_up(self: &Arc<Self>, work: &mut Work, caller: &mut Caller) -> Result<(), PodError> {
         let deadline = Deadline::new(self.environment.start_timeout);
         let size = VmSize::of(&work.spec, &self.environment.sizes)?;
+        if let Some(shortage) = self.shortage() {
+            tracing::warn!("{shortage}");
+        }
         let cgroups = step("creating the sandbox's cgroup", self.cgroups().map_err(StepError::Cgroup))?;
         let plan = network::Plan::read(&work.spec.netns).await;
         let plan = step("giving the VM the pod's network", plan)?;
@@ -123,6 +126,7 @@ impl Pod {
         let relay = step("starting the relay", relay)?;
         let relay = Arc::new(relay);
         work.relay = Some(relay.clone());
+        self.apply_score(Some(work));
         at("start: relay")?;
         // And from here on the relay.
         step("recording the sandbox", self.persist(work))?;
@@ -192,6 +196,7 @@ impl Pod {
         self.view.send_modify(|view| view.pid = vm.pid());
         self.disks.lock().await.set_vm(vm.clone());
         work.vm = Some(vm.clone());
+        self.apply_score(Some(work));
         Ok((vm, network))
     }
 
@@ -215,7 +220,7 @@ impl Pod {
             let exit = watched.wait().await;
             let by_us = pod.stopping.load(Ordering::Relaxed);
             let reason = match pod.blamed() {
-                None if !by_us => Some(reason(&*watched, last_words, &pod.dir, exit.code).await),
+                None if !by_us => Some(reason(&pod, &*watched, last_words, exit.code).await),
                 blamed => blamed,
             };
             tracing::info!(code = ?exit.code, by_us, reason, "the VM has ended");
@@ -266,16 +271,14 @@ fn last_words(agent: Option<ReadyGuest>, span: Span) -> JoinHandle<Option<String
 }
 
 /// Why a VM ended that nobody ended: what its agent said, or else what the logs show.
-async fn reason(
-    vm: &dyn Vm,
-    last_words: JoinHandle<Option<String>>,
-    dir: &std::path::Path,
-    code: Option<u32>,
-) -> String {
+async fn reason(pod: &Pod, vm: &dyn Vm, last_words: JoinHandle<Option<String>>, code: Option<u32>) -> String {
     // The connection has ended with the VM, or does now.
     match timeout(LAST_WORDS, last_words).await {
         Ok(Ok(Some(said))) => format!("the guest's agent gave up: {said}"),
-        _ => vm.ping().await.err().map_or_else(|| died(dir, code), |error| error.to_string()),
+        _ => match pod.killed_for_memory() {
+            Some(why) => why,
+            None => vm.ping().await.err().map_or_else(|| died(&pod.dir, code), |error| error.to_string()),
+        },
     }
 }
 

@@ -104,12 +104,13 @@ impl Pods {
     ///
     /// # Errors
     /// When the id or the paths made from it cannot be used, the pod exists and is further, or its folder cannot be made.
-    pub async fn create(&self, id: &str, spec: PodSpec) -> Result<(), PodError> {
+    pub async fn create(&self, id: &str, mut spec: PodSpec) -> Result<(), PodError> {
         if !is_safe_id(id) {
             return Err(PodError::Invalid(format!(
                 "the sandbox id {id:?} is not 1 to 128 letters, digits, '-', '_' and '.'"
             )));
         }
+        spec.look_at_cgroup(&self.environment.cgroup_root);
         VmSize::of(&spec, &self.environment.sizes)?;
         let dir = self.environment.dir.join(id);
         let longest = dir.join(LONGEST_SOCKET);

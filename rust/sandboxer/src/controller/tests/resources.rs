@@ -61,15 +61,18 @@ async fn the_vm_gets_what_limits_and_allowed_annotations_say() {
 async fn what_cannot_be_is_refused_at_create_and_leaves_nothing() {
     let lab = Lab::new(Fault::None);
     let (mut client, pods) = serve(&lab).await;
+    kubelets_cgroup(&lab, &(60 * MIB).to_string(), "-1");
     let error = create_with(&lab, &mut client, |config| {
         let linux = config.linux.as_mut().unwrap();
-        linux.resources = Some(with_limits(4, 1));
-        linux.overhead = Some(with_limits(20, 0));
+        linux.cgroup_parent = "/kubepods/podu".into();
+        linux.resources = Some(with_limits(60, 1));
     })
     .await
     .unwrap_err();
     assert_eq!(error.code(), Code::FailedPrecondition);
-    assert!(error.message().contains("raise the limits of the pod's containers to "), "{error:?}");
+    let said =
+        "the pod's cgroup may use 60 MiB of memory, and its VM needs 120 MiB: 48 MiB for the smallest guest";
+    assert!(error.message().starts_with(said), "{error:?}");
     let error = create_with(&lab, &mut client, |config| {
         config.annotations.insert("io.kuasar.vm.vcpus".into(), "1".into());
     })
@@ -78,6 +81,101 @@ async fn what_cannot_be_is_refused_at_create_and_leaves_nothing() {
     assert_eq!(error.code(), Code::FailedPrecondition);
     assert!(error.message().contains("io.kuasar.vm.vcpus is not allowed on this node"), "{error:?}");
     assert!(pods.is_empty());
+    lab.assert_clean();
+}
+
+/// The cgroup of a pod as kubelet makes it, in hierarchies of version 1.
+fn kubelets_cgroup(lab: &Lab, memory: &str, quota: &str) {
+    for (hierarchy, file, value) in [
+        ("memory", "memory.limit_in_bytes", memory),
+        ("cpu", "cpu.cfs_quota_us", quota),
+        ("cpu", "cpu.cfs_period_us", "100000"),
+    ] {
+        let mount = lab.path("cgroup").join(hierarchy);
+        fs::create_dir_all(mount.join("kubepods/podu")).unwrap();
+        fs::write(mount.join("cgroup.procs"), "").unwrap();
+        fs::write(mount.join("kubepods/podu").join(file), value).unwrap();
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_pod_with_a_container_without_limits_is_not_sized_by_the_others() {
+    let lab = Lab::new(Fault::None);
+    let (mut client, _pods) = serve(&lab).await;
+    kubelets_cgroup(&lab, "9223372036854771712", "-1");
+    create_with(&lab, &mut client, |config| {
+        let linux = config.linux.as_mut().unwrap();
+        linux.cgroup_parent = "/kubepods/podu".into();
+        // A sidecar's limits, and what it and another container request.
+        let of_sidecar = LinuxContainerResources { cpu_quota: 20_000, ..with_limits(64, 0) };
+        linux.resources = Some(LinuxContainerResources { cpu_shares: 1228, ..of_sidecar });
+    })
+    .await
+    .unwrap();
+    drop_cgroup(&lab);
+    start(&mut client).await.unwrap();
+    let cpus = u32::try_from(std::thread::available_parallelism().unwrap().get()).unwrap();
+    let shapes: Vec<_> = lab.hypervisor.specs.lock().unwrap().clone();
+    assert!(shapes[0].0 == cpus.min(2) && shapes[0].1 >= 512, "{shapes:?}");
+    // Kubelet says nothing of what has no limit, and then nothing has to grow.
+    update(&mut client, &serde_json::json!({"cpu_shares": 512})).await.unwrap();
+    update(&mut client, &serde_json::json!({"memory_limit_in_bytes": 0, "cpu_quota": -1})).await.unwrap();
+    shutdown(&mut client).await.unwrap();
+    lab.assert_clean();
+}
+
+/// Plain files are no cgroups that a pod could be removed from.
+fn drop_cgroup(lab: &Lab) {
+    for hierarchy in ["memory", "cpu"] {
+        fs::remove_dir_all(lab.path("cgroup").join(hierarchy)).unwrap();
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_guest_that_has_to_be_smaller_than_its_limit_says_so() {
+    let lab = Lab::new(Fault::None);
+    let (mut client, _pods) = serve(&lab).await;
+    kubelets_cgroup(&lab, &(192 * MIB).to_string(), "100000");
+    create_with(&lab, &mut client, |config| {
+        let linux = config.linux.as_mut().unwrap();
+        linux.cgroup_parent = "/kubepods/podu".into();
+        linux.resources = Some(with_limits(192, 1));
+    })
+    .await
+    .unwrap();
+    drop_cgroup(&lab);
+    start(&mut client).await.unwrap();
+    assert_eq!(lab.hypervisor.specs.lock().unwrap()[0].1, 192 - 72);
+    let request = ControllerStatusRequest { sandbox_id: id(), verbose: true, ..Default::default() };
+    let status = client.status(request).await.unwrap().into_inner();
+    let ours: serde_json::Value = serde_json::from_str(&status.info["kuasar"]).unwrap();
+    let said = ours["memory"].as_str().unwrap();
+    assert!(
+        said.starts_with("the guest has 120 MiB instead of 256: the pod's cgroup may use 192 MiB"),
+        "{said}"
+    );
+    shutdown(&mut client).await.unwrap();
+    lab.assert_clean();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn processes_of_a_pod_have_its_oom_score() {
+    let lab = Lab::new(Fault::None);
+    let (mut client, _pods) = serve(&lab).await;
+    let of = |pid: u32| fs::read_to_string(format!("/proc/{pid}/oom_score_adj")).unwrap().trim().to_owned();
+    create_with(&lab, &mut client, |config| {
+        let asked = LinuxContainerResources { oom_score_adj: 700, ..Default::default() };
+        config.linux.as_mut().unwrap().resources = Some(asked);
+    })
+    .await
+    .unwrap();
+    let started = start(&mut client).await.unwrap();
+    let relays = lab.relays();
+    assert_eq!(relays.len(), 1);
+    for pid in [started.pid, relays[0]] {
+        assert_eq!(of(pid), "700");
+    }
+    shutdown(&mut client).await.unwrap();
     lab.assert_clean();
 }
 

@@ -11,10 +11,13 @@
 //! CPUs are handed out or counted (`cpu`, `cpuacct`, `cpuset`). Limits of CPU time and memory are the parent's, and kubelet's
 //! to set; a pod without limits has none here either.
 
+mod given;
 mod limits;
 mod metrics;
+mod oom;
 
 use std::{
+    collections::BTreeSet,
     fs, io,
     os::unix::fs::PermissionsExt,
     path::{Component, Path, PathBuf},
@@ -22,6 +25,7 @@ use std::{
 };
 
 pub(super) use self::{
+    given::Given,
     limits::{Changes, Limits},
     metrics::{of_cgroups, of_processes},
 };
@@ -99,6 +103,14 @@ impl Cgroups {
         self.0.iter().map(file).collect()
     }
 
+    /// Processes in them.
+    pub(super) fn members(&self) -> BTreeSet<u32> {
+        // Cannot be read in a threaded cgroup; the one above it names the same processes.
+        let texts =
+            self.paths().into_iter().filter_map(|path| fs::read_to_string(path.join("cgroup.procs")).ok());
+        texts.flat_map(|text| pids(&text).collect::<Vec<_>>()).collect()
+    }
+
     /// Moves the threads that are the guest's CPUs.
     pub(super) fn place_vcpus(&self, threads: &[u32]) -> io::Result<()> {
         for place in &self.0 {
@@ -136,6 +148,7 @@ impl Place {
             }
             Version::V1 => Ok(()),
             Version::V2 => {
+                self.forbid_swap();
                 if let Err(error) = self.split() {
                     tracing::debug!(%error, cgroup = %self.pod.display(), "not splitting a cgroup");
                     for part in [VCPU, OVERHEAD] {
@@ -144,6 +157,17 @@ impl Place {
                 }
                 Ok(())
             }
+        }
+    }
+
+    /// Keeps the VM's memory out of the node's swap: for the host it is the memory of one process, and the containers that kubelet
+    /// wants none of in there are inside of it. A host without swap has no such file.
+    fn forbid_swap(&self) {
+        let file = self.pod.join("memory.swap.max");
+        if file.exists()
+            && let Err(error) = write(&file, "0")
+        {
+            tracing::warn!(%error, "keeping the sandbox's memory out of the swap");
         }
     }
 
@@ -294,7 +318,7 @@ pub(super) fn end_members(cgroups: &[PathBuf]) {
     for cgroup in cgroups {
         // Cannot be read in a threaded cgroup; the one above it names the same processes.
         let Ok(members) = fs::read_to_string(cgroup.join("cgroup.procs")) else { continue };
-        for pid in members.split_whitespace().filter_map(|pid| pid.parse().ok()) {
+        for pid in pids(&members) {
             tracing::info!(pid, cgroup = %cgroup.display(), "ending a process of a sandbox that is no more");
             let killed = Process::open(pid).map(|process| process.signal(rustix::process::Signal::KILL));
             if let Ok(Err(error)) = killed {
@@ -302,6 +326,11 @@ pub(super) fn end_members(cgroups: &[PathBuf]) {
             }
         }
     }
+}
+
+/// The processes of a `cgroup.procs`; those of another PID namespace are 0.
+fn pids(text: &str) -> impl Iterator<Item = u32> {
+    text.split_whitespace().filter_map(|pid| pid.parse().ok()).filter(|pid| *pid > 0)
 }
 
 fn remove_now(cgroups: &[PathBuf]) -> Option<io::Error> {

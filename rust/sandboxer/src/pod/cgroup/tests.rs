@@ -69,6 +69,29 @@ fn every_hierarchy_of_v1_gets_one_and_all_go() {
 }
 
 #[test]
+fn the_memory_of_a_pod_stays_out_of_the_swap() {
+    let root = unified();
+    let pod = root.path().join("podu/kuasar-p1");
+    fs::create_dir_all(&pod).unwrap();
+    fs::write(pod.join("memory.swap.max"), "max").unwrap();
+    let cgroups = Cgroups::plan(root.path(), "/podu", "p1").unwrap();
+    cgroups.create().unwrap();
+    assert_eq!(fs::read_to_string(pod.join("memory.swap.max")).unwrap().get(..1), Some("0"));
+}
+
+#[test]
+fn processes_of_all_parts_are_its_members() {
+    let root = tree(&["cpu", "memory"]);
+    let cgroups = Cgroups::plan(root.path(), "/podu", "p1").unwrap();
+    cgroups.create().unwrap();
+    assert!(cgroups.members().is_empty());
+    let pod = |name: &str| root.path().join(name).join("podu/kuasar-p1");
+    fs::write(pod("cpu").join("overhead/cgroup.procs"), "7\n0\n").unwrap();
+    fs::write(pod("memory").join("cgroup.procs"), "7\n9\n").unwrap();
+    assert_eq!(cgroups.members(), [7, 9].into());
+}
+
+#[test]
 fn cpus_of_the_guest_are_apart_in_v1() {
     let root = tree(&["cpu,cpuacct", "memory"]);
     let cgroups = Cgroups::plan(root.path(), "/podu", "p1").unwrap();
