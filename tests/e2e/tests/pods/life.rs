@@ -13,7 +13,10 @@ use kuasar_e2e::{
     suite::{handler, patient},
 };
 
-use super::IDLE;
+use super::{
+    IDLE,
+    kubelet::{kubelets_limits, vmm_memory},
+};
 
 /// For a container whose command is short.
 const SOON: Duration = Duration::from_secs(30);
@@ -86,11 +89,9 @@ pub(crate) async fn the_want_of_memory_is_a_reason(lab: Arc<Lab>) -> Result<()> 
 pub(crate) async fn a_pod_of_the_least_size_works(lab: Arc<Lab>) -> Result<()> {
     for (handler, least) in [(QEMU, 48), (QEMU_INITRD, 60)] {
         let sized = |mib: i64| {
+            // What is left of the pod's cgroup beside the VMM.
             let mut config = lab.pod_config("small")?;
-            let linux = config.linux.get_or_insert_default();
-            let memory =
-                |mib: i64| LinuxContainerResources { memory_limit_in_bytes: mib << 20, ..Default::default() };
-            (linux.resources, linux.overhead) = (Some(memory(mib - 20)), Some(memory(20)));
+            kubelets_limits(&mut config, mib, 0, mib + vmm_memory())?;
             anyhow::Ok(config)
         };
         let pod =
@@ -107,7 +108,10 @@ pub(crate) async fn a_pod_of_the_least_size_works(lab: Arc<Lab>) -> Result<()> {
             Err(error) => format!("{error:#}"),
         };
         ensure!(
-            error.contains(&format!("its guest needs {least} MiB to start; raise the limits")),
+            error.contains(&format!(
+                "{least} MiB for the smallest guest and {} MiB for the VMM",
+                vmm_memory()
+            )),
             "{error}"
         );
     }

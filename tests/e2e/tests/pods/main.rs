@@ -11,6 +11,7 @@ mod figures;
 mod guest;
 mod hung;
 mod io;
+mod kubelet;
 mod layers;
 mod life;
 mod network;
@@ -48,6 +49,10 @@ use io::{
     exec_reads_stdin_to_its_end, exec_with_a_terminal, execs_of_many_sizes_over_streams,
     ten_mebibytes_of_log_are_complete, ten_mebibytes_of_log_over_streams, two_streams_stay_apart,
     two_streams_stay_apart_over_streams,
+};
+use kubelet::{
+    a_pod_lives_in_the_cgroup_that_kubelet_made, memory_that_a_guest_frees_is_the_hosts_again,
+    what_kubelet_sends_starts_and_is_resized,
 };
 use life::{
     a_command_that_does_not_exist, a_container_restarts_in_a_living_pod, a_pod_of_the_least_size_works,
@@ -118,6 +123,9 @@ fn main() -> ExitCode {
             exit_codes_arrive,
             the_want_of_memory_is_a_reason,
             a_pod_of_the_least_size_works,
+            what_kubelet_sends_starts_and_is_resized,
+            a_pod_lives_in_the_cgroup_that_kubelet_made,
+            memory_that_a_guest_frees_is_the_hosts_again,
             exec_of_a_command_that_does_not_exist,
             a_command_that_does_not_exist,
             an_image_of_another_architecture,
