@@ -29,6 +29,7 @@ let
       containerd-shim-kuasar-vmm-v1 = static ./shim.nix { inherit workspace; };
       runc-guest = static ./runc-guest.nix { inherit (pkgs) runc; };
       rootfs = self.callPackage ../rootfs { };
+      runtimeclass = self.callPackage ./runtimeclass.nix { };
     }
     // import ./kernels.nix {
       inherit hypervisors lib stdenv;

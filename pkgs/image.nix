@@ -60,7 +60,6 @@ let
     accel = "${accel}"
     machine_type = "${if isx86_64 then "q35" else "virt"}"
     vcpus = 1
-    memory_in_mb = 512
     kernel_path = "${lib.head kernels}"
     image_path = "kuasar.img"
     initrd_path = "kuasar.initrd"
