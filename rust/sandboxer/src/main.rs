@@ -2,6 +2,7 @@
 
 use std::{
     io::{IsTerminal, Write},
+    path::{Path, PathBuf},
     process::ExitCode,
     time::Duration,
 };
@@ -70,8 +71,7 @@ fn run(args: Args) -> anyhow::Result<()> {
     });
     tracing_subscriber::registry().with(log).with(trace.transpose()?).init();
     let environment = Environment {
-        // A path of a pod reaches other processes, whose working folder is another.
-        dir: std::path::absolute(&args.dir).context("resolving --dir")?,
+        dir: place("--dir", &args.dir)?,
         hypervisor: vmm::new(&config),
         sizes: config.hypervisor.clone(),
         relay: config.sandbox.relay_path.clone(),
@@ -88,7 +88,7 @@ fn run(args: Args) -> anyhow::Result<()> {
     };
     daemon::raise_open_files();
     daemon::allocate_from_one_arena();
-    let listen = std::path::absolute(&args.listen).context("resolving --listen")?;
+    let listen = place("--listen", &args.listen)?;
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .enable_all()
         .worker_threads(4)
@@ -100,9 +100,32 @@ fn run(args: Args) -> anyhow::Result<()> {
     Ok(served?)
 }
 
+/// A path of the command line as it reaches other processes, whose working folder is another, in texts.
+fn place(option: &str, path: &Path) -> anyhow::Result<PathBuf> {
+    let path = std::path::absolute(path).with_context(|| format!("resolving {option}"))?;
+    if path.to_str().is_none() {
+        anyhow::bail!(
+            "{option} {path:?} is not UTF-8, and would be another path in addresses and arguments; rename it"
+        );
+    }
+    Ok(path)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_place_that_would_be_another_one_in_a_text_is_refused() {
+        use std::os::unix::ffi::OsStrExt;
+        assert_eq!(place("--dir", Path::new("/a/b")).unwrap(), Path::new("/a/b"));
+        let odd = std::ffi::OsStr::from_bytes(b"/a/\xff");
+        let error = place("--dir", Path::new(odd)).unwrap_err().to_string();
+        assert_eq!(
+            error,
+            "--dir \"/a/\\xFF\" is not UTF-8, and would be another path in addresses and arguments; rename it"
+        );
+    }
 
     #[test]
     fn causes_are_told_once() {
