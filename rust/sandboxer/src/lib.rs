@@ -13,6 +13,8 @@ mod crash;
 pub mod daemon;
 mod file_system;
 mod frugal;
+#[doc(hidden)]
+pub mod fuzz;
 pub mod guest;
 mod incoming;
 pub mod network;

@@ -27,7 +27,7 @@ pub enum Annotation {
 }
 
 impl Annotation {
-    const ALL: [Self; 3] = [Self::Vcpus, Self::MemoryMib, Self::KernelParams];
+    pub(crate) const ALL: [Self; 3] = [Self::Vcpus, Self::MemoryMib, Self::KernelParams];
 
     const fn name(self) -> &'static str {
         match self {
@@ -55,7 +55,7 @@ impl Wishes {
     ///
     /// # Errors
     /// When one of ours is not allowed, not known, or has a value that means nothing.
-    pub(super) fn read<'a>(
+    pub(crate) fn read<'a>(
         annotations: impl IntoIterator<Item = (&'a String, &'a String)>,
         allowed: &[Annotation],
     ) -> Result<Self, PodError> {

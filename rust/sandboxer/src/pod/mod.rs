@@ -42,6 +42,7 @@ use tokio::{
 use tracing::{Instrument, Span};
 
 pub use self::cgroup::ROOT as CGROUP_ROOT;
+pub(crate) use self::record::parse_record;
 pub use self::{
     annotations::{Annotation, Wishes},
     caller::{Caller, CallerGuard},

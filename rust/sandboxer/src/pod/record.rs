@@ -131,19 +131,28 @@ impl PodRecord {
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Err(RecordError::Missing),
             read => read?,
         };
+        Self::parse(&text, dir.file_name().and_then(|name| name.to_str()).unwrap_or_default())
+    }
+
+    /// Understands the record of the pod with this id.
+    fn parse(text: &[u8], id: &str) -> Result<Self, RecordError> {
         // Before all else: what a later version means by the rest, nobody knows.
-        let version: Version =
-            serde_json::from_slice(&text).map_err(|e| RecordError::Alien(e.to_string()))?;
+        let version: Version = serde_json::from_slice(text).map_err(|e| RecordError::Alien(e.to_string()))?;
         if !(1..=VERSION).contains(&version.version) {
             let why = format!("version {}, and this daemon reads 1 to {VERSION}", version.version);
             return Err(RecordError::Alien(why));
         }
-        let record: Self = serde_json::from_slice(&text).map_err(|e| RecordError::Alien(e.to_string()))?;
-        if dir.file_name().and_then(|name| name.to_str()) != Some(record.id.as_str()) {
+        let record: Self = serde_json::from_slice(text).map_err(|e| RecordError::Alien(e.to_string()))?;
+        if id != record.id {
             return Err(RecordError::Alien(format!("it is of pod {:?}", record.id)));
         }
         Ok(record)
     }
+}
+
+/// For `tests/fuzz`: the record, written anew, if it is one.
+pub(crate) fn parse_record(text: &[u8], id: &str) -> Option<Vec<u8>> {
+    serde_json::to_vec(&PodRecord::parse(text, id).ok()?).ok()
 }
 
 #[cfg(test)]

@@ -35,7 +35,7 @@ pub use self::{
     ready::{ReadyError, ReadyGuest, ReadyListener, VsockHub},
     root::{Verity, words as root_words},
 };
-pub(crate) use self::{error::with_status, logs::bound_all as bound_logs};
+pub(crate) use self::{error::with_status, logs::bound_all as bound_logs, ready::understand};
 use crate::{
     config::{Config, HypervisorKind},
     process::ProcessRecord,

@@ -160,7 +160,7 @@ async fn read_message(connection: &mut Connection) -> Result<Option<ToHost>, Rea
 }
 
 /// Parses a line of a guest. All texts in what it returns, the error's included, may be shown.
-fn understand(line: &[u8]) -> Result<ToHost, ReadyError> {
+pub(crate) fn understand(line: &[u8]) -> Result<ToHost, ReadyError> {
     let said = handshake::from_line(line).map_err(|error| ReadyError::Line(printable(&error.to_string())))?;
     Ok(match said {
         ToHost::Ready(Ready { agent, uptime_ns, root }) => {

@@ -35,6 +35,11 @@ macro_rules! targets {
 // One line each, sorted.
 targets! {
     command_line
+    daemon_clock
+    daemon_config
+    daemon_ready
+    daemon_record
+    daemon_spec
     disk_image
     handshake
     initrd
