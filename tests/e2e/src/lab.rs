@@ -357,10 +357,10 @@ impl Lab {
         }
         for daemon in self.daemons.get_mut() {
             wrong.extend(end(daemon.handler, &mut daemon.child).await.err().map(|e| e.to_string()));
-            // Lock files stay by design, and only empty folders go: what a daemon forgot must be seen.
+            // Lock files and the folder's marker stay by design, and only empty folders go: what a daemon forgot must be seen.
             let socket = socket_of(daemon.handler);
-            for file in [socket.with_extension("sock.lock"), socket, folder_of(daemon.handler).join(".lock")]
-            {
+            let own = [".lock", ".kuasar"].map(|name| folder_of(daemon.handler).join(name));
+            for file in own.into_iter().chain([socket.with_extension("sock.lock"), socket]) {
                 let _ = fs::remove_file(file);
             }
             let _ = fs::remove_dir(folder_of(daemon.handler));
