@@ -30,6 +30,21 @@ let
       runc-guest = static ./runc-guest.nix { inherit (pkgs) runc; };
       rootfs = self.callPackage ../rootfs { };
       runtimeclass = self.callPackage ./runtimeclass.nix { };
+      # What a node has of it.
+      default = pkgs.symlinkJoin {
+        name = "kuasar-${workspace.version}";
+        paths = [
+          self.vmm-sandboxer
+          self.containerd-shim-kuasar-vmm-v1
+          self.kuasar-image
+        ];
+        meta = {
+          description = "Daemon, relay and image builder: microVMs for containerd's pods";
+          license = lib.licenses.asl20;
+          mainProgram = "vmm-sandboxer";
+          platforms = lib.platforms.linux;
+        };
+      };
     }
     // import ./kernels.nix {
       inherit hypervisors lib stdenv;
@@ -76,7 +91,41 @@ lib.makeScope pkgs.newScope (
   // {
     # Names and tests are known without a look at any package: one that a release of nixpkgs breaks takes no other with it.
     names = lib.attrNames packages;
-    checks = lib.concatMapAttrs (name: lib.mapAttrs' (test: lib.nameValuePair "${name}-${test}")) tests;
+    checks =
+      lib.concatMapAttrs (name: lib.mapAttrs' (test: lib.nameValuePair "${name}-${test}")) tests
+      // {
+        # `services.kuasar` with good and bad configurations: one that is not as expected does not evaluate.
+        module-evaluation = self.callPackage ../tests/nixos/configurations.nix {
+          inherit pkgs;
+          kuasar = self;
+        };
+      }
+      # The same in machines with NixOS, which want KVM. Not everything that answers to nixpkgs' names has NixOS.
+      // lib.optionalAttrs (pkgs ? testers.runNixOSTest) (
+        import ../tests/nixos/vm {
+          inherit lib;
+          inherit (pkgs) testers;
+          kuasar = self;
+        }
+      );
+    # What works on all of it: `make check` looks for the rest itself.
+    shell = pkgs.mkShell {
+      inputsFrom = [
+        self.vmm-sandboxer
+        self.kuasar-image
+        self.kernel-qemu-micro
+      ];
+      packages = [
+        pkgs.cargo-deny
+        pkgs.clippy
+        pkgs.deadnix
+        pkgs.jq
+        pkgs.nixfmt
+        pkgs.python3
+        pkgs.rustfmt
+        pkgs.shellcheck
+      ];
+    };
     # The hypervisor's program as a node wants it.
     vmms.qemu = self.callPackage ./qemu.nix { };
   }

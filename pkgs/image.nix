@@ -135,6 +135,20 @@ let
             kernels
             vsock
             ;
+          architecture = cpu;
+          # What of config.toml an image decides, for those who write a configuration of their own.
+          settings = lib.optionalAttrs isDriven {
+            hypervisor = {
+              inherit accel root vsock;
+              machine_type = if isx86_64 then "q35" else "virt";
+              kernel_path = "${image}/${lib.head kernels}";
+              image_path = "${image}/kuasar.img";
+              initrd_path = "${image}/kuasar.initrd";
+              kernel_params = lib.optionalString (disk.rootfs ? shell) "task.debug_shell=${disk.rootfs.shell}";
+              virtiofsd.path = lib.getExe virtiofsd;
+              vsock_device.path = lib.getExe' vhost-device-vsock "vhost-device-vsock";
+            };
+          };
         };
         passAsFile = [
           "config"

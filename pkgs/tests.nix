@@ -62,6 +62,18 @@ let
     '';
 
   programs = {
+    default.good = holds self.default [
+      "bin/vmm-sandboxer"
+      "bin/containerd-shim-kuasar-vmm-v1"
+      "bin/kuasar-image"
+      "lib/systemd/system/kuasar@.service"
+    ];
+    runtimeclass.good = runCommand "check-runtimeclass" { } ''
+      for line in 'kind: RuntimeClass' 'handler: kuasar-qemu' '    memory: [0-9]+Mi' '    cpu: [0-9]+m'; do
+        grep -xE "$line" ${self.runtimeclass} || { echo "no line $line in ${self.runtimeclass}" >&2; exit 1; }
+      done
+      touch "$out"
+    '';
     vmm-sandboxer.starts = program self.vmm-sandboxer { };
     kuasar-demo.starts = program self.kuasar-demo { flag = "--help"; };
     kuasar-image = {

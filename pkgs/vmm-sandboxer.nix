@@ -13,8 +13,9 @@ rustPlatform.buildRustPackage (
   // {
     postInstall = ''
       mkdir -p "$out/lib/systemd/system"
-      sed "s|/usr/bin/vmm-sandboxer|$out/bin/vmm-sandboxer|" rust/sandboxer/systemd/kuasar-qemu.service \
-        >"$out/lib/systemd/system/kuasar-qemu.service"
+      for unit in kuasar-qemu.service kuasar@.service; do
+        sed "s|/usr/bin/vmm-sandboxer|$out/bin/vmm-sandboxer|" "rust/sandboxer/systemd/$unit" >"$out/lib/systemd/system/$unit"
+      done
     '';
     meta = {
       description = "containerd sandbox controller that runs every pod in a microVM";

@@ -9,6 +9,27 @@ let
       ;
 
     inherit (builtins) head listToAttrs sort;
+    last = list: builtins.elemAt list (builtins.length list - 1);
+    toList = value: if builtins.isList value then value else [ value ];
+    hasInfix =
+      infix: text:
+      builtins.length (builtins.filter builtins.isString (builtins.split (escapeRegex infix) text)) > 1;
+    escapeRegex = builtins.replaceStrings (charactersOf "\\[{()^$?*+|.") (
+      map (c: "\\${c}") (charactersOf "\\[{()^$?*+|.")
+    );
+    charactersOf = text: builtins.genList (n: builtins.substring n 1 text) (builtins.stringLength text);
+    versionAtLeast = a: b: builtins.compareVersions a b >= 0;
+    concatMapStrings = f: list: concatStrings (map f list);
+    mapAttrsRecursive =
+      f:
+      let
+        at =
+          path:
+          builtins.mapAttrs (
+            name: value: if isAttrs value then at (path ++ [ name ]) value else f (path ++ [ name ]) value
+          );
+      in
+      at [ ];
     unique = builtins.foldl' (
       kept: item: if builtins.elem item kept then kept else kept ++ [ item ]
     ) [ ];
@@ -148,4 +169,7 @@ let
     };
   };
 in
-lib
+let
+  all = lib // import ./modules.nix all;
+in
+all

@@ -110,7 +110,8 @@ let
               // (args.env or { })
               # Here, and not in setup.sh, which every derivation has for its builder.
               // lib.optionalAttrs (args ? patches) {
-                prePatch = lib.concatMapStringsSep "" (file: "patch -p1 <${file}\n") args.patches + args.prePatch or "";
+                prePatch =
+                  lib.concatMapStringsSep "" (file: "patch -p1 <${file}\n") args.patches + args.prePatch or "";
               }
               // {
                 nativeBuildInputs = lib.filter (dep: dep.type or "" != "host-tool") (args.nativeBuildInputs or [ ]);
@@ -172,6 +173,46 @@ let
             passAsFile = [ "text" ];
           } ''cp "$textPath" "$out"'';
 
+        writeShellScript =
+          name: text:
+          runCommand name {
+            text = "#!/bin/bash\n${text}\n";
+            passAsFile = [ "text" ];
+          } ''install -m 0755 "$textPath" "$out"'';
+        symlinkJoin =
+          args:
+          runCommand args.name { inherit (args) meta paths; } ''
+            mkdir "$out"
+            for path in $paths; do cp -rsn --no-preserve=mode "$path/." "$out"; done
+          '';
+        mkShell =
+          args:
+          runCommand "shell" {
+            nativeBuildInputs =
+              args.packages ++ lib.concatMap (package: package.nativeBuildInputs or [ ]) args.inputsFrom;
+          } ''touch "$out"'';
+
+        # The kinds of values that a configuration of ours has.
+        formats.toml = _: {
+          type = lib.types.attrsOf lib.types.anything;
+          generate =
+            name: value:
+            let
+              key = key: builtins.toJSON key;
+              isTable = value: lib.isAttrs value && !(value ? outPath);
+              line = name: value: "${key name} = ${builtins.toJSON value}\n";
+              table =
+                path: set:
+                let
+                  tables = lib.filterAttrs (_: isTable) set;
+                in
+                lib.optionalString (path != [ ]) "[${lib.concatMapStringsSep "." key path}]\n"
+                + lib.concatStrings (lib.mapAttrsToList line (lib.filterAttrs (_: value: !isTable value) set))
+                + lib.concatStrings (lib.mapAttrsToList (name: table (path ++ [ name ])) tables);
+            in
+            writeText name (table [ ] value);
+        };
+
         rustPlatform.buildRustPackage =
           argsOrFn:
           mkDerivation (
@@ -229,6 +270,9 @@ let
         '';
 
         # Sources.
+        containerd = hostTool "containerd" // {
+          version = inputs.tools.containerd or "2.1";
+        };
         linux_6_12 = {
           inherit (inputs.linux) version;
           modDirVersion = inputs.linux.version;
@@ -261,6 +305,11 @@ let
         };
         python3Packages.jsonschema = hostTool "python3-jsonschema";
 
+        nixfmt-tree = launcher "nixfmt-tree" "treefmt" {
+          version = "0";
+          path = "${dirOf inputs.tools.qemu.path}/nixfmt";
+        };
+
         # Programs that the daemon starts: launchers in the tools cache.
         qemu = launcher "qemu" "qemu-system-x86_64" inputs.tools.qemu // {
           override = {
@@ -282,7 +331,15 @@ let
       }
       // lib.genAttrs [
         "bc"
+        "cargo-deny"
+        "clippy"
+        "deadnix"
+        "nixfmt"
+        "python3"
+        "rustfmt"
+        "shellcheck"
         "bison"
+        "cni-plugins"
         "cpio"
         "cryptsetup"
         "e2fsprogs"
