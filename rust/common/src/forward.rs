@@ -20,7 +20,7 @@ use tokio::{
     time::timeout,
 };
 
-use crate::stdio::{HEADER, header, payload_len};
+use crate::stdio::{FrameReader, HEADER, header};
 
 /// Bytes copied at once. A frame with its header is no more than every vsock takes in one piece.
 const CHUNK: usize = 16 * 1024 - HEADER;
@@ -97,6 +97,19 @@ pub async fn carry_unix(
     both(from, to, conn, side).await
 }
 
+/// The same, where bytes for the unix socket are written through `to`, which says whose they are.
+///
+/// # Errors
+/// When either connection breaks.
+pub async fn carry_unix_through(
+    unix: &UnixStream,
+    to: impl AsyncWrite + Unpin,
+    conn: impl AsyncRead + AsyncWrite,
+    side: Side,
+) -> io::Result<()> {
+    both(unix, to, conn, side).await
+}
+
 /// Ends a TCP connection so that its peer sees an error and not an orderly end.
 pub fn reset(tcp: TcpStream) {
     let _ = tcp.set_zero_linger();
@@ -129,6 +142,16 @@ impl Source for unix::ReadHalf<'_> {
     }
 }
 
+impl Source for &UnixStream {
+    fn readable(&self) -> impl Future<Output = io::Result<()>> + Send {
+        UnixStream::readable(self)
+    }
+
+    fn try_read(&self, buffer: &mut [u8]) -> io::Result<usize> {
+        UnixStream::try_read(self, buffer)
+    }
+}
+
 async fn both(
     from: impl Source,
     to: impl AsyncWrite + Unpin,
@@ -137,11 +160,12 @@ async fn both(
 ) -> io::Result<()> {
     let (from_conn, to_conn) = tokio::io::split(conn);
     let (mut from_conn, mut to_conn) = (Box::pin(from_conn), Box::pin(to_conn));
-    tokio::try_join!(send(from, &mut to_conn), receive(&mut from_conn, to))?;
+    let ((), behind) = tokio::try_join!(send(from, &mut to_conn), receive(&mut from_conn, to))?;
     let farewell = async {
         let mut head = [0; HEADER];
         match side {
-            Side::Relay => from_conn.read_exact(&mut head).await.map(drop),
+            // The agent's may have come together with its end.
+            Side::Relay => from_conn.read_exact(head.get_mut(behind..).unwrap_or_default()).await.map(drop),
             Side::Agent => {
                 to_conn.write_all(&header(0)).await?;
                 to_conn.flush().await?;
@@ -173,27 +197,19 @@ async fn send(from: impl Source, to: &mut (impl AsyncWrite + Unpin)) -> io::Resu
     }
 }
 
-async fn receive(from: &mut (impl AsyncRead + Unpin), mut to: impl AsyncWrite + Unpin) -> io::Result<()> {
+/// Returns how many bytes were read behind the end.
+async fn receive(from: &mut (impl AsyncRead + Unpin), mut to: impl AsyncWrite + Unpin) -> io::Result<usize> {
+    let mut frames = FrameReader::default();
     loop {
-        let mut head = [0; HEADER];
-        from.read_exact(&mut head).await?;
-        let mut rest = match payload_len(head) {
-            Ok(0) => break,
-            Ok(length) => length,
-            Err(error) => return Err(io::Error::new(io::ErrorKind::InvalidData, error)),
-        };
-        let mut chunk = vec![0; rest.min(CHUNK)];
-        while rest > 0 {
-            let room = chunk.get_mut(..rest.min(CHUNK)).unwrap_or_default();
-            let got = from.read(room).await?;
-            if got == 0 {
-                return Err(io::ErrorKind::UnexpectedEof.into());
-            }
-            to.write_all(room.get(..got).unwrap_or_default()).await?;
-            rest = rest.saturating_sub(got);
+        let batch = frames.next(from).await?;
+        if !batch.payload.is_empty() {
+            to.write_all(&batch.payload).await?;
+        }
+        if let Some(behind) = batch.end {
+            to.shutdown().await?;
+            return Ok(behind);
         }
     }
-    to.shutdown().await
 }
 
 #[cfg(test)]

@@ -5,12 +5,17 @@
 //! stream, after which the receiver closes. The end is a frame and not a half-close because the three ways to a vsock
 //! treat half-close, and a close with data in flight, differently.
 
+use std::io;
+
 use serde::{Deserialize, Serialize};
+use tokio::io::{AsyncRead, AsyncReadExt};
 
 /// Most bytes of payload a frame carries.
 pub const MAX_FRAME: usize = 64 * 1024;
 /// Bytes of a frame's header.
 pub const HEADER: usize = 4;
+/// Most bytes that are read from a connection at once.
+const CHUNK: usize = 16 * 1024;
 
 /// Which of a process's streams.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -61,9 +66,194 @@ pub fn payload_len(header: [u8; HEADER]) -> Result<usize, FrameTooLong> {
     }
 }
 
+/// Takes frames apart as their bytes come, however these are cut: each byte is looked at once and moved once, whatever the
+/// frames' lengths.
+#[derive(Clone, Debug, Default)]
+pub struct Frames {
+    head: [u8; HEADER],
+    /// Bytes of the header that are there.
+    known: usize,
+    /// Bytes of payload that are still to come.
+    rest: usize,
+}
+
+impl Frames {
+    /// Hands the payload in the stream's next bytes to `take`, piece by piece. `Some` at the stream's end: what lies behind it.
+    ///
+    /// # Errors
+    /// When a frame announces more than [`MAX_FRAME`] bytes; what came before it was taken.
+    pub fn unpack<'a>(
+        &mut self,
+        mut raw: &'a [u8],
+        mut take: impl FnMut(&'a [u8]),
+    ) -> Result<Option<&'a [u8]>, FrameTooLong> {
+        loop {
+            if self.rest > 0 {
+                let (piece, behind) = raw.split_at(self.rest.min(raw.len()));
+                if piece.is_empty() {
+                    return Ok(None);
+                }
+                take(piece);
+                self.rest -= piece.len();
+                raw = behind;
+            }
+            while self.rest == 0 {
+                let Some((byte, behind)) = raw.split_first() else { return Ok(None) };
+                raw = behind;
+                if let Some(place) = self.head.get_mut(self.known) {
+                    *place = *byte;
+                }
+                self.known += 1;
+                if self.known == HEADER {
+                    self.known = 0;
+                    self.rest = payload_len(self.head)?;
+                    if self.rest == 0 {
+                        return Ok(Some(raw));
+                    }
+                }
+            }
+        }
+    }
+
+    /// Whether a frame's payload has yet to come, so that waiting for it holds nothing up.
+    #[must_use]
+    pub fn wants_payload(&self) -> bool {
+        self.rest > 0
+    }
+}
+
+/// What frames brought.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub struct Batch {
+    /// Payload, of as many frames as came at once.
+    pub payload: Vec<u8>,
+    /// At the end of the stream: how many bytes behind it were read, too.
+    pub end: Option<usize>,
+}
+
+/// Reads frames off a connection, many at once where they are short, with no buffer as long as nothing comes.
+#[derive(Debug, Default)]
+pub struct FrameReader {
+    frames: Frames,
+    broken: Option<FrameTooLong>,
+}
+
+impl FrameReader {
+    /// Waits for payload or the end.
+    ///
+    /// # Errors
+    /// When the connection breaks or ends before the stream does, or a frame announces too much.
+    pub async fn next(&mut self, from: &mut (impl AsyncRead + Unpin)) -> io::Result<Batch> {
+        let mut batch = Batch::default();
+        loop {
+            if let Some(error) = self.broken.take() {
+                return Err(io::Error::new(io::ErrorKind::InvalidData, error));
+            }
+            if self.frames.wants_payload() {
+                let mut raw = Vec::with_capacity(CHUNK);
+                some(from.read_buf(&mut raw).await?)?;
+                self.unpack(&raw, &mut batch);
+            } else {
+                let mut head = [0; HEADER];
+                let got = some(from.read(&mut head).await?)?;
+                self.unpack(head.get(..got).unwrap_or_default(), &mut batch);
+            }
+            if batch.end.is_some() || !batch.payload.is_empty() {
+                return Ok(batch);
+            }
+        }
+    }
+
+    fn unpack(&mut self, raw: &[u8], batch: &mut Batch) {
+        match self.frames.unpack(raw, |piece| batch.payload.extend(piece)) {
+            Ok(behind) => batch.end = behind.map(<[u8]>::len),
+            // What came before it is handed out first.
+            Err(error) => self.broken = Some(error),
+        }
+    }
+}
+
+/// No bytes are the end of a connection, in the middle of what should have come.
+fn some(got: usize) -> io::Result<usize> {
+    if got == 0 { Err(io::ErrorKind::UnexpectedEof.into()) } else { Ok(got) }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[tokio::test]
+    async fn short_frames_are_read_many_at_once_and_in_order() {
+        let flood = [&header(1)[..], b"x"].concat().repeat(10_000);
+        let (mut from, mut reader) = (flood.as_slice(), FrameReader::default());
+        let (mut reads, mut bytes) = (0, 0);
+        while bytes < 10_000 {
+            bytes += reader.next(&mut from).await.unwrap().payload.len();
+            reads += 1;
+        }
+        assert!(reads <= 10, "{reads} batches for 10000 frames");
+        let error = reader.next(&mut from).await.unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::UnexpectedEof);
+
+        let raw = [&header(2)[..], b"ab", &header(0), b"behind"].concat();
+        let (mut from, mut reader) = (raw.as_slice(), FrameReader::default());
+        assert_eq!(reader.next(&mut from).await.unwrap(), Batch { payload: b"ab".to_vec(), end: Some(6) });
+        let raw = [&header(2)[..], b"ab", &[0xff; 4]].concat();
+        let (mut from, mut reader) = (raw.as_slice(), FrameReader::default());
+        assert_eq!(reader.next(&mut from).await.unwrap(), Batch { payload: b"ab".to_vec(), end: None });
+        assert_eq!(reader.next(&mut from).await.unwrap_err().kind(), io::ErrorKind::InvalidData);
+    }
+
+    type Unpacked = (Vec<Vec<u8>>, Result<Option<Vec<u8>>, FrameTooLong>);
+
+    fn unpacked(frames: &mut Frames, raw: &[u8]) -> Unpacked {
+        let mut pieces = Vec::new();
+        let end = frames.unpack(raw, |piece| pieces.push(piece.to_vec()));
+        (pieces, end.map(|behind| behind.map(<[u8]>::to_vec)))
+    }
+
+    #[test]
+    fn frames_come_apart_wherever_they_are_cut() {
+        let raw = [&header(5)[..], b"hello", &header(1), b" ", &header(5), b"world", &header(0), b"behind"]
+            .concat();
+        for cut in 1..=raw.len() {
+            let (mut frames, mut payload, mut behind) = (Frames::default(), Vec::new(), None);
+            for part in raw.chunks(cut) {
+                match behind.as_mut() {
+                    None => {
+                        let (pieces, end) = unpacked(&mut frames, part);
+                        payload.extend(pieces.concat());
+                        behind = end.unwrap();
+                    }
+                    Some(behind) => behind.extend(part),
+                }
+            }
+            assert_eq!(
+                (payload.as_slice(), behind.as_deref()),
+                (&b"hello world"[..], Some(&b"behind"[..])),
+                "{cut}"
+            );
+        }
+    }
+
+    #[test]
+    fn a_frame_that_is_none_ends_all_and_what_came_before_it_counts() {
+        let raw = [&header(1)[..], b"a", &[0xff; 9]].concat();
+        let (pieces, end) = unpacked(&mut Frames::default(), &raw);
+        assert_eq!((pieces, end), (vec![b"a".to_vec()], Err(FrameTooLong(u32::MAX))));
+    }
+
+    /// Counts what is moved, not how long it takes: the number of pieces, and their bytes.
+    #[test]
+    fn the_work_of_a_byte_does_not_depend_on_how_many_come_with_it() {
+        for count in [1_000, 100_000] {
+            let raw = [&header(1)[..], b"x"].concat().repeat(count);
+            let (mut frames, mut pieces, mut moved) = (Frames::default(), 0_usize, 0_usize);
+            let end =
+                frames.unpack(&raw, |piece| (pieces, moved) = (pieces + 1, moved + piece.len())).unwrap();
+            assert_eq!((end, pieces, moved), (None, count, count));
+        }
+    }
 
     #[test]
     fn headers_round_trip() {

@@ -4,7 +4,7 @@ mod source;
 
 use std::{io, sync::Arc, time::Duration};
 
-use kuasar_common::stdio::{HEADER, header, payload_len};
+use kuasar_common::stdio::{FrameReader, HEADER, header};
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     sync::Notify,
@@ -65,27 +65,24 @@ async fn output_to_end(sink: &mut Sink, port: &Port, mut conn: Conn, life: &Life
     }
 }
 
+/// Copies until the end of the output or of the connection.
+pub(crate) async fn until_broken(sink: &mut Sink, conn: &mut Conn, life: &Life) {
+    output_frames(sink, conn, life).await;
+}
+
+/// Many short frames are written as one piece: what a guest can make the relay do depends on its bytes alone.
 async fn output_frames(sink: &mut Sink, conn: &mut Conn, life: &Life) -> Stop {
+    let mut frames = FrameReader::default();
     loop {
-        let mut head = [0; HEADER];
-        if let Err(stop) = patiently(life, conn.read_exact(&mut head)).await {
-            return stop;
-        }
-        let mut rest = match payload_len(head) {
-            Ok(0) => return Stop::End,
-            Ok(len) => len,
-            Err(e) => return Stop::Guest(io::Error::new(io::ErrorKind::InvalidData, e)),
+        let batch = match patiently(life, frames.next(conn)).await {
+            Ok(batch) => batch,
+            Err(stop) => return stop,
         };
-        let mut chunk = vec![0; rest.min(CHUNK)];
-        while rest > 0 {
-            let Some(room) = chunk.get_mut(..rest.min(CHUNK)) else { break };
-            let got = match patiently(life, conn.read(room)).await {
-                Ok(0) => return Stop::Guest(io::ErrorKind::UnexpectedEof.into()),
-                Ok(got) => got,
-                Err(stop) => return stop,
-            };
-            sink.write_all(chunk.get(..got).unwrap_or_default()).await;
-            rest -= got;
+        if !batch.payload.is_empty() {
+            sink.write_all(&batch.payload).await;
+        }
+        if batch.end.is_some() {
+            return Stop::End;
         }
     }
 }

@@ -5,7 +5,7 @@
 //! has what left the connection some time ago. The rest is sent again, since a repeated byte can be seen and a lost one
 //! cannot.
 
-use std::{io, time::Duration};
+use std::{collections::VecDeque, io, time::Duration};
 
 use tokio::{
     io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt},
@@ -14,7 +14,7 @@ use tokio::{
 };
 
 use super::wire::{Said, Wire};
-use crate::stdio::{HEADER, MAX_FRAME, Stream, header, payload_len};
+use crate::stdio::{Frames, MAX_FRAME, Stream, header};
 
 /// Bytes that a receiver grants at a time, as containerd has it (`windowSize`).
 pub const WINDOW: usize = 64 * 1024;
@@ -69,10 +69,11 @@ struct Output<'a, P> {
     process: P,
     clients: &'a mut mpsc::Receiver<Wire>,
     policy: Policy,
-    /// Bytes as they come from the process, frames with their headers.
+    /// Room for what comes from the process, frames with their headers.
     raw: Vec<u8>,
-    /// Bytes that no client is known to have read.
-    kept: Vec<u8>,
+    frames: Frames,
+    /// Bytes that no client is known to have read. They go at its front, which costs the same however much is behind.
+    kept: VecDeque<u8>,
     ended: bool,
     /// When a client is given up, once no other can come.
     until: Option<Instant>,
@@ -80,7 +81,8 @@ struct Output<'a, P> {
 
 impl<'a, P: AsyncRead + Unpin> Output<'a, P> {
     fn new(process: P, clients: &'a mut mpsc::Receiver<Wire>, policy: Policy) -> Self {
-        Self { process, clients, policy, raw: Vec::new(), kept: Vec::new(), ended: false, until: None }
+        let (raw, frames, kept) = (Vec::new(), Frames::default(), VecDeque::new());
+        Self { process, clients, policy, raw, frames, kept, ended: false, until: None }
     }
 
     async fn run(mut self, mut client: Option<Wire>) {
@@ -115,25 +117,25 @@ impl<'a, P: AsyncRead + Unpin> Output<'a, P> {
             // Of `kept`, what this client has not been sent, as far as it lets us.
             let from = sent.saturating_sub(forgotten);
             let most = MAX_DATA.min(granted.saturating_sub(sent));
-            let to = self.kept.len().min(from.saturating_add(most));
-            if let Some(bytes) = self.kept.get(from..to).filter(|bytes| !bytes.is_empty()) {
+            let bytes = piece(&self.kept, from, most);
+            if !bytes.is_empty() {
                 if wire.data(bytes).await.is_err() {
                     return Next::Lost;
                 }
-                sent = sent.saturating_add(to.saturating_sub(from));
+                sent = sent.saturating_add(bytes.len());
                 continue;
             }
             let all_sent = from >= self.kept.len();
             if self.ended && all_sent {
                 let next = finish(wire).await;
                 if matches!(next, Next::Done) {
-                    self.kept = Vec::new();
+                    self.kept = VecDeque::new();
                 }
                 return next;
             }
             // No more than a client may be sent is read ahead.
             let wants = !self.ended && granted > sent;
-            if wants && self.raw.capacity() == self.raw.len() {
+            if wants {
                 self.raw.reserve(CHUNK);
             }
             let give_up = async {
@@ -160,28 +162,30 @@ impl<'a, P: AsyncRead + Unpin> Output<'a, P> {
                     None => return Next::Lost,
                 },
                 more = self.process.read_buf(&mut self.raw), if wants => {
-                    self.ended = !matches!(more, Ok(1..)) | !unpack(&mut self.raw, &mut self.kept);
+                    let end = self.frames.unpack(&self.raw, |payload| self.kept.extend(payload));
+                    self.ended = !matches!((more, end), (Ok(1..), Ok(None)));
+                    self.raw.clear();
                 }
                 () = sleep(SETTLE), if all_sent && !self.kept.is_empty() => if wire.is_drained() {
                     forgotten = sent;
                     // Room is given back, too: most streams are quiet most of the time, and there are many.
-                    self.kept = Vec::new();
-                    self.raw.shrink_to_fit();
+                    self.kept = VecDeque::new();
+                    self.raw = Vec::new();
                 },
             }
         }
     }
 }
 
-/// Moves the payload of whole frames over; false at the end of the stream.
-fn unpack(raw: &mut Vec<u8>, payload: &mut Vec<u8>) -> bool {
-    loop {
-        let Some((head, rest)) = raw.split_first_chunk::<HEADER>() else { return true };
-        let Ok(length @ 1..=MAX_FRAME) = payload_len(*head) else { return false };
-        let Some(bytes) = rest.get(..length) else { return true };
-        payload.extend(bytes);
-        raw.drain(..HEADER + length);
-    }
+/// Up to `most` bytes from a place on, as far as they lie together.
+fn piece(kept: &VecDeque<u8>, from: usize, most: usize) -> &[u8] {
+    let (front, back) = kept.as_slices();
+    let (part, from) = match from.checked_sub(front.len()) {
+        Some(from) => (back, from),
+        None => (front, from),
+    };
+    let part = part.get(from..).unwrap_or_default();
+    part.get(..most).unwrap_or(part)
 }
 
 /// Says that the stream has ended, and lets the client say so, too, before the connection closes.
