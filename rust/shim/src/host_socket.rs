@@ -2,6 +2,7 @@
 //! socket (see [`kuasar_common::host_socket`]).
 
 mod connect;
+mod credentials;
 
 use std::{
     fs::{File, OpenOptions},
@@ -15,7 +16,7 @@ use std::{
 use kuasar_common::{
     api::host,
     constants::PORT_FORWARD,
-    forward::{Hello, Side, carry_unix},
+    forward::{Hello, Side, carry_unix_through},
     handshake::MAX_LINE,
     host_socket::{GONE, Peer},
 };
@@ -26,6 +27,7 @@ use tokio::{
     time::{sleep, timeout},
 };
 
+use self::credentials::AsUser;
 use crate::{
     guest::{Conn, DialError, Guest, read_line},
     log::log,
@@ -135,10 +137,11 @@ async fn serve(socket: &HostSocket, guest: &Guest, container: &watch::Receiver<(
         };
         pause = RETRY.0;
         // One at a time: a service that takes no more holds up its own clients, and costs one thread.
+        let user = (peer.uid, peer.gid);
         match connect::connect(&socket.inode, peer).await {
             Ok(unix) => {
                 said.clear();
-                tokio::spawn(carry(unix, conn, container.clone(), permit));
+                tokio::spawn(carry(unix, user, conn, container.clone(), permit));
             }
             Err(error) => complain(socket, &mut said, error.to_string()),
         }
@@ -172,6 +175,7 @@ async fn wait(socket: &HostSocket, guest: &Guest) -> Result<(Conn, Peer), WaitEr
 
 async fn carry(
     unix: UnixStream,
+    (uid, gid): (u32, u32),
     conn: Conn,
     mut container: watch::Receiver<()>,
     _permit: tokio::sync::OwnedSemaphorePermit,
@@ -182,7 +186,7 @@ async fn carry(
     };
     tokio::select! {
         // How a connection ends is between its two ends.
-        _ = carry_unix(unix, conn, Side::Relay) => {}
+        _ = carry_unix_through(&unix, AsUser::new(&unix, uid, gid), conn, Side::Relay) => {}
         () = last => {}
     }
 }

@@ -1,8 +1,18 @@
 //! Sockets of the host that containers have mounted.
 
-use std::{fs, path::PathBuf, time::Duration};
+use std::{
+    fs,
+    io::IoSliceMut,
+    mem::MaybeUninit,
+    os::{fd::AsFd, unix::fs::PermissionsExt},
+    path::PathBuf,
+    time::Duration,
+};
 
 use kuasar_common::api::host::HostSocket;
+use rustix::net::{
+    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, UCred, recvmsg, sockopt::set_socket_passcred,
+};
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::{UnixListener, UnixStream},
@@ -65,6 +75,50 @@ async fn connections_are_carried_one_waits_and_all_end_with_the_container() {
     pod.delete(CID, "").await.unwrap();
     at_its_end(&mut waits).await;
     pod.fds_settle_at(before).await;
+}
+
+/// What `SO_PASSCRED` says of the next bytes.
+fn writer_of(socket: &impl AsFd) -> rustix::io::Result<(Vec<u8>, Option<UCred>)> {
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmCredentials(1))];
+    let mut control = RecvAncillaryBuffer::new(&mut space);
+    let mut bytes = vec![0; 64];
+    let got = recvmsg(socket, &mut [IoSliceMut::new(&mut bytes)], &mut control, RecvFlags::DONTWAIT)?.bytes;
+    bytes.truncate(got);
+    let credentials = control.drain().find_map(|message| match message {
+        RecvAncillaryMessage::ScmCredentials(credentials) => Some(credentials),
+        _ => None,
+    });
+    Ok((bytes, credentials))
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_service_that_asks_who_wrote_sees_the_user_and_not_root() {
+    let pod = Pod::new().await;
+    let path = mounted(&pod);
+    let listener = UnixListener::bind(&path).unwrap();
+    fs::set_permissions(&path, fs::Permissions::from_mode(0o777)).unwrap();
+    pod.run("").await;
+    for (uid, gid) in [(1000, 1000), (0, 0), (0, 7), (65534, 4242)] {
+        let mut guest = next(&pod).await;
+        guest.write_all(format!("OK {{\"uid\":{uid},\"gid\":{gid}}}\n").as_bytes()).await.unwrap();
+        let (service, _) = soon("a connection", listener.accept()).await.unwrap();
+        set_socket_passcred(&service, true).unwrap();
+        guest.write_all(b"\0\0\0\x03who").await.unwrap();
+        let asked = async {
+            loop {
+                service.readable().await.unwrap();
+                match service.try_io(tokio::io::Interest::READABLE, || Ok(writer_of(&service)?)) {
+                    Err(e) if e.kind() == std::io::ErrorKind::WouldBlock => {}
+                    asked => return asked.unwrap(),
+                }
+            }
+        };
+        let (bytes, credentials) = soon("the bytes", asked).await;
+        let credentials = credentials.unwrap();
+        assert_eq!(bytes, b"who");
+        assert_eq!((credentials.uid.as_raw(), credentials.gid.as_raw()), (uid, gid));
+        assert_eq!(credentials.pid.as_raw_nonzero().get(), pod.relay.id().cast_signed());
+    }
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
