@@ -30,6 +30,12 @@ pub const TOKEN_METADATA: &str = "kuasar-token";
 /// Value of `stdin`, `stdout` and `stderr` in a Task request to the guest for a stream that is wanted.
 pub const STDIO_WANTED: &str = "vsock";
 
+/// What the relay adds to the guest's process ids for containerd. The sum is no process of the host's, whose ids end at
+/// [`GUEST_PID_LIMIT`]: who looks it up there, as `cAdvisor` or a person with `nsenter` do, finds none instead of somebody else's.
+pub const GUEST_PID_BASE: u32 = 1 << 30;
+/// One more than any process id of Linux (`PID_MAX_LIMIT`).
+pub const GUEST_PID_LIMIT: u32 = 1 << 22;
+
 /// Runtime type in containerd's configuration.
 pub const RUNTIME_TYPE: &str = "io.containerd.kuasar-vmm.v1";
 

@@ -24,7 +24,7 @@ const CONTAINERD: &str = "/run/containerd/containerd.sock";
 
 /// What to do.
 #[derive(Debug, PartialEq, Eq)]
-pub(crate) enum Action {
+pub enum Action {
     /// Serve one pod's Task endpoint.
     Serve(Serve),
     /// Tell containerd what became of a container whose endpoint is gone.
@@ -46,24 +46,25 @@ pub(crate) enum Action {
 
 /// Parameters of `serve`.
 #[derive(Debug, PartialEq, Eq)]
-pub(crate) struct Serve {
+pub struct Serve {
     /// The pod's folder.
-    pub(crate) pod_dir: PathBuf,
+    pub pod_dir: PathBuf,
     /// Where the guest's ports are reached.
-    pub(crate) guest: GuestAddress,
+    pub guest: GuestAddress,
     /// containerd's gRPC socket; the one for events has its name and `.ttrpc`.
-    pub(crate) containerd: PathBuf,
+    pub containerd: PathBuf,
     /// Inherited listening socket.
-    pub(crate) listen_fd: i32,
+    pub listen_fd: i32,
     /// Inherited pidfd of the VMM.
-    pub(crate) vmm_pidfd: Option<i32>,
+    pub vmm_pidfd: Option<i32>,
     /// Inherited listening socket for port-forward.
-    pub(crate) forward_fd: Option<i32>,
+    pub forward_fd: Option<i32>,
 }
 
 /// Why a command line was not understood.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
-pub(crate) enum ArgsError {
+#[expect(missing_docs, reason = "each says itself what it is")]
+pub enum ArgsError {
     #[error("unknown flag {0}; see -h")]
     UnknownFlag(String),
     #[error("flag -{0} needs a value")]
@@ -81,7 +82,10 @@ pub(crate) enum ArgsError {
 }
 
 /// Understands a command line without its first word.
-pub(crate) fn parse(args: impl IntoIterator<Item = String>) -> Result<Action, ArgsError> {
+///
+/// # Errors
+/// When a flag or the action is unknown, or something is missing.
+pub fn parse(args: impl IntoIterator<Item = String>) -> Result<Action, ArgsError> {
     let mut values = HashMap::new();
     let mut action = None;
     let mut args = args.into_iter();

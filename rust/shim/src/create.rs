@@ -17,7 +17,7 @@ use ttrpc::{
 };
 
 use crate::{
-    answer::{Answer, decode, encode, guest_error, host_error, stdio_error},
+    answer::{Answer, decode, encode, guest_error, host_error, host_pid, stdio_error},
     caller::Caller,
     guest::{Call, CallError, TASK_SERVICE},
     host::HostError,
@@ -26,9 +26,12 @@ use crate::{
     registry::{Container, Process, lock},
     stdio::{Files, Opener, Stdio, StdioError, Wanted},
     streams::Names,
-    task::{EXIT_KILLED, Relay, WORK_LIMIT, at_least, work},
+    task::{EXIT_KILLED, Relay, WORK_LIMIT, at_least, done, work},
 };
 
+/// Where containerd says in which of its namespaces a call is made, and the one that Kubernetes' containers are in.
+pub(crate) const NAMESPACE_METADATA: &str = "containerd-namespace-ttrpc";
+const DEFAULT_NAMESPACE: &str = "k8s.io";
 /// Exit status of a process whose own is not known.
 const EXIT_UNKNOWN: u32 = 255;
 /// Limit of tidying up in the guest after a failed Create.
@@ -45,7 +48,9 @@ impl Relay {
             let text = format!("container {} cannot be restored from a checkpoint: {why}", create.id);
             return Err(get_status(Code::UNIMPLEMENTED, text));
         }
-        let container = Arc::new(Container::new(&create, caller));
+        let namespace = request.metadata.iter().find(|pair| pair.key == NAMESPACE_METADATA);
+        let namespace = namespace.map_or(DEFAULT_NAMESPACE, |pair| &pair.value).to_owned();
+        let container = Arc::new(Container::new(&create, namespace, caller));
         let _gate = Arc::clone(&container.gate).lock_owned().await;
         while let Err(other) = self.containers.add(&container) {
             if !other.is_abandoned() {
@@ -90,14 +95,14 @@ impl Relay {
                 Err(get_status(Code::ABORTED, format!("{doing}: {why}")))
             }
             // Nothing is waited for from here to the end, so that whoever asks next finds either all of it or none.
-            Ok((pid, payload)) => {
+            Ok(pid) => {
                 *lock(&container.sockets) = Served::start(sockets, &self.guest);
                 let watcher =
                     tokio::spawn(watch(Arc::clone(self), id.to_owned(), String::new(), Arc::clone(process)));
                 process.created(pid, stdio, names, watcher.abort_handle());
                 self.end_if_dead(process);
-                log!("container {id} is created, process {pid} in the guest");
-                Ok(payload)
+                log!("container {id} is created, process {pid}");
+                encode(&CreateTaskResponse { pid, ..Default::default() })
             }
             Err(status) => {
                 drop(stdio);
@@ -149,7 +154,7 @@ impl Relay {
         container: &Container,
         bundle: &str,
         request: &Request,
-    ) -> Result<(u32, Vec<u8>), Status> {
+    ) -> Result<u32, Status> {
         let doing = format!("creating container {}", container.id);
         let (stdin, stdout, stderr) = marks(&container.init.wanted);
         let create = CreateTaskRequest {
@@ -170,10 +175,12 @@ impl Relay {
             repeatable: false,
         };
         let error = match self.guest.call(call).await {
-            Ok(payload) => match decode::<CreateTaskResponse>(&payload)?.pid {
-                0 => get_status(Code::INTERNAL, format!("{doing}: the guest named no process id")),
-                pid => return Ok((pid, payload)),
-            },
+            Ok(payload) => {
+                match host_pid(decode::<CreateTaskResponse>(&payload).map_or(0, |answer| answer.pid)) {
+                    None => get_status(Code::INTERNAL, format!("{doing}: the guest named no process id")),
+                    Some(pid) => return Ok(pid),
+                }
+            }
             Err(e @ (CallError::Status(_) | CallError::Dead)) => return Err(guest_error(&doing, e)),
             Err(e) => guest_error(&doing, e),
         };
@@ -243,7 +250,7 @@ impl Relay {
         (exec.stdin, exec.stdout, exec.stderr) = marks(&process.wanted);
         let limit = Some(at_least(WORK_LIMIT, &request));
         let call = Call { payload: encode(&exec)?, limit, ..work("Exec", request) };
-        let payload = self.guest.call(call).await.map_err(|e| guest_error(doing, e))?;
+        let payload = self.guest.call(call).await.map(done).map_err(|e| guest_error(doing, e))?;
         let watcher = tokio::spawn(watch(Arc::clone(self), id, exec_id, Arc::clone(process)));
         process.created(0, stdio, names, watcher.abort_handle());
         self.end_if_dead(process);

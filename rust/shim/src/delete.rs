@@ -44,6 +44,7 @@ impl Relay {
         let response = deleted(&container.init, answered);
         drop(std::mem::take(&mut *lock(&container.sockets)));
         self.release(&container.id).await;
+        self.containers.remember(&container, "", &container.init);
         self.containers.remove(&container);
         for process in container.processes() {
             process.deleted(EXIT_KILLED);
@@ -52,11 +53,12 @@ impl Relay {
         encode(&response)
     }
 
-    async fn delete_exec(&self, container: &Container, exec_id: &str, request: Request) -> Answer {
+    async fn delete_exec(&self, container: &Arc<Container>, exec_id: &str, request: Request) -> Answer {
         let what = format!("exec {exec_id} of container {}", container.id);
         let process = container.process(exec_id).ok_or_else(|| not_found(&what))?;
         let answered = self.delete_in_guest(&format!("deleting {what}"), request).await?;
         let response = deleted(&process, answered);
+        self.containers.remember(container, exec_id, &process);
         container.remove_exec(exec_id);
         process.deleted(EXIT_KILLED);
         encode(&response)
@@ -67,7 +69,8 @@ impl Relay {
         let limit = Some(at_least(WORK_LIMIT, &request));
         let call = Call { limit, repeatable: true, ..work("Delete", request) };
         match self.guest.call(call).await {
-            Ok(payload) => decode(&payload).map(Some),
+            // Nonsense is an answer as well: a container must not stay for want of a better one.
+            Ok(payload) => Ok(decode(&payload).ok()),
             Err(CallError::Dead) => Ok(None),
             Err(CallError::Status(status)) if status.code() == Code::NOT_FOUND => Ok(None),
             Err(e) => {

@@ -1,14 +1,15 @@
 //! The way to the guest: dialling its ports, and the one ttrpc connection to its Task service.
 
+mod dial;
+pub mod link;
+
 use std::{
     io,
     path::PathBuf,
-    pin::Pin,
     sync::{
-        Arc, Weak,
+        Arc,
         atomic::{AtomicBool, Ordering},
     },
-    task::{Context, Poll},
     time::Duration,
 };
 
@@ -20,18 +21,21 @@ use kuasar_common::{
 };
 use protobuf::Message;
 use tokio::{
-    io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, ReadBuf},
-    net::UnixStream,
+    io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt},
     sync::Mutex,
     time::{Instant, sleep, timeout},
 };
 use tokio_vsock::{VsockAddr, VsockStream};
 use ttrpc::{
-    asynchronous::{Client, transport::Socket},
+    asynchronous::Client,
     proto::{KeyValue, Request, Response, Status},
 };
 
-use crate::{log::log, vm::Vm};
+use self::{
+    dial::Hybrid,
+    link::{Gone, Link},
+};
+use crate::{answer::guest_status, log::log, vm::Vm};
 
 /// The pod's own service in the guest.
 pub(crate) const SANDBOX_SERVICE: &str = "grpc.SandboxService";
@@ -46,8 +50,6 @@ const DIAL_LIMIT: Duration = Duration::from_secs(10);
 const LOST_LIMIT: Duration = Duration::from_secs(5);
 /// Pauses between attempts to connect again.
 const RETRY: (Duration, Duration) = (Duration::from_millis(50), Duration::from_secs(1));
-/// Longest `OK …` line of a hybrid socket, in bytes.
-const OK_LINE: usize = 64;
 
 /// A connection to a port of the guest.
 pub(crate) trait Stream: AsyncRead + AsyncWrite + Send + Sync + Unpin {}
@@ -69,7 +71,7 @@ pub(crate) enum DialError {
 /// Why a call to the guest has no answer of the guest's.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum CallError {
-    /// The guest answered with an error.
+    /// The guest answered with an error, which is of our own making (see [`guest_status`]).
     #[error("{}", .0.message())]
     Status(Status),
     #[error("the pod's VM has ended")]
@@ -95,7 +97,7 @@ pub(crate) struct Call {
 
 /// The guest of this relay.
 pub(crate) struct Guest {
-    address: GuestAddress,
+    address: Address,
     pub(crate) token: String,
     pub(crate) vm: Arc<Vm>,
     link: Mutex<Link>,
@@ -103,16 +105,18 @@ pub(crate) struct Guest {
     silent: AtomicBool,
 }
 
-#[derive(Default)]
-struct Link {
-    /// The client, and a mark that lives as long as its connection.
-    client: Option<(Client, Weak<()>)>,
-    /// Since when every attempt to connect has failed.
-    lost_since: Option<Instant>,
+/// Where its ports are.
+enum Address {
+    Hybrid(Hybrid),
+    Vsock(u32),
 }
 
 impl Guest {
     pub(crate) fn new(address: GuestAddress, token: String, vm: Arc<Vm>) -> Self {
+        let address = match address {
+            GuestAddress::Hybrid(path) => Address::Hybrid(Hybrid::new(path)),
+            GuestAddress::Vsock(cid) => Address::Vsock(cid),
+        };
         Self { address, token, vm, link: Mutex::default(), silent: AtomicBool::new(false) }
     }
 
@@ -120,11 +124,11 @@ impl Guest {
     pub(crate) async fn dial(&self, port: u32) -> Result<Conn, DialError> {
         let dialled = async {
             match &self.address {
-                GuestAddress::Hybrid(path) => match dial_hybrid(path, port).await {
+                Address::Hybrid(hybrid) => match hybrid.dial(port).await {
                     Ok(stream) => Ok(Box::new(stream) as Conn),
-                    Err(source) => Err(DialError::Hybrid { path: path.clone(), port, source }),
+                    Err(source) => Err(DialError::Hybrid { path: hybrid.path().clone(), port, source }),
                 },
-                &GuestAddress::Vsock(cid) => match VsockStream::connect(VsockAddr::new(cid, port)).await {
+                &Address::Vsock(cid) => match VsockStream::connect(VsockAddr::new(cid, port)).await {
                     Ok(stream) => Ok(Box::new(stream) as Conn),
                     Err(source) => Err(DialError::Vsock { cid, port, source }),
                 },
@@ -182,12 +186,17 @@ impl Guest {
     async fn call_until_answered(&self, call: Call) -> Result<Vec<u8>, CallError> {
         let repeatable = call.repeatable;
         let request = self.request(call);
+        let mut pause = RETRY.0;
         loop {
             match self.send(&self.client().await?, &request).await {
                 Ok(response) => return Ok(response.payload),
-                Err(ttrpc::Error::RpcStatus(status)) => return Err(CallError::Status(status)),
+                Err(ttrpc::Error::RpcStatus(status)) => return Err(CallError::Status(guest_status(&status))),
                 // `LocalClosed`: the connection was found closed before anything was sent.
-                Err(e) if repeatable || e == ttrpc::Error::LocalClosed => sleep(RETRY.0).await,
+                Err(e) if repeatable || e == ttrpc::Error::LocalClosed => {
+                    sleep(pause).await;
+                    // Who breaks each connection is not asked as often as it likes.
+                    pause = (pause * 2).min(RETRY.1);
+                }
                 Err(e) => return Err(CallError::Broken(e)),
             }
         }
@@ -223,20 +232,15 @@ impl Guest {
         let mut link = self.link.lock().await;
         let mut pause = RETRY.0;
         loop {
-            if let Some((client, mark)) = &link.client {
-                if mark.strong_count() > 0 {
-                    return Ok(client.clone());
+            match link.client() {
+                Ok(Some(client)) => return Ok(client),
+                Ok(None) => {}
+                Err(Gone) => {
+                    log!("the connection to the guest's port {PORT_TTRPC} is gone, making a new one")
                 }
-                log!("the connection to the guest's port {PORT_TTRPC} is gone, making a new one");
-                link.client = None;
             }
             match self.dial(PORT_TTRPC).await {
-                Ok(conn) => {
-                    let mark = Arc::new(());
-                    let weak = Arc::downgrade(&mark);
-                    link.client = Some((Client::new(Socket::new(Marked { conn, _mark: mark })), weak));
-                    link.lost_since = None;
-                }
+                Ok(conn) => link.connect(conn),
                 Err(e) => {
                     if link.lost_since.is_none() {
                         log!("{e}");
@@ -260,52 +264,6 @@ fn check(limit: Option<Duration>) -> Call {
     Call { service: SANDBOX_SERVICE, method: "Check", payload, metadata, limit, repeatable: true }
 }
 
-/// A connection whose mark tells when the ttrpc client dropped it.
-struct Marked {
-    conn: Conn,
-    _mark: Arc<()>,
-}
-
-impl AsyncRead for Marked {
-    fn poll_read(
-        mut self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-        buf: &mut ReadBuf<'_>,
-    ) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.conn).poll_read(cx, buf)
-    }
-}
-
-impl AsyncWrite for Marked {
-    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.conn).poll_write(cx, buf)
-    }
-
-    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.conn).poll_flush(cx)
-    }
-
-    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.conn).poll_shutdown(cx)
-    }
-}
-
-/// Who gives up on this leaves it to go on in a task of its own: `vhost-device-vsock` 0.3.0 panics, and no connection of
-/// the pod works any more, when a caller hangs up before it was answered.
-async fn dial_hybrid(path: &PathBuf, port: u32) -> io::Result<UnixStream> {
-    let mut stream = UnixStream::connect(path).await?;
-    let answered = tokio::spawn(async move {
-        stream.write_all(format!("CONNECT {port}\n").as_bytes()).await?;
-        let line = read_line(&mut stream, OK_LINE).await?;
-        if line == b"OK" || line.starts_with(b"OK ") {
-            return Ok(stream);
-        }
-        let line = String::from_utf8_lossy(&line).into_owned();
-        Err(io::Error::new(io::ErrorKind::ConnectionRefused, format!("the answer to CONNECT was {line:?}")))
-    });
-    answered.await?
-}
-
 /// Sends the line that a connection to one of the agent's ports begins with, and reads the one that answers it.
 pub(crate) async fn ask(conn: &mut Conn, first_line: &[u8], limit: Duration) -> io::Result<Vec<u8>> {
     let talk = async {
@@ -316,7 +274,10 @@ pub(crate) async fn ask(conn: &mut Conn, first_line: &[u8], limit: Duration) -> 
 }
 
 /// Reads up to a newline, which is left out, and not a byte further: what follows is the connection's own.
-pub(crate) async fn read_line(from: &mut (impl AsyncRead + Unpin), limit: usize) -> io::Result<Vec<u8>> {
+///
+/// # Errors
+/// When the connection ends or breaks before there is one, or none comes within `limit` bytes.
+pub async fn read_line(from: &mut (impl AsyncRead + Unpin), limit: usize) -> io::Result<Vec<u8>> {
     let mut line = Vec::new();
     loop {
         match from.read_u8().await {
@@ -338,29 +299,7 @@ pub(crate) async fn read_line(from: &mut (impl AsyncRead + Unpin), limit: usize)
 
 #[cfg(test)]
 mod tests {
-    use std::time::Duration;
-
-    use tokio::io::{AsyncReadExt, AsyncWriteExt};
-
-    use super::{dial_hybrid, read_line};
-
-    #[test]
-    fn whoever_gives_up_dialling_does_not_hang_up_before_the_answer() {
-        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
-        let dir = std::env::temp_dir().join(format!("kuasar-dial-{}", std::process::id()));
-        runtime.block_on(async {
-            let listener = tokio::net::UnixListener::bind(&dir).unwrap();
-            let dial = tokio::time::timeout(Duration::from_millis(50), dial_hybrid(&dir, 1026));
-            assert!(dial.await.is_err(), "nobody answers");
-            let (mut vsock, _) = listener.accept().await.unwrap();
-            let mut asked = [0; 13];
-            vsock.read_exact(&mut asked).await.unwrap();
-            assert_eq!(&asked, b"CONNECT 1026\n");
-            vsock.write_all(b"OK 1026\n").await.expect("the caller is still there");
-            assert_eq!(vsock.read(&mut asked).await.unwrap(), 0, "and hangs up then");
-        });
-        std::fs::remove_file(&dir).unwrap();
-    }
+    use super::read_line;
 
     #[test]
     fn a_line_is_read_to_its_end_and_no_further() {

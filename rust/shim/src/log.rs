@@ -10,6 +10,8 @@ use std::{
     time::{SystemTime, UNIX_EPOCH},
 };
 
+use crate::answer::shows;
+
 /// Most bytes that one relay logs in its life, about 30 000 containers: a guest must not be able to fill the disk.
 const LIMIT: usize = 4 << 20;
 /// Longest text of a line, in bytes. Errors may quote a guest.
@@ -36,7 +38,7 @@ pub(crate) fn line(text: fmt::Arguments<'_>) {
 }
 
 fn render(seconds: u64, pod: &str, text: &str) -> String {
-    let text: String = text.chars().map(|c| if c.is_control() { ' ' } else { c }).take(LINE_LIMIT).collect();
+    let text: String = text.chars().map(|c| if shows(c) { c } else { ' ' }).take(LINE_LIMIT).collect();
     format!("{} {pod}: {text}\n", utc(seconds))
 }
 
@@ -66,7 +68,7 @@ mod tests {
 
     #[test]
     fn a_line_stays_one_and_short() {
-        assert_eq!(render(0, "p", "a\nb\x1b[31m"), "1970-01-01T00:00:00Z p: a b [31m\n");
+        assert_eq!(render(0, "p", "a\nb\x1b[31m\u{202e}c"), "1970-01-01T00:00:00Z p: a b [31m c\n");
         assert!(render(0, "p", &"x".repeat(1 << 20)).len() < LINE_LIMIT + 40);
     }
 

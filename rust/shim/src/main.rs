@@ -1,34 +1,11 @@
-//! Relay between containerd's Task API and one pod's microVM.
-//!
-//! One small process per pod, which outlives the daemon: containerd connects to a Task endpoint once per container and
-//! never again, so whoever serves it must live as long as the pod. It passes calls on to the agent in the guest, copies
-//! stdio, and asks the daemon for what a container needs of the host. It holds no policy and reads no OCI configuration.
-
-mod answer;
-mod args;
-mod caller;
-mod create;
-mod delete;
-mod events;
-mod fifo;
-mod forward;
-mod guest;
-mod host;
-mod host_socket;
-mod life;
-mod log;
-mod oneshot;
-mod pump;
-mod registry;
-mod serve;
-mod stdio;
-mod streams;
-mod task;
-mod vm;
+//! Relay between containerd's Task API and one pod's microVM: the program. Its parts are in the library beside it.
 
 use std::{fmt::Display, io::Write, process::ExitCode};
 
-use args::Action;
+use kuasar_relay::{
+    args::{self, Action},
+    oneshot, serve,
+};
 
 fn main() -> ExitCode {
     match args::parse(std::env::args().skip(1)) {

@@ -12,10 +12,10 @@ use protobuf::{Message, MessageField, well_known_types::timestamp::Timestamp};
 use crate::task::EXIT_KILLED;
 
 /// Name and version of this program.
-pub(crate) const VERSION: &str = concat!("containerd-shim-kuasar-vmm-v1 ", env!("CARGO_PKG_VERSION"));
+pub const VERSION: &str = concat!("containerd-shim-kuasar-vmm-v1 ", env!("CARGO_PKG_VERSION"));
 
 /// What `-h` prints.
-pub(crate) const USAGE: &str = "\
+pub const USAGE: &str = "\
 Relay between containerd's Task API and one pod's microVM.
 
   serve -pod-dir DIR -guest hvsock://PATH|vsock://CID -listen-fd N [-vmm-pidfd N]
@@ -27,7 +27,10 @@ Relay between containerd's Task API and one pod's microVM.
 
 /// Answer to `delete`: containerd found the container's endpoint gone, so the container is, too. Nothing is cleaned up
 /// here; the pod belongs to the daemon, and the VM may well be alive with other containers in it.
-pub(crate) fn delete() -> protobuf::Result<Vec<u8>> {
+///
+/// # Errors
+/// When it cannot be encoded.
+pub fn delete() -> protobuf::Result<Vec<u8>> {
     let response = DeleteResponse {
         exit_status: EXIT_KILLED,
         exited_at: MessageField::some(Timestamp::from(SystemTime::now())),
@@ -43,7 +46,10 @@ const ALLOWED_MOUNTS: &str = "containerd.io/runtime-allow-mounts";
 const OUR_MOUNTS: &str = "erofs,format/*,mkdir/*";
 
 /// Answer to `-info`.
-pub(crate) fn info() -> protobuf::Result<Vec<u8>> {
+///
+/// # Errors
+/// When it cannot be encoded.
+pub fn info() -> protobuf::Result<Vec<u8>> {
     let version = RuntimeVersion { version: env!("CARGO_PKG_VERSION").to_owned(), ..Default::default() };
     let info = RuntimeInfo {
         name: RUNTIME_TYPE.to_owned(),
@@ -55,7 +61,8 @@ pub(crate) fn info() -> protobuf::Result<Vec<u8>> {
 }
 
 /// Why `start` is refused, on one line: containerd shows it to whoever created the pod.
-pub(crate) fn refusal(namespace: &str, id: &str) -> String {
+#[must_use]
+pub fn refusal(namespace: &str, id: &str) -> String {
     let id = if id.is_empty() { "a container" } else { id };
     let place = if namespace.is_empty() { String::new() } else { format!(" in namespace {namespace}") };
     format!(

@@ -1,8 +1,12 @@
 //! The pod's containers and their processes, as this relay created them.
 
 use std::{
-    collections::{HashMap, hash_map::Entry},
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    collections::{HashMap, VecDeque, hash_map::Entry},
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicU8, Ordering},
+    },
+    time::Duration,
 };
 
 use containerd_shim_protos::{
@@ -12,12 +16,18 @@ use containerd_shim_protos::{
 use tokio::task::AbortHandle;
 
 use crate::{
+    bucket::Bucket,
     caller::Caller,
     host_socket::Served,
     life::Life,
     stdio::{Stdio, Wanted},
     streams::{Names, Outputs},
 };
+
+/// Processes that are deleted and still remembered, for events of theirs that are on the way.
+const PAST: usize = 32;
+/// Events of a container that may come as often as the guest has them: so many at once, and one more in so many seconds.
+const REPEATED: (u32, Duration) = (16, Duration::from_secs(1));
 
 /// Locks; what a panicking holder left behind is still the best there is.
 pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -42,6 +52,8 @@ pub(crate) struct Process {
     /// Its outputs among containerd's streams.
     pub(crate) outputs: Outputs,
     state: Mutex<State>,
+    /// Kinds of events that containerd was told of it, a bit each.
+    told: AtomicU8,
 }
 
 struct State {
@@ -58,7 +70,18 @@ impl Process {
     fn new(wanted: Wanted) -> Self {
         let (stdio, names) = (Stdio::default(), Names::default());
         let state = State { phase: Phase::Creating, pid: 0, stdio, names, watcher: None };
-        Self { wanted, life: Life::new(), outputs: Outputs::new(), state: Mutex::new(state) }
+        let (life, outputs, state) = (Life::new(), Outputs::new(), Mutex::new(state));
+        Self { wanted, life, outputs, state, told: AtomicU8::new(0) }
+    }
+
+    /// Notes that containerd is told of it what can happen once; false if it was told before.
+    pub(crate) fn tell(&self, kind: u8) -> bool {
+        self.told.fetch_or(kind, Ordering::Relaxed) & kind == 0
+    }
+
+    /// Whether containerd was told.
+    pub(crate) fn was_told(&self, kind: u8) -> bool {
+        self.told.load(Ordering::Relaxed) & kind != 0
     }
 
     pub(crate) fn phase(&self) -> Phase {
@@ -69,7 +92,7 @@ impl Process {
         lock(&self.state).phase = phase;
     }
 
-    /// Its id in the guest; 0 as long as there is none.
+    /// Its id as containerd is told; 0 as long as there is none.
     pub(crate) fn pid(&self) -> u32 {
         lock(&self.state).pid
     }
@@ -143,8 +166,12 @@ pub(crate) struct Container {
     pub(crate) bundle: String,
     pub(crate) init: Arc<Process>,
     execs: Mutex<HashMap<String, Arc<Process>>>,
-    /// The last answer to Stats.
+    /// The last good answer to Stats.
     pub(crate) stats: Mutex<Option<Vec<u8>>>,
+    /// containerd's namespace that it was created in.
+    pub(crate) namespace: String,
+    /// Pays for events that may come more than once.
+    pub(crate) repeated: Mutex<Bucket>,
     /// Sockets of the host that it has mounted.
     pub(crate) sockets: Mutex<Served>,
     /// Held while the container is made and while it is deleted.
@@ -153,7 +180,7 @@ pub(crate) struct Container {
 }
 
 impl Container {
-    pub(crate) fn new(request: &CreateTaskRequest, creator: Caller) -> Self {
+    pub(crate) fn new(request: &CreateTaskRequest, namespace: String, creator: Caller) -> Self {
         let wanted = Wanted {
             stdin: request.stdin.clone(),
             stdout: request.stdout.clone(),
@@ -166,6 +193,8 @@ impl Container {
             init: Arc::new(Process::new(wanted)),
             execs: Mutex::default(),
             stats: Mutex::default(),
+            namespace,
+            repeated: Mutex::new(Bucket::new(REPEATED.0, REPEATED.1)),
             sockets: Mutex::default(),
             gate: Arc::default(),
             creator,
@@ -201,12 +230,16 @@ impl Container {
 
     /// The process of an exec id; empty for the first one.
     pub(crate) fn process(&self, exec_id: &str) -> Option<Arc<Process>> {
-        let process = if exec_id.is_empty() {
-            Arc::clone(&self.init)
+        self.any_process(exec_id).filter(|process| process.phase() != Phase::Creating)
+    }
+
+    /// The same, also while it is being made.
+    fn any_process(&self, exec_id: &str) -> Option<Arc<Process>> {
+        if exec_id.is_empty() {
+            Some(Arc::clone(&self.init))
         } else {
-            lock(&self.execs).get(exec_id).cloned()?
-        };
-        (process.phase() != Phase::Creating).then_some(process)
+            lock(&self.execs).get(exec_id).cloned()
+        }
     }
 
     /// All processes, the first one included.
@@ -215,14 +248,26 @@ impl Container {
     }
 }
 
+/// A process that an event is about.
+#[derive(Clone)]
+pub(crate) struct Subject {
+    pub(crate) container: Arc<Container>,
+    pub(crate) exec: String,
+    pub(crate) process: Arc<Process>,
+}
+
 /// All containers of the pod.
 #[derive(Default)]
-pub(crate) struct Registry(Mutex<HashMap<String, Arc<Container>>>);
+pub(crate) struct Registry {
+    live: Mutex<HashMap<String, Arc<Container>>>,
+    /// What was deleted last, the newest behind.
+    past: Mutex<VecDeque<Subject>>,
+}
 
 impl Registry {
     /// Adds a container, unless another has its id.
     pub(crate) fn add(&self, container: &Arc<Container>) -> Result<(), Arc<Container>> {
-        match lock(&self.0).entry(container.id.clone()) {
+        match lock(&self.live).entry(container.id.clone()) {
             Entry::Occupied(other) => Err(Arc::clone(other.get())),
             Entry::Vacant(free) => {
                 free.insert(Arc::clone(container));
@@ -232,15 +277,39 @@ impl Registry {
     }
 
     pub(crate) fn get(&self, id: &str) -> Option<Arc<Container>> {
-        lock(&self.0).get(id).cloned()
+        lock(&self.live).get(id).cloned()
     }
 
     /// Removes this very container.
     pub(crate) fn remove(&self, container: &Arc<Container>) {
-        let mut map = lock(&self.0);
+        let mut map = lock(&self.live);
         if map.get(&container.id).is_some_and(|found| Arc::ptr_eq(found, container)) {
             map.remove(&container.id);
         }
+    }
+
+    /// Remembers a process that is deleted for a while.
+    pub(crate) fn remember(&self, container: &Arc<Container>, exec: &str, process: &Arc<Process>) {
+        let (container, process) = (Arc::clone(container), Arc::clone(process));
+        let mut past = lock(&self.past);
+        if past.len() >= PAST {
+            past.pop_front();
+        }
+        past.push_back(Subject { container, exec: exec.to_owned(), process });
+    }
+
+    /// The process that an event of a kind is about, if this pod has it or had it lately: of several with these ids the oldest
+    /// of which that has not been told.
+    pub(crate) fn subject(&self, id: &str, exec: &str, kind: u8) -> Option<Subject> {
+        let untold = |subject: &&Subject| {
+            subject.container.id == id && subject.exec == exec && !subject.process.was_told(kind)
+        };
+        if let Some(found) = lock(&self.past).iter().find(untold) {
+            return Some(found.clone());
+        }
+        let container = self.get(id)?;
+        let process = container.any_process(exec).filter(|process| !process.was_told(kind))?;
+        Some(Subject { container, exec: exec.to_owned(), process })
     }
 
     /// Whether it is still this very container.
@@ -249,6 +318,6 @@ impl Registry {
     }
 
     pub(crate) fn all(&self) -> Vec<Arc<Container>> {
-        lock(&self.0).values().cloned().collect()
+        lock(&self.live).values().cloned().collect()
     }
 }

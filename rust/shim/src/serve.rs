@@ -41,7 +41,8 @@ const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
 /// Why a relay could not begin.
 #[derive(Debug, thiserror::Error)]
-pub(crate) enum ServeError {
+#[expect(missing_docs, reason = "each says itself what it is")]
+pub enum ServeError {
     #[error("reading the pod's token {path}: {source}")]
     Token { path: PathBuf, source: io::Error },
     #[error("reading the pod's token {path}: it is not 64 hexadecimal digits")]
@@ -59,7 +60,10 @@ pub(crate) enum ServeError {
 }
 
 /// Serves; returns only with an error.
-pub(crate) fn serve(args: Serve) -> Result<(), ServeError> {
+///
+/// # Errors
+/// When what the daemon hands down is not what it should be, or the endpoint cannot be served.
+pub fn serve(args: Serve) -> Result<(), ServeError> {
     let pod = args.pod_dir.file_name().unwrap_or(args.pod_dir.as_os_str());
     name_pod(&pod.to_string_lossy());
     let token = read_token(&args.pod_dir)?;
@@ -98,7 +102,7 @@ pub(crate) fn serve(args: Serve) -> Result<(), ServeError> {
             let listener = TcpListener::from_std(listener.into()).map_err(ServeError::Listener)?;
             tokio::spawn(forward::serve(listener, Arc::clone(&relay.guest)));
         }
-        events::forward(&relay.guest, &args.containerd).await;
+        events::forward(&relay, &args.containerd).await;
         // SIGTERM, which has its default effect, is how a relay ends: there is nothing to say or save then.
         std::future::pending().await
     })

@@ -27,6 +27,7 @@ use tokio::{
 };
 
 use crate::{
+    answer::quote,
     guest::{Conn, DialError, Guest, ask},
     life::Life,
     log::log,
@@ -187,7 +188,7 @@ impl Port {
             self.guest.dial(PORT_STDIO).await.map_err(|source| StdioError::Dial { stream, source })?;
         match ask(&mut conn, &line, HELLO_LIMIT).await {
             Ok(line) if line == b"OK" => Ok(conn),
-            Ok(line) => Err(StdioError::Refused { stream, why: String::from_utf8_lossy(&line).into_owned() }),
+            Ok(line) => Err(StdioError::Refused { stream, why: quote(&String::from_utf8_lossy(&line)) }),
             Err(e) => Err(failed(e)),
         }
     }

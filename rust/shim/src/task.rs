@@ -8,8 +8,8 @@ use std::{
 
 use async_trait::async_trait;
 use containerd_shim_protos::api::{
-    CloseIORequest, ConnectRequest, ConnectResponse, KillRequest, PidsResponse, ProcessInfo, StartResponse,
-    StateRequest, UpdateTaskRequest, WaitResponse,
+    CloseIORequest, ConnectRequest, ConnectResponse, KillRequest, StartResponse, StateRequest,
+    UpdateTaskRequest, WaitResponse,
 };
 use kuasar_common::api::host::UpdateRequest;
 use protobuf::MessageField;
@@ -22,11 +22,14 @@ use ttrpc::{
 };
 
 use crate::{
-    answer::{Answer, decode, encode, guest_error, host_error, not_found, response},
+    answer::{Answer, decode, encode, guest_error, host_error, host_pid, not_found, response},
     caller::{Caller, Waiting},
+    create::NAMESPACE_METADATA,
+    figures::{self, figures},
     guest::{Call, CallError, Guest, PROBE_LIMIT, TASK_SERVICE},
     host::Host,
     log::log,
+    pids::{self, pids},
     registry::{Container, Phase, Process, Registry, lock},
     streams::Streams,
 };
@@ -169,13 +172,13 @@ impl Relay {
         }
     }
 
-    /// Passes a call on as it is, within the caller's time.
+    /// Passes a call on as it is, within the caller's time. Such calls have no answer but that they were done.
     async fn forward(&self, method: &'static str, request: Request) -> Answer {
         let limit = caller_s(&request).unwrap_or(CALL_LIMIT);
         let Request { payload, metadata, .. } = request;
         let call =
             Call { service: TASK_SERVICE, method, payload, metadata, limit: Some(limit), repeatable: false };
-        self.guest.call(call).await.map_err(|e| guest_error(method, e))
+        self.guest.call(call).await.map(done).map_err(|e| guest_error(method, e))
     }
 
     /// CPUs and memory nodes are the host's: the daemon sets them. All else the guest does.
@@ -205,15 +208,21 @@ impl Relay {
     /// Starts a process. If the guest cannot, containerd waits for the end of its streams before it deletes it.
     async fn start(&self, request: Request) -> Answer {
         let (container, process, exec) = self.process(&request.payload)?;
+        let what = name(&container, &exec);
         let call = Call { limit: Some(at_least(WORK_LIMIT, &request)), ..work("Start", request) };
-        match self.guest.call(call).await {
-            Ok(payload) => {
-                process.started(decode::<StartResponse>(&payload)?.pid);
-                Ok(payload)
+        let started = match self.guest.call(call).await {
+            Ok(payload) => host_pid(decode::<StartResponse>(&payload).map_or(0, |response| response.pid))
+                .ok_or_else(|| {
+                    get_status(Code::INTERNAL, format!("starting {what}: the guest named no process id"))
+                }),
+            Err(e) => Err(guest_error(&format!("starting {what}"), e)),
+        };
+        match started {
+            Ok(pid) => {
+                process.started(pid);
+                encode(&StartResponse { pid: process.pid(), ..Default::default() })
             }
-            Err(e) => {
-                let what = name(&container, &exec);
-                let status = guest_error(&format!("starting {what}"), e);
+            Err(status) => {
                 log!("{what} does not start: {}", status.message());
                 process.close();
                 Err(status)
@@ -246,7 +255,7 @@ impl Relay {
                 let gone = timeout(KILL_LIMIT, process.life.ended()).await;
                 gone.map(|_| Vec::new()).map_err(|_| guest_error(&doing, e))
             }
-            answer => answer.map_err(|e| guest_error(&doing, e)),
+            answer => answer.map(done).map_err(|e| guest_error(&doing, e)),
         }
     }
 
@@ -256,29 +265,30 @@ impl Relay {
         if container.init.life.exit().is_none() {
             let call = Call { limit: Some(probe(&request)), repeatable: true, ..work("Pids", request) };
             match self.guest.probe(call).await {
-                Ok(payload) if !payload.is_empty() => return Ok(payload),
-                Ok(_) | Err(CallError::Status(_)) => {}
+                Ok(payload) => match pids(&payload, |exec| container.process(exec).is_some()) {
+                    Some(answer) => return Ok(answer),
+                    None => log!("Pids of container {}: the guest answered with nonsense", container.id),
+                },
+                Err(CallError::Status(_)) => {}
                 Err(e) => log!("Pids of container {}: {e}", container.id),
             }
         }
-        let first = ProcessInfo { pid: container.init.pid(), ..Default::default() };
-        encode(&PidsResponse { processes: vec![first], ..Default::default() })
+        encode(&pids::one(container.init.pid()))
     }
 
-    /// The guest's figures, or the last ones it gave: an error would cost containerd the figures of the whole node.
+    /// The guest's figures, or the last good ones, or none: an error would cost containerd the figures of the whole node.
     async fn stats(&self, request: Request) -> Answer {
         let container = self.named(&request.payload)?;
         let call = Call { limit: Some(probe(&request)), repeatable: true, ..work("Stats", request) };
-        match self.guest.probe(call).await {
-            Ok(payload) => {
-                *lock(&container.stats) = Some(payload.clone());
-                Ok(payload)
-            }
-            Err(e) => {
-                let last = lock(&container.stats).clone();
-                last.ok_or_else(|| guest_error(&format!("figures of container {}", container.id), e))
-            }
+        let answered = match self.guest.probe(call).await {
+            Ok(payload) => figures(&payload).ok_or_else(|| "they are nonsense".to_owned()),
+            Err(e) => Err(e.to_string()),
+        };
+        let mut last = lock(&container.stats);
+        if let Ok(figures) = answered {
+            return Ok(last.insert(figures).clone());
         }
+        Ok(last.clone().unwrap_or_else(figures::none))
     }
 
     async fn pause(&self, method: &'static str, request: Request, phase: Phase) -> Answer {
@@ -305,6 +315,11 @@ async fn end_with_vm(relay: Arc<Relay>) {
         process.life.end(EXIT_KILLED);
         process.life.close();
     }
+}
+
+/// The answer to calls that have nothing to say: of the guest's bytes none is taken.
+pub(crate) fn done(_: Vec<u8>) -> Vec<u8> {
+    Vec::new()
 }
 
 /// A call that passes a request on, without a limit.
@@ -337,7 +352,7 @@ impl MethodHandler for Method {
     async fn handler(&self, _: TtrpcContext, mut request: Request) -> ttrpc::Result<Response> {
         let relay = Arc::clone(&self.relay);
         // Values that are none of the guest's business, or that it could take for ours, stay here.
-        request.metadata.retain(|pair: &KeyValue| pair.key == "containerd-namespace-ttrpc");
+        request.metadata.retain(|pair: &KeyValue| pair.key == NAMESPACE_METADATA);
         let answer = if self.method == "Wait" {
             relay.wait(request).await
         } else {

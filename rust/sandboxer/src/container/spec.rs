@@ -6,7 +6,7 @@
 
 use std::path::PathBuf;
 
-use kuasar_common::constants::GUEST_STATE_DIR;
+use kuasar_common::constants::{GUEST_PID_BASE, GUEST_PID_LIMIT, GUEST_STATE_DIR};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 
@@ -195,9 +195,12 @@ fn set_namespaces(linux: &mut Object, target: &Target) -> Result<(), SpecError> 
     Ok(())
 }
 
-/// CRI names the container whose processes another one is to see by the pid that was reported for it, which is the guest's.
+/// CRI names the container whose processes another one is to see by the pid that was reported for it, which the relay made of
+/// the guest's.
 fn pid_in(path: &str) -> Result<u32, SpecError> {
-    let pid = path.strip_prefix("/proc/").and_then(|rest| rest.strip_suffix("/ns/pid")?.parse().ok());
+    let pid = path.strip_prefix("/proc/").and_then(|rest| rest.strip_suffix("/ns/pid")?.parse::<u32>().ok());
+    let pid =
+        pid.and_then(|pid| pid.checked_sub(GUEST_PID_BASE)).filter(|pid| (1..GUEST_PID_LIMIT).contains(pid));
     pid.ok_or_else(|| {
         refused(
             "linux.namespaces",

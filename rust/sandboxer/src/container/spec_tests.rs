@@ -187,7 +187,8 @@ fn a_pid_namespace_of_the_pod_is_private_unless_the_pod_shares_it() {
     assert_eq!(shared["linux"]["namespaces"][0], json!({"type": "pid", "path": "pod"}));
     // That of another container, as for kubectl debug --target.
     let mut of_other = cri();
-    of_other["linux"]["namespaces"][0] = json!({"type": "pid", "path": "/proc/77/ns/pid"});
+    let reported = format!("/proc/{}/ns/pid", GUEST_PID_BASE + 77);
+    of_other["linux"]["namespaces"][0] = json!({"type": "pid", "path": reported});
     let (of_other, _) = rewritten(of_other);
     assert_eq!(of_other["linux"]["namespaces"][0], json!({"type": "pid", "path": "process:77"}));
     let mut own = cri();
@@ -217,6 +218,10 @@ fn what_a_vm_cannot_give_is_refused_by_name() {
         (
             with("/linux/namespaces/0", json!({"type": "pid", "path": "/run/ns"})),
             "/run/ns is one of the host",
+        ),
+        (
+            with("/linux/namespaces/0", json!({"type": "pid", "path": "/proc/77/ns/pid"})),
+            "/proc/77/ns/pid is one of the host",
         ),
         (with("/process/apparmorProfile", json!("mine")), "mine is a profile of the host"),
         (

@@ -2,6 +2,8 @@
 
 #![allow(dead_code, missing_docs, unreachable_pub, reason = "shared by programs that each use a part of it")]
 
+pub mod events;
+pub mod hostile;
 pub mod stream;
 
 use std::{
@@ -20,13 +22,14 @@ use std::{
 };
 
 use async_trait::async_trait;
-use containerd_shim_protos::{api, shim_async};
+use containerd_shim_protos::{api, cgroups_v2::metrics::Metrics, shim_async};
 use kuasar_common::{
     api::{host, host_ttrpc, sandbox, sandbox_ttrpc},
+    constants::GUEST_PID_BASE,
     forward,
     stdio::{Hello, Stream, header, payload_len},
 };
-use protobuf::{MessageField, well_known_types::any::Any};
+use protobuf::{Message, MessageField, well_known_types::any::Any};
 use tokio::{
     io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader},
     net::{UnixListener, UnixStream},
@@ -40,6 +43,8 @@ use ttrpc::{
 };
 
 pub const TOKEN: &str = "0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef";
+/// What containerd is told for the guest's processes 0, 100, 200 and so on.
+pub const PID: u32 = GUEST_PID_BASE;
 const PATIENCE: Duration = Duration::from_secs(30);
 
 pub type Key = (String, String);
@@ -64,8 +69,12 @@ pub struct Guest {
     pub stream_error: Mutex<Option<String>>,
     /// Stats, Pids, Kill and Check do not answer for as long as this is so.
     pub hangs: watch::Sender<bool>,
-    /// What happened in it; the number of each is its place, counted from 1.
-    pub events: watch::Sender<Vec<String>>,
+    /// What happened in it; the number of each is its place, counted from 1, unless it brings one.
+    pub events: watch::Sender<Vec<sandbox::Envelope>>,
+    /// What is answered instead of the truth.
+    pub lies: Mutex<hostile::Lies>,
+    /// What whoever connects to the port for calls is sent first.
+    pub garbage: Mutex<Vec<u8>>,
     /// Ends with a change, and all connections with it.
     cut: watch::Sender<u32>,
     next_pid: AtomicU32,
@@ -84,9 +93,9 @@ impl Guest {
         if !inner.exists() {
             let service = shim_async::create_task(Arc::new(TaskService(Arc::clone(self))));
             let mut server = Server::new().bind(&format!("unix://{}", inner.display())).unwrap();
-            server = server.register_service(service);
+            server = server.register_service(hostile::lying(self, service));
             let sandbox = sandbox_ttrpc::create_sandbox_service(Arc::new(SandboxService(Arc::clone(self))));
-            server = server.register_service(sandbox);
+            server = server.register_service(hostile::lying(self, sandbox));
             server.start().await.unwrap();
             std::mem::forget(server);
         }
@@ -118,6 +127,9 @@ impl Guest {
         match line.as_str() {
             "CONNECT 1024" => {
                 conn.write_all(b"OK 1073741824\n").await.unwrap();
+                let garbage = self.garbage.lock().unwrap().clone();
+                // It may be told off before it has said all.
+                let _ = conn.write_all(&garbage).await;
                 let mut server = UnixStream::connect(inner).await.unwrap();
                 let mut cut = self.cut.subscribe();
                 tokio::select! {
@@ -170,6 +182,16 @@ impl Guest {
             sleep(Duration::from_millis(5)).await;
         }
         panic!("no connection for {key:?}");
+    }
+
+    /// Something happens in it.
+    pub fn happens(&self, event: sandbox::Envelope) {
+        self.events.send_modify(|events| events.push(event));
+    }
+
+    /// Answers a method so from now on.
+    pub fn lie(&self, method: &'static str, lie: hostile::Lie) {
+        self.lies.lock().unwrap().insert(method, lie);
     }
 
     pub fn exit(&self, container: &str, exec: &str, status: u32) {
@@ -323,7 +345,7 @@ impl shim_async::Task for TaskService {
         self.maybe_hang().await;
         let any = Any {
             type_url: "io.containerd.cgroups.v2.Metrics".into(),
-            value: vec![1, 2, 3],
+            value: figures().write_to_bytes().unwrap(),
             ..Default::default()
         };
         Ok(api::StatsResponse { stats: MessageField::some(any), ..Default::default() })
@@ -348,6 +370,14 @@ impl shim_async::Task for TaskService {
     }
 }
 
+/// The figures of every container.
+pub fn figures() -> Metrics {
+    let mut metrics = Metrics::new();
+    metrics.pids.mut_or_insert_default().current = 3;
+    metrics.memory.mut_or_insert_default().usage = 4096;
+    metrics
+}
+
 struct SandboxService(Arc<Guest>);
 
 #[async_trait]
@@ -369,48 +399,11 @@ impl sandbox_ttrpc::SandboxService for SandboxService {
         TaskService(Arc::clone(&self.0)).allowed(ctx)?;
         let after = usize::try_from(req.after.unwrap()).unwrap();
         let mut events = self.0.events.subscribe();
-        let topic = events.wait_for(|events| events.len() > after).await.unwrap()[after].clone();
-        let (namespace, sequence) = ("k8s.io".into(), after as u64 + 1);
-        Ok(sandbox::Envelope { namespace, topic, sequence, ..Default::default() })
-    }
-}
-
-/// containerd's service for events, which refuses those called `/bad`.
-#[derive(Default)]
-pub struct Events(pub Mutex<Vec<String>>);
-
-impl Events {
-    pub async fn serve(self: &Arc<Self>, socket: &Path) -> Server {
-        let events: Arc<dyn shim_async::Events + Send + Sync> = Arc::clone(self) as _;
-        let service = shim_async::create_events(events);
-        let mut server = Server::new().bind(&format!("unix://{}", socket.display())).unwrap();
-        server = server.register_service(service);
-        server.start().await.unwrap();
-        server
-    }
-
-    /// Waits for so many.
-    pub async fn wait_for(&self, count: usize) -> Vec<String> {
-        for _ in 0..PATIENCE.as_millis() / 5 {
-            let topics = self.0.lock().unwrap().clone();
-            if topics.len() >= count {
-                return topics;
-            }
-            sleep(Duration::from_millis(5)).await;
+        let mut event = events.wait_for(|events| events.len() > after).await.unwrap()[after].clone();
+        if event.sequence == 0 {
+            event.sequence = after as u64 + 1;
         }
-        panic!("{:?} are not {count} events", self.0.lock().unwrap());
-    }
-}
-
-#[async_trait]
-impl shim_async::Events for Events {
-    async fn forward(&self, _: &TtrpcContext, req: api::ForwardRequest) -> ttrpc::Result<api::Empty> {
-        let envelope = req.envelope.unwrap();
-        if envelope.topic == "/bad" {
-            return Err(get_rpc_status(Code::INVALID_ARGUMENT, "no"));
-        }
-        self.0.lock().unwrap().push(format!("{} {}", envelope.namespace, envelope.topic));
-        Ok(api::Empty::new())
+        Ok(event)
     }
 }
 

@@ -14,7 +14,7 @@ use tokio::{io::AsyncWriteExt, time::sleep};
 use ttrpc::{Code, context};
 
 use crate::{
-    fake::{self, send, soon},
+    fake::{self, PID, send, soon},
     pod::{CID, Pod, code, read_all, reader},
 };
 
@@ -42,7 +42,7 @@ async fn a_dead_vm_ends_everything_in_it() {
     let state = pod.state(CID, "").await.unwrap();
     assert_eq!((state.status.enum_value(), state.exit_status), (Ok(Status::STOPPED), 137));
     assert_eq!(code(pod.kill(CID).await).0, Code::NOT_FOUND);
-    assert_eq!(pod.pids(CID).await, [100]);
+    assert_eq!(pod.pids(CID).await, [PID + 100]);
     assert_eq!(code(pod.exec(&pod.exec_request("e1", "", "")).await).0, Code::FAILED_PRECONDITION);
     let request = pod.create_request("c2", "");
     let (_, text) = code(pod.task.create(context::Context::default(), &request).await);
@@ -70,7 +70,7 @@ async fn a_broken_connection_is_no_exit_while_the_vm_lives() {
     send(&mut conn, b"after").await;
     send(&mut conn, b"").await;
     assert_eq!(read_all(output).await, b"before, after");
-    assert_eq!(pod.pids(CID).await, [100, 200]);
+    assert_eq!(pod.pids(CID).await, [PID + 100, PID + 200]);
     assert_eq!(pod.state(CID, "").await.unwrap().status.enum_value(), Ok(Status::RUNNING));
     pod.guest.exit(CID, "", 5);
     assert_eq!(pod.wait(CID, "").await.unwrap().exit_status, 5);
@@ -191,7 +191,7 @@ async fn a_guest_that_hangs_holds_nobody_up() {
     // It is not forgotten when it comes back, and asked again.
     pod.guest.hangs.send_replace(false);
     for _ in 0..200 {
-        if pod.pids(CID).await == [100, 200] {
+        if pod.pids(CID).await == [PID + 100, PID + 200] {
             return;
         }
         sleep(Duration::from_millis(10)).await;
@@ -261,7 +261,7 @@ async fn nonsense_from_the_guest_is_survived() {
     send(&mut conn, b"and good again").await;
     send(&mut conn, b"").await;
     assert_eq!(read_all(output).await, b"good, and good again");
-    assert_eq!(pod.pids(CID).await, [100, 200]);
+    assert_eq!(pod.pids(CID).await, [PID + 100, PID + 200]);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

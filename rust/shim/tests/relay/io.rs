@@ -16,7 +16,7 @@ use tokio::{
 use ttrpc::{Code, context};
 
 use crate::{
-    fake::{receive, send, soon},
+    fake::{PID, receive, send, soon},
     pod::{CID, Pod, code, read_all, reader},
 };
 
@@ -40,9 +40,9 @@ async fn exec_with_stdin_to_its_end() {
     });
     sleep(Duration::from_millis(50)).await;
     assert!(!early.is_finished(), "Wait before Start blocks");
-    assert_eq!(pod.start(CID, "e1").await.unwrap(), 1000);
+    assert_eq!(pod.start(CID, "e1").await.unwrap(), PID + 1000);
     let state = pod.state(CID, "e1").await.unwrap();
-    assert_eq!((state.pid, state.stdin, state.stdout), (1000, input.clone(), out.clone()));
+    assert_eq!((state.pid, state.stdin, state.stdout), (PID + 1000, input.clone(), out.clone()));
 
     // The end comes with the writer's, and CloseIO after it is no error.
     let mut stdin = pod.guest.stream(CID, "e1", Stream::Stdin).await;

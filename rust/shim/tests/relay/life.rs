@@ -9,11 +9,16 @@ use std::{
 
 use containerd_shim_protos::api::{self, Status};
 use kuasar_common::stdio::Stream;
+use protobuf::Message;
 use tokio::time::sleep;
 use ttrpc::{Code, context};
 
 use crate::{
-    fake::{Events, send, soon},
+    fake::{
+        PID,
+        events::{self, Events},
+        figures, send, soon,
+    },
     pod::{CID, Pod, code, connect_mortal, read_all, reader},
 };
 
@@ -23,7 +28,7 @@ async fn life_of_a_container() {
     let out = pod.fifo("out");
     let output = reader(&out);
     let pid = pod.create(CID, &out).await;
-    assert_eq!(pid, 100);
+    assert_eq!(pid, PID + 100);
 
     let prepared = pod.daemon.prepared.lock().unwrap()[0].clone();
     assert_eq!((prepared.container_id.as_str(), prepared.bundle.as_str()), (CID, "/run/containerd/c1"));
@@ -36,15 +41,15 @@ async fn life_of_a_container() {
 
     let state = pod.state(CID, "").await.unwrap();
     assert_eq!(state.status.enum_value(), Ok(Status::CREATED));
-    assert_eq!((state.bundle.as_str(), &state.stdout, state.pid), ("/run/containerd/c1", &out, 100));
+    assert_eq!((state.bundle.as_str(), &state.stdout, state.pid), ("/run/containerd/c1", &out, PID + 100));
     let request = api::ConnectRequest { id: CID.into(), ..Default::default() };
     let connected = pod.task.connect(context::Context::default(), &request).await.unwrap();
-    assert_eq!((connected.shim_pid, connected.task_pid), (pod.relay.id(), 100));
+    assert_eq!((connected.shim_pid, connected.task_pid), (pod.relay.id(), PID + 100));
 
     pod.start(CID, "").await.unwrap();
     assert_eq!(pod.state(CID, "").await.unwrap().status.enum_value(), Ok(Status::RUNNING));
-    assert_eq!(pod.pids(CID).await, [100, 200]);
-    assert_eq!(pod.stats(CID).await.unwrap().stats.value, [1, 2, 3]);
+    assert_eq!(pod.pids(CID).await, [PID + 100, PID + 200]);
+    assert_eq!(pod.stats(CID).await.unwrap().stats.value, figures().write_to_bytes().unwrap());
 
     let mut conn = pod.guest.stream(CID, "", Stream::Stdout).await;
     send(&mut conn, b"hello ").await;
@@ -62,15 +67,15 @@ async fn life_of_a_container() {
     let state = pod.state(CID, "").await.unwrap();
     assert_eq!((state.status.enum_value(), state.exit_status), (Ok(Status::STOPPED), 3));
     assert_eq!(code(pod.kill(CID).await).0, Code::NOT_FOUND);
-    assert_eq!(pod.pids(CID).await, [100], "a stopped task still has a process for containerd");
+    assert_eq!(pod.pids(CID).await, [PID + 100], "a stopped task still has a process for containerd");
     let deleted = pod.delete(CID, "").await.unwrap();
-    assert_eq!((deleted.exit_status, deleted.pid), (3, 100));
+    assert_eq!((deleted.exit_status, deleted.pid), (3, PID + 100));
     assert_eq!(*pod.daemon.released.lock().unwrap(), [CID]);
     assert_eq!(code(pod.delete(CID, "").await).0, Code::NOT_FOUND);
     assert_eq!(code(pod.state(CID, "").await).0, Code::NOT_FOUND);
     let shutdown = api::ShutdownRequest { id: CID.into(), now: true, ..Default::default() };
     pod.task.shutdown(context::Context::default(), &shutdown).await.unwrap();
-    assert_eq!(pod.create(CID, "").await, 101, "the relay lives on, and the id is free again");
+    assert_eq!(pod.create(CID, "").await, PID + 101, "the relay lives on, and the id is free again");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -91,7 +96,7 @@ async fn new_containers_wait_for_the_daemon_and_nothing_else_does() {
     sleep(Duration::from_millis(700)).await;
     assert!(!pending.is_finished(), "it waits");
     let _server = pod.daemon.serve(pod.dir.path()).await;
-    assert_eq!(soon("Create", pending).await.unwrap().unwrap().pid, 101);
+    assert_eq!(soon("Create", pending).await.unwrap().unwrap().pid, PID + 101);
     for _ in 0..500 {
         if *pod.daemon.released.lock().unwrap() == [CID] {
             return;
@@ -144,7 +149,7 @@ async fn an_expired_deadline_does_not_cancel_create() {
         Code::ALREADY_EXISTS,
         "it is its caller's still"
     );
-    assert_eq!(pod.delete(CID, "").await.unwrap().pid, 100);
+    assert_eq!(pod.delete(CID, "").await.unwrap().pid, PID + 100);
     assert_eq!(*pod.daemon.released.lock().unwrap(), [CID]);
 }
 
@@ -154,7 +159,7 @@ async fn an_answered_create_is_never_taken_back() {
     let pod = Pod::new().await;
     let (dying, end) = connect_mortal(pod.dir.path());
     let request = pod.create_request(CID, "");
-    assert_eq!(dying.create(context::Context::default(), &request).await.unwrap().pid, 100);
+    assert_eq!(dying.create(context::Context::default(), &request).await.unwrap().pid, PID + 100);
     end.shutdown(Shutdown::Both).unwrap();
     sleep(Duration::from_millis(300)).await;
     assert_eq!(pod.state(CID, "").await.unwrap().status.enum_value(), Ok(Status::CREATED));
@@ -165,29 +170,30 @@ async fn an_answered_create_is_never_taken_back() {
 /// containerd may be away, and the guest's connection may break: each event arrives once, in order.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn events_reach_containerd_whatever_was_away() {
-    let pod = Pod::new().await;
-    let happens = |topic: &str| pod.guest.events.send_modify(|events| events.push(topic.to_owned()));
-    happens("/tasks/create");
-    happens("/bad");
+    let pod = Pod::running().await;
+    pod.guest.happens(events::created(CID));
+    pod.guest.happens(events::resumed(CID));
     sleep(Duration::from_millis(300)).await;
     let socket = pod.dir.path().join("containerd.sock.ttrpc");
-    let events = Arc::new(Events::default());
-    let mut containerd = events.serve(&socket).await;
-    happens("/tasks/oom");
-    assert_eq!(events.wait_for(2).await, ["k8s.io /tasks/create", "k8s.io /tasks/oom"]);
+    let seen = Arc::new(Events::default());
+    let mut containerd = seen.serve(&socket).await;
+    pod.guest.happens(events::out_of_memory(CID));
+    assert_eq!(seen.wait_for(2).await, ["k8s.io /tasks/create", "k8s.io /tasks/oom"]);
 
     pod.guest.cut();
-    happens("/tasks/exit");
+    pod.guest.happens(events::exited(CID, CID));
     pod.guest.listen(pod.dir.path()).await;
-    assert_eq!(events.wait_for(3).await[2], "k8s.io /tasks/exit");
+    assert_eq!(seen.wait_for(3).await[2], "k8s.io /tasks/exit");
 
     containerd.shutdown().await.unwrap();
     fs::remove_file(&socket).unwrap();
-    happens("/tasks/delete");
+    // Of one that is gone already: containerd is told all the same.
+    pod.delete(CID, "").await.unwrap();
+    pod.guest.happens(events::deleted(CID));
     sleep(Duration::from_millis(300)).await;
-    let _containerd = events.serve(&socket).await;
-    assert_eq!(events.wait_for(4).await[3], "k8s.io /tasks/delete");
+    let _containerd = seen.serve(&socket).await;
+    assert_eq!(seen.wait_for(4).await[3], "k8s.io /tasks/delete");
     let log = fs::read_to_string(pod.dir.path().join("relay.log")).unwrap();
     assert!(log.contains("connecting to containerd's "), "{log}");
-    assert!(log.contains("containerd refuses the event /bad: no"), "{log}");
+    assert!(log.contains("containerd refuses the event /tasks/resumed: no"), "{log}");
 }

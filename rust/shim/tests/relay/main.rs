@@ -11,6 +11,7 @@ mod failures;
 #[path = "../fake/mod.rs"]
 mod fake;
 mod fifos;
+mod hostile;
 mod io;
 mod life;
 mod pod;
