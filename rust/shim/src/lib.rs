@@ -29,6 +29,7 @@ mod pids;
 pub mod probe;
 mod pump;
 mod registry;
+mod rights;
 pub mod serve;
 mod stdio;
 mod streams;

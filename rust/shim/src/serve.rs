@@ -29,6 +29,7 @@ use crate::{
     guest::Guest,
     host::Host,
     log::{log, name_pod},
+    rights,
     streams::Streams,
     task::Relay,
     vm::Vm,
@@ -66,6 +67,7 @@ pub enum ServeError {
 pub fn serve(args: Serve) -> Result<(), ServeError> {
     let pod = args.pod_dir.file_name().unwrap_or(args.pod_dir.as_os_str());
     name_pod(&pod.to_string_lossy());
+    rights::give_up();
     let token = read_token(&args.pod_dir)?;
     let listens = |fd: &OwnedFd| {
         if socket_acceptconn(fd)? { Ok(()) } else { Err(wrong("it does not listen".to_owned())) }

@@ -197,3 +197,23 @@ async fn events_reach_containerd_whatever_was_away() {
     assert!(log.contains("connecting to containerd's "), "{log}");
     assert!(log.contains("containerd refuses the event /tasks/resumed: no"), "{log}");
 }
+
+/// What a guest's bytes could make of the relay, were they to take it over.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_relay_has_no_more_rights_than_it_needs() {
+    let pod = Pod::running().await;
+    let status = fs::read_to_string(format!("/proc/{}/status", pod.relay.id())).unwrap();
+    let field = |name: &str| {
+        let line = status.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':'));
+        line.unwrap_or_default().trim().to_owned()
+    };
+    // DAC_OVERRIDE, KILL, SETGID and SETUID are the bits 1, 5, 6 and 7.
+    for set in ["CapPrm", "CapEff", "CapBnd"] {
+        assert_eq!(field(set), "00000000000000e2", "{set}");
+    }
+    assert_eq!((field("CapInh"), field("CapAmb")), ("0".repeat(16), "0".repeat(16)));
+    assert_eq!(field("NoNewPrivs"), "1");
+    let limits = fs::read_to_string(format!("/proc/{}/limits", pod.relay.id())).unwrap();
+    let core = limits.lines().find(|line| line.starts_with("Max core file size")).unwrap();
+    assert_eq!(core.split_whitespace().collect::<Vec<_>>()[4..6], ["0", "0"]);
+}
