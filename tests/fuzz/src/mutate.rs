@@ -30,7 +30,7 @@ const TOKENS: [&[u8]; 24] = [
     b"\xf0\x9f\x92\xa9",
 ];
 
-/// An endless series of inputs, the same for the same seeds.
+/// An endless series of inputs, the same for the same seeds and start.
 pub(crate) struct Mutator {
     seeds: Vec<Vec<u8>>,
     state: u64,
@@ -38,8 +38,8 @@ pub(crate) struct Mutator {
 }
 
 impl Mutator {
-    pub(crate) fn new(seeds: Vec<Vec<u8>>) -> Self {
-        Self { seeds, state: 0x6b75_6173_6172, input: Vec::new() }
+    pub(crate) fn new(seeds: Vec<Vec<u8>>, start: u64) -> Self {
+        Self { seeds, state: start, input: Vec::new() }
     }
 
     /// The next input.
@@ -133,7 +133,7 @@ mod tests {
     #[test]
     fn inputs_differ_and_come_again() {
         let seeds = || vec![b"{\"a\": [1, 2, 3]}".to_vec(), Vec::new()];
-        let (mut one, mut other) = (Mutator::new(seeds()), Mutator::new(seeds()));
+        let (mut one, mut other) = (Mutator::new(seeds(), 7), Mutator::new(seeds(), 7));
         let mut seen = HashSet::new();
         for _ in 0..10_000 {
             let input = one.next().to_vec();
@@ -146,7 +146,7 @@ mod tests {
 
     #[test]
     fn no_seeds_are_no_trouble() {
-        let mut mutator = Mutator::new(Vec::new());
+        let mut mutator = Mutator::new(Vec::new(), 7);
         for _ in 0..1_000 {
             mutator.next();
         }

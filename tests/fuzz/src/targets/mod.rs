@@ -23,8 +23,9 @@ macro_rules! targets {
                 #[test]
                 fn $name() {
                     let target = super::TARGETS.iter().find(|target| target.name == stringify!($name)).unwrap();
-                    if let Err(input) = crate::fuzz(target, 20_000) {
-                        panic!("{}", crate::hex(&input));
+                    let seed = crate::seed().unwrap();
+                    if let Err(input) = crate::fuzz(target, 20_000, seed) {
+                        panic!("{}={seed}: {}", crate::SEED, crate::hex(&input));
                     }
                 }
             )*
@@ -44,6 +45,11 @@ targets! {
     handshake
     initrd
     oci_spec
+    relay_answers
+    relay_args
+    relay_events
+    relay_frames
+    relay_lines
     stdio
     storages
     streams
