@@ -20,6 +20,8 @@ let
     mkOption {
       inherit type description;
     };
+  # What is checked when it is built is what runs; a daemon of another architecture cannot look at it.
+  canCheck = pkgs.stdenv.buildPlatform.canExecute pkgs.stdenv.hostPlatform;
 in
 {
   options = {
@@ -113,7 +115,7 @@ in
     configFile = mkOption {
       type = types.path;
       readOnly = true;
-      description = "The daemon's configuration.";
+      description = "The daemon's configuration, which the daemon itself has looked at when it was built.";
     };
     runtimeClass = {
       overhead = {
@@ -183,6 +185,9 @@ in
       cp ${toml.generate "kuasar-${name}-settings.toml" config.settings} "$out"
       chmod u+w "$out"
       ${lib.optionalString config.image.disk.verity ''(echo && cat ${config.image.disk}/verity.toml) >>"$out"''}
+      ${lib.optionalString canCheck ''
+        ${lib.getExe cfg.package} --check --config "$out"
+      ''}
     '';
   };
 }

@@ -25,6 +25,9 @@ pub struct Args {
     /// Writes to this file where the time of each pod goes, for chrome://tracing and Perfetto.
     #[arg(long, value_name = "FILE")]
     pub trace: Option<PathBuf>,
+    /// Reads and checks the configuration, and ends; touches nothing of the machine.
+    #[arg(long)]
+    pub check: bool,
     /// Prints the version.
     #[arg(long, short)]
     pub version: bool,

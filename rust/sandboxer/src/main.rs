@@ -55,11 +55,20 @@ fn told_once(error: &anyhow::Error) -> String {
     text
 }
 
-fn run(args: Args) -> anyhow::Result<()> {
+/// Reads the configuration, and what of it is not understood by reading.
+fn configuration(args: &Args) -> anyhow::Result<(Config, EnvFilter)> {
     let config = Config::load(&args.config)?;
     let level = args.log_level.as_ref().unwrap_or(&config.sandbox.log_level);
     let filter =
         EnvFilter::try_new(level).with_context(|| format!("understanding the log level {level:?}"))?;
+    Ok((config, filter))
+}
+
+fn run(args: Args) -> anyhow::Result<()> {
+    let (config, filter) = configuration(&args)?;
+    if args.check {
+        return Ok(());
+    }
     let log = tracing_subscriber::fmt::layer()
         .with_writer(std::io::stderr)
         .with_ansi(std::io::stderr().is_terminal())
