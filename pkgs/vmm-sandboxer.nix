@@ -13,9 +13,8 @@ rustPlatform.buildRustPackage (
   // {
     postInstall = ''
       mkdir -p "$out/lib/systemd/system"
-      for unit in kuasar-qemu.service kuasar@.service; do
-        sed "s|/usr/bin/vmm-sandboxer|$out/bin/vmm-sandboxer|" "rust/sandboxer/systemd/$unit" >"$out/lib/systemd/system/$unit"
-      done
+      sed "s|/usr/bin/vmm-sandboxer|$out/bin/vmm-sandboxer|" rust/sandboxer/systemd/kuasar@.service \
+        >"$out/lib/systemd/system/kuasar@.service"
     '';
     meta = {
       description = "containerd sandbox controller that runs every pod in a microVM";

@@ -23,7 +23,9 @@ use kuasar_e2e::{
 };
 use tokio::time::sleep;
 
-const DAEMON: &str = "kuasar-qemu.service";
+const DAEMON: &str = "kuasar@qemu.service";
+/// Of which the daemon is an instance.
+const UNIT: &str = "kuasar@.service";
 const CONTAINERD: &str = "containerd.service";
 /// As kubelet names a pod's.
 const SLICE: &str = "kubepods-besteffort-pod0123.slice";
@@ -117,13 +119,13 @@ fn write_units(machine: &Machine, paths: &Paths) {
     fs::write("/etc/kuasar/qemu.toml", config).unwrap();
     // The unit as it is: of the package, or, with a program that cargo built, of the repository.
     let of_package =
-        paths.sandboxer.parent().unwrap().parent().unwrap().join("lib/systemd/system").join(DAEMON);
-    let source = concat!(env!("CARGO_MANIFEST_DIR"), "/../../rust/sandboxer/systemd/kuasar-qemu.service");
+        paths.sandboxer.parent().unwrap().parent().unwrap().join("lib/systemd/system").join(UNIT);
+    let source = concat!(env!("CARGO_MANIFEST_DIR"), "/../../rust/sandboxer/systemd/kuasar@.service");
     let text = fs::read_to_string(&of_package).unwrap_or_else(|_| {
         let text = fs::read_to_string(source).unwrap();
         text.replace("/usr/bin/vmm-sandboxer", paths.sandboxer.to_str().unwrap())
     });
-    fs::write(Path::new("/etc/systemd/system").join(DAEMON), text).unwrap();
+    fs::write(Path::new("/etc/systemd/system").join(UNIT), text).unwrap();
     let config = lab::write_containerd_config(machine, paths, &Containerd::default()).unwrap();
     let unit = format!(
         "[Unit]\nAfter=local-fs.target\n[Service]\nType=notify\nExecStart={} --config {}\nEnvironment=PATH={}\n\
