@@ -191,7 +191,8 @@ mod tests {
             bytes += reader.next(&mut from).await.unwrap().payload.len();
             reads += 1;
         }
-        assert!(reads <= 10, "{reads} batches for 10000 frames");
+        // A piece of 16 KiB, and up to four short ones until a header ends where a read does.
+        assert!(reads <= 20, "{reads} batches for 10000 frames");
         let error = reader.next(&mut from).await.unwrap_err();
         assert_eq!(error.kind(), io::ErrorKind::UnexpectedEof);
 

@@ -112,8 +112,9 @@ mod tests {
                 assert_eq!(asked, b"CONNECT 1024\n", "and nobody waits any more");
             }
             let again = dial();
-            listener.accept().await.unwrap().0.write_all(b"OK 1\n").await.unwrap();
-            assert!(again.await.unwrap().is_ok());
+            let (mut vsock, _) = listener.accept().await.unwrap();
+            vsock.write_all(b"OK 1\n").await.unwrap();
+            assert!(again.await.unwrap().is_ok(), "there is room again");
         });
     }
 }
