@@ -8,6 +8,7 @@ mod devices;
 mod disks;
 mod ends;
 mod figures;
+mod full;
 mod guest;
 mod hung;
 mod io;
@@ -39,6 +40,7 @@ use cgroups::{
 };
 use devices::{devices_are_bound_from_the_guest, devices_of_every_guest_are_passed};
 use figures::{a_pod_is_resized, figures_of_pods_never_fail};
+use full::pods_are_stopped_and_removed_while_run_is_full;
 use guest::{
     a_guest_is_reached_any_number_of_times, a_kernel_panic_is_the_reason_of_a_pods_end,
     a_pod_has_its_name_sysctls_and_shared_memory, a_wrong_clock_is_put_right,
@@ -161,6 +163,7 @@ fn main() -> ExitCode {
             devices_are_bound_from_the_guest,
             figures_of_pods_never_fail,
             a_killed_daemon_finds_its_pods_again,
+            pods_are_stopped_and_removed_while_run_is_full,
             a_daemon_killed_while_a_pod_starts,
             a_daemon_killed_while_a_container_is_made,
             a_daemon_killed_while_a_pod_stops,
