@@ -52,8 +52,14 @@ pub mod pod_files {
     /// The hybrid vsock's socket; guest-initiated connections go to this name with `_<port>` appended. Short, as that may have
     /// ten digits.
     pub const VSOCK_SOCKET: &str = "vsock";
-    /// The folder that the guest sees.
+    /// The folder in which the daemon makes what containers need. No guest sees it.
+    pub const WORK: &str = "work";
+    /// The view of it that the guest sees: what is not a mount of its own is read-only.
     pub const SHARED: &str = "shared";
+    /// In both: the files that all containers of the pod have.
+    pub const FILES: &str = "files";
+    /// In both: the files and folders of the host that containers of the pod have as volumes.
+    pub const VOLUMES: &str = "volumes";
     /// The pod's logs.
     pub const LOG: &str = "log";
 }

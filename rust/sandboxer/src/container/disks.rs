@@ -96,6 +96,14 @@ impl Disks {
         self.vm = Some(vm);
     }
 
+    /// The processes that may serve the VM its shared folder.
+    #[must_use]
+    pub fn servers(&self) -> Vec<u32> {
+        let Some(record) = self.vm.as_ref().map(|vm| vm.record()) else { return Vec::new() };
+        let companions = record.companions.values().map(|process| process.pid);
+        std::iter::once(record.vmm.pid).chain(companions).collect()
+    }
+
     /// What the VM can take.
     ///
     /// # Errors

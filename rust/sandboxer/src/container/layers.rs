@@ -6,7 +6,6 @@
 //! containerd's erofs snapshotter has it unless its `default_size` is set, is mounted on the host and shared.
 
 use std::{
-    fs,
     path::{Path, PathBuf},
     process::Command,
 };
@@ -16,6 +15,8 @@ use kuasar_common::storage::{MOUNT_POINTS, Storage, driver};
 use super::{
     disks::Wanted,
     mount::{self, MountError, RootfsMount, failed},
+    storage::ROOTFS,
+    tree::{Dir, Mount},
 };
 
 /// What containerd has its mount manager check, and no runtime but runc has to.
@@ -105,23 +106,23 @@ impl Layers {
         Ok(InGuest { disks, overlay: Some(overlay), root })
     }
 
-    /// Mounts it at `target`, with its images below `folder`.
+    /// Mounts it as a container's root, with its images below `images`.
     ///
     /// # Errors
     /// When something cannot be mounted. What is mounted by then stays, for the caller to take away.
-    pub(super) fn on_host(&self, target: &Path, stage: &Path, folder: &Path) -> Result<(), MountError> {
+    pub(super) fn on_host(&self, container: &Dir, stage: &Dir, images: &Dir) -> Result<(), MountError> {
         let mut points = Vec::with_capacity(self.images.len());
         for (number, image) in self.images.iter().enumerate() {
-            let point = folder.join(number.to_string());
-            fs::create_dir_all(&point).map_err(failed("creating", &point))?;
-            mount_image(image, &point, stage)?;
-            points.push(point.display().to_string());
+            let name = number.to_string();
+            images.make_point(&name, true)?;
+            images.attach(&name, &mount_image(image, stage)?)?;
+            points.push(images.path(&name).display().to_string());
         }
         let (top, folders) = self.filled(&points)?;
         for folder in folders {
-            make(&folder, Path::new(points.first().map_or("/", String::as_str)))?;
+            make(&folder, images)?;
         }
-        mount::rootfs(&[top], target, stage)
+        mount::rootfs(&[top], container, ROOTFS, stage)
     }
 
     /// The last mount without templates, and the folders that it wants made.
@@ -202,54 +203,54 @@ fn fill(text: &str, points: &[String]) -> Result<String, MountError> {
 }
 
 /// Mounts an image. The kernel takes EROFS files as they are from 6.12 on; other images need a loop device, which mount(8) has.
-fn mount_image(image: &RootfsMount, point: &Path, stage: &Path) -> Result<(), MountError> {
+fn mount_image(image: &RootfsMount, stage: &Dir) -> Result<Mount, MountError> {
     let options = image.options.iter().filter(|option| *option != "loop").cloned().collect();
     let bare = RootfsMount { target: String::new(), options, ..image.clone() };
     let loops = bare.options.len() != image.options.len();
     if image.kind == "erofs" || !loops {
-        match mount::rootfs(&[bare], point, stage) {
+        match mount::file_system(&bare, stage) {
             Err(MountError::Io { source, .. })
                 if loops && source.raw_os_error() == Some(nix::libc::ENOTBLK) => {}
             other => return other,
         }
     }
-    let doing = || format!("mounting {} {} at", image.kind, image.source);
-    let mut command = Command::new("mount");
-    command.args(["-t", &image.kind, "-o", &image.options.join(","), "--", &image.source]).arg(point);
-    let output = command.output().map_err(failed(format!("{} with mount(8)", doing()), point))?;
-    if output.status.success() {
-        return Ok(());
-    }
-    let said = String::from_utf8_lossy(&output.stderr).trim().to_owned();
-    Err(failed(doing(), point)(std::io::Error::other(said)))
+    Mount::by(stage, |point| {
+        let doing = || format!("mounting {} {} at", image.kind, image.source);
+        let mut command = Command::new("mount");
+        command.args(["-t", &image.kind, "-o", &image.options.join(","), "--", &image.source]).arg(point);
+        let output = command.output().map_err(failed(format!("{} with mount(8)", doing()), point))?;
+        if output.status.success() {
+            return Ok(());
+        }
+        let said = String::from_utf8_lossy(&output.stderr).trim().to_owned();
+        Err(failed(doing(), point)(std::io::Error::other(said)))
+    })
 }
 
-/// Makes a folder of the kind that a mount asked for. Only in the images, whatever it is called.
-fn make(folder: &str, below: &Path) -> Result<(), MountError> {
-    use std::os::unix::fs::{DirBuilderExt, PermissionsExt, chown};
+/// Makes a folder of the kind that a mount asked for. Only in the images, whatever it is called, and whatever they lead to.
+fn make(folder: &str, images: &Dir) -> Result<(), MountError> {
     let mut words = folder.split(':');
     let path = Path::new(words.next().unwrap_or_default());
-    let base = below.parent().unwrap_or(below);
     let refuse = || {
         MountError::Refused(format!(
             "the root file system wants a folder {folder:?}, which is not one of its own"
         ))
     };
-    if !path.starts_with(base) || path.components().any(|part| part == std::path::Component::ParentDir) {
-        return Err(refuse());
-    }
+    let below = path.strip_prefix(images.path("")).map_err(|_| refuse())?;
+    let names: Option<Vec<&str>> =
+        below.iter().map(|name| name.to_str().filter(|name| *name != "..")).collect();
     let mode = words.next().map_or(Ok(0o700), |mode| u32::from_str_radix(mode, 8)).map_err(|_| refuse())?;
-    if path.is_dir() {
-        return Ok(());
-    }
-    fs::DirBuilder::new().recursive(true).mode(mode).create(path).map_err(failed("creating", path))?;
-    // Whatever the daemon's umask says: it may become the root of a container.
-    fs::set_permissions(path, fs::Permissions::from_mode(mode))
-        .map_err(failed("setting the mode of", path))?;
     let ids: Vec<u32> = words.map(str::parse).collect::<Result<_, _>>().map_err(|_| refuse())?;
+    let (image, names) = names.as_deref().and_then(<[&str]>::split_first).ok_or_else(refuse)?;
+    let mut at = images.at(image)?;
+    let mut made = false;
+    for name in names {
+        made = at.find(name)?.is_none();
+        at = at.make_with(name, mode)?;
+    }
     match *ids.as_slice() {
-        [] => Ok(()),
-        [uid, gid] => chown(path, Some(uid), Some(gid)).map_err(failed("giving away", path)),
+        [uid, gid] if made => at.give_to(uid, gid),
+        [] | [_, _] => Ok(()),
         _ => Err(refuse()),
     }
 }

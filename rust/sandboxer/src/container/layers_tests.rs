@@ -1,3 +1,5 @@
+use std::fs;
+
 use super::*;
 
 fn words(options: &[&str]) -> Vec<String> {
@@ -149,7 +151,7 @@ fn others_are_no_layers_and_what_cannot_be_is_named() {
 fn the_host_mounts_layers_and_makes_their_folders() {
     let dir = tempfile::tempdir().unwrap();
     let path = |name: &str| dir.path().join(name).display().to_string();
-    for name in ["a", "b", "root", "stage", "point"] {
+    for name in ["a", "b", "point"] {
         fs::create_dir(path(name)).unwrap();
     }
     for (name, file) in [("a", "one"), ("b", "two")] {
@@ -172,9 +174,10 @@ fn the_host_mounts_layers_and_makes_their_folders() {
         layer("a.erofs"),
         writable(2).pop().unwrap(),
     ];
-    let (target, stage, folder) =
-        (dir.path().join("root"), dir.path().join("stage"), dir.path().join("layers"));
-    of(&mounts).on_host(&target, &stage, &folder).unwrap();
+    let pod = Dir::open(dir.path()).unwrap();
+    let target = dir.path().join("rootfs");
+    let (stage, images) = (pod.make("stage").unwrap(), pod.make("layers").unwrap());
+    of(&mounts).on_host(&pod, &stage, &images).unwrap();
     assert_eq!(
         (fs::read_to_string(target.join("one")).unwrap(), fs::read_to_string(target.join("two")).unwrap()),
         ("a".into(), "b".into())
@@ -183,13 +186,13 @@ fn the_host_mounts_layers_and_makes_their_folders() {
     assert!(Path::new(&upper).join("new").exists() && Path::new(&work).is_dir(), "it writes to its own");
     mount::unmount_below(dir.path()).unwrap();
     // Not outside of itself.
-    let outside = |folder: &str| make(folder, &dir.path().join("layers/0")).unwrap_err().to_string();
+    let outside = |folder: &str| make(folder, &images).unwrap_err().to_string();
     for folder in
         ["/etc/x:0755", &format!("{}/../../x", path("layers/0")), &format!("{}/x:rwx", path("layers/0"))]
     {
         assert!(outside(folder).contains("is not one of its own"), "{folder}");
     }
-    let missing = of(&[image("erofs", &path("nowhere"), &["ro", "loop"])]).on_host(&target, &stage, &folder);
+    let missing = of(&[image("erofs", &path("nowhere"), &["ro", "loop"])]).on_host(&pod, &stage, &images);
     let error = missing.unwrap_err().to_string();
     assert!(error.starts_with("mounting erofs ") && error.contains("nowhere"), "{error}");
     mount::unmount_below(dir.path()).unwrap();

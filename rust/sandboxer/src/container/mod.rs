@@ -2,6 +2,7 @@
 //! pod's shared folder.
 
 mod disks;
+mod exports;
 mod layers;
 pub mod mount;
 pub mod mountinfo;
@@ -11,6 +12,7 @@ pub mod remove;
 mod sockets;
 pub mod spec;
 mod storage;
+mod tree;
 mod volumes;
 
 pub(crate) use self::storage::write_new;
@@ -20,3 +22,6 @@ pub use self::{
     sockets::HostSocket,
     storage::{Storage, StorageError, is_safe_id},
 };
+
+#[cfg(test)]
+mod hostile_tests;

@@ -1,19 +1,22 @@
-//! Mounts made for containers below a pod's shared folder, and their removal.
+//! Mounts made for containers below a pod's folder: their root file systems and volumes.
+//!
+//! The daemon works in `work/`, which no guest sees. What the guest sees is `shared/`, another view of it: its top and every
+//! folder that the daemon made are read-only there, and what is mounted in `work/` arrives with the attributes that it was
+//! mounted with.
 
 use std::{
-    fs, io,
-    os::unix::fs::FileTypeExt,
+    fs::File,
+    io,
+    os::fd::AsFd,
     path::{Component, Path, PathBuf},
-    thread,
 };
 
-use nix::{
-    mount::{MntFlags, MsFlags, mount, umount2},
-    sched::{CloneFlags, unshare},
-    sys::statvfs::{FsFlags, statvfs},
-};
+use kuasar_common::constants::pod_files;
+use nix::{libc, mount::MsFlags};
+use rustix::fs::{Mode, OFlags, open};
 
-use super::{mountinfo, remove, spec::Bind};
+pub(crate) use super::tree::unmount_below;
+use super::tree::{self, Change, Dir, Mount, Source};
 
 /// A file system as a snapshotter describes it.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -46,7 +49,10 @@ pub enum MountError {
     Refused(String),
 }
 
-pub(super) fn failed(doing: impl Into<String>, path: &Path) -> impl FnOnce(io::Error) -> MountError {
+pub(super) fn failed<D: Into<String>>(
+    doing: D,
+    path: &Path,
+) -> impl FnOnce(io::Error) -> MountError + use<D> {
     let (doing, path) = (doing.into(), path.to_owned());
     move |source| MountError::Io { doing, path, source }
 }
@@ -54,33 +60,76 @@ pub(super) fn failed(doing: impl Into<String>, path: &Path) -> impl FnOnce(io::E
 /// The kernel copies at most one page of mount data.
 const MAX_DATA: usize = 4095;
 
-/// Makes a folder a mount point whose later mounts reach processes in other mount namespaces, virtiofsd among them.
+/// What a pod's own files may take, which a guest may write to.
+const FILES: &str = "size=256k,nr_inodes=16,mode=755";
+
+/// Makes the folder in which the daemon works, and the view of it that is shared. Mounts that are made in the one later reach
+/// the other, also in the mount namespaces of other processes.
 ///
 /// # Errors
 /// When the mounts fail.
-pub fn share(folder: &Path) -> Result<(), MountError> {
-    if mountinfo::is_mounted(folder).map_err(failed("reading mounts for", folder))? {
-        return Ok(());
+pub(super) fn share(pod: &Dir) -> Result<Dir, MountError> {
+    let (work, shared) = (pod_files::WORK, pod_files::SHARED);
+    if !pod.is_mounted(work)? {
+        let make = |folder: &Dir| {
+            let own = Mount::copy(folder.as_fd(), false)?;
+            // First away from the peers it was born with, so that nothing made in here reaches other places of the host.
+            for propagation in [libc::MS_PRIVATE, libc::MS_SHARED] {
+                own.change(Change { propagation, ..Change::default() })?;
+            }
+            Ok(own)
+        };
+        let folder = pod.make_with(work, 0o700)?;
+        pod.attach(work, &make(&folder).map_err(failed("sharing", &pod.path(work)))?)?;
     }
-    bind(folder, folder, MsFlags::empty())?;
-    // First away from the peers it was born with, so that nothing made in here reaches other places of the host.
-    propagation(folder, MsFlags::MS_PRIVATE)?;
-    propagation(folder, MsFlags::MS_SHARED)
+    let folder = pod.at(work)?;
+    pod.make_with(shared, 0o700)?;
+    if !pod.is_mounted(shared)? {
+        let make = || {
+            let view = Mount::copy(folder.as_fd(), true)?;
+            let set = libc::MOUNT_ATTR_RDONLY | libc::MOUNT_ATTR_NOSUID | libc::MOUNT_ATTR_NODEV;
+            view.change(Change { set, ..Change::default() })?;
+            Ok(view)
+        };
+        pod.attach(shared, &make().map_err(failed("sharing", &pod.path(shared)))?)?;
+    }
+    Ok(folder)
 }
 
-/// Mounts a container's root file system. Nothing stays mounted on error.
+/// Makes the folder of the files that all containers of the pod have, which they may write to, and fill.
+///
+/// # Errors
+/// When it cannot be mounted.
+pub(super) fn common_files(work: &Dir, stage: &Dir) -> Result<(), MountError> {
+    let name = pod_files::FILES;
+    if work.is_mounted(name)? {
+        return Ok(());
+    }
+    let flags = MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC;
+    let fs = Source { kind: "tmpfs", source: "kuasar-files", flags, data: FILES, folder: None };
+    work.make_point(name, true)?;
+    work.attach(name, &Mount::new(fs, stage)?)
+}
+
+/// Mounts a container's root file system over a folder. Nothing stays mounted on error.
 ///
 /// # Errors
 /// When there is nothing to mount, an option is not known to us, or the kernel refuses.
-pub fn rootfs(mounts: &[RootfsMount], target: &Path, stage: &Path) -> Result<(), MountError> {
+#[tracing::instrument(name = "mount rootfs", level = "trace", skip_all)]
+pub(super) fn rootfs(
+    mounts: &[RootfsMount],
+    folder: &Dir,
+    name: &str,
+    stage: &Dir,
+) -> Result<(), MountError> {
     check_any(mounts)?;
-    mounts.iter().try_for_each(|one| rootfs_one(one, target, stage)).inspect_err(|_| {
+    folder.make_point(name, true)?;
+    mounts.iter().try_for_each(|one| rootfs_one(one, folder, name, stage)).inspect_err(|_| {
         // The first error is the one to report.
-        let _ = unmount_below(target);
+        let _ = unmount_below(&folder.path(name));
     })
 }
 
-#[tracing::instrument(name = "mount rootfs", level = "trace", skip_all)]
 /// A container has to have a root.
 ///
 /// # Errors
@@ -94,23 +143,31 @@ pub(super) fn check_any(mounts: &[RootfsMount]) -> Result<(), MountError> {
     Ok(())
 }
 
-fn rootfs_one(one: &RootfsMount, target: &Path, stage: &Path) -> Result<(), MountError> {
-    let target = join_below(target, &one.target)?;
+fn rootfs_one(one: &RootfsMount, folder: &Dir, name: &str, stage: &Dir) -> Result<(), MountError> {
+    let inside = inside(&one.target)?;
+    let made = file_system(one, stage)?;
+    // The guest's kernel has devices of its own.
+    let change = Change { set: libc::MOUNT_ATTR_NODEV, recursive: true, ..Change::default() };
+    made.change(change).map_err(failed("setting the attributes of", Path::new(&one.source)))?;
+    if inside.as_os_str().is_empty() {
+        return folder.attach(name, &made);
+    }
+    // What is in an image leads nowhere outside of it, and a guest that sees it already may change it.
+    let point = folder.find(name)?.ok_or_else(|| io::Error::from(io::ErrorKind::NotFound));
+    let point = point.and_then(|root| tree::open_inside(root.as_fd(), &inside));
+    let attached = point.and_then(|point| made.attach(point.as_fd()));
+    attached.map_err(failed(format!("mounting {} at", one.source), &folder.path(name).join(&inside)))
+}
+
+/// Mounts what a snapshotter describes, nowhere yet.
+pub(super) fn file_system(one: &RootfsMount, stage: &Dir) -> Result<Mount, MountError> {
     let (flags, data) = parse_options(&one.options)?;
     if one.kind == "bind" || flags.contains(MsFlags::MS_BIND) {
-        let read_only = flags.contains(MsFlags::MS_RDONLY);
-        return staged_bind(Path::new(&one.source), &target, stage, flags & MsFlags::MS_REC, read_only);
+        return bind(Path::new(&one.source), flags);
     }
-    let doing = || format!("mounting {} {} at", one.kind, one.source);
+    let fs = Source { kind: &one.kind, source: &one.source, flags, data: &data, folder: None };
     if data.len() <= MAX_DATA {
-        return mount(
-            Some(one.source.as_str()),
-            &target,
-            Some(one.kind.as_str()),
-            flags,
-            Some(data.as_str()),
-        )
-        .map_err(|e| failed(doing(), &target)(e.into()));
+        return Mount::new(fs, stage);
     }
     let (folder, short) = relative_layers(&one.options).ok_or_else(|| {
         MountError::Refused(format!(
@@ -127,20 +184,27 @@ fn rootfs_one(one: &RootfsMount, target: &Path, stage: &Path) -> Result<(), Moun
             data.len()
         )));
     }
-    mount_from(&folder, one, &target, flags, &data).map_err(failed(doing(), &target))
+    Mount::new(Source { flags, data: &data, folder: Some(&folder), ..fs }, stage)
 }
 
-/// Mounts with a working folder of its own: relative layer paths are resolved there.
-fn mount_from(folder: &Path, one: &RootfsMount, target: &Path, flags: MsFlags, data: &str) -> io::Result<()> {
-    thread::scope(|scope| {
-        let work = scope.spawn(|| {
-            // The working folder belongs to the process; this thread takes a copy, and ends with it.
-            unshare(CloneFlags::CLONE_FS)?;
-            nix::unistd::chdir(folder)?;
-            mount(Some(one.source.as_str()), target, Some(one.kind.as_str()), flags, Some(data))
-        });
-        work.join().unwrap_or(Err(nix::Error::EIO)).map_err(io::Error::from)
-    })
+/// Copies what is mounted somewhere on the host. Its own attributes stay, those of the flags are added.
+fn bind(source: &Path, flags: MsFlags) -> Result<Mount, MountError> {
+    let failed = || failed("mounting", source);
+    let from = open(source, OFlags::PATH | OFlags::CLOEXEC, Mode::empty()).map_err(|e| failed()(e.into()))?;
+    // Here whoever waits for a server that is away has a name; in the guest it would only stand still.
+    let found = from.try_clone().and_then(|from| File::from(from).metadata()).map_err(failed())?;
+    if !found.is_dir() {
+        return Err(failed()(io::ErrorKind::NotADirectory.into()));
+    }
+    let made = Mount::copy(from.as_fd(), flags.contains(MsFlags::MS_REC)).map_err(failed())?;
+    let attributes = [
+        (MsFlags::MS_RDONLY, libc::MOUNT_ATTR_RDONLY),
+        (MsFlags::MS_NOSUID, libc::MOUNT_ATTR_NOSUID),
+        (MsFlags::MS_NOEXEC, libc::MOUNT_ATTR_NOEXEC),
+    ];
+    let set = attributes.iter().filter(|(flag, _)| flags.contains(*flag)).fold(0, |set, (_, one)| set | one);
+    made.change(Change { set, ..Change::default() }).map_err(failed())?;
+    Ok(made)
 }
 
 /// Splits the folder that all lower layers share from their paths.
@@ -191,129 +255,12 @@ fn parse_options(options: &[String]) -> Result<(MsFlags, String), MountError> {
     Ok((flags, data.join(",")))
 }
 
-/// Makes a bind mount of a container's spec at `target`, creating the mount point. `stage` is a folder for mounts in the
-/// making, outside of what the guest sees.
-///
-/// # Errors
-/// When the source is missing, is of a kind that a VM cannot use, or the kernel refuses.
-pub fn volume(volume: &Bind, target: &Path, stage: &Path) -> Result<(), MountError> {
-    let kind = fs::metadata(&volume.source)
-        .map_err(failed(format!("mounting for {}", volume.destination), &volume.source))?
-        .file_type();
-    if !kind.is_dir() && !kind.is_file() {
-        let what = if kind.is_socket() {
-            "a socket"
-        } else if kind.is_fifo() {
-            "a pipe"
-        } else {
-            "a device"
-        };
-        return Err(MountError::Refused(format!(
-            "the mount of {} at {}: it is {what} of the host, which does not work inside a VM; remove the mount",
-            volume.source.display(),
-            volume.destination
-        )));
-    }
-    mount_point(target, kind.is_dir())?;
-    let recursive = if volume.recursive { MsFlags::MS_REC } else { MsFlags::empty() };
-    staged_bind(&volume.source, target, stage, recursive, volume.read_only)
-}
-
-fn mount_point(path: &Path, is_dir: bool) -> Result<(), MountError> {
-    let made = if is_dir { fs::create_dir_all(path) } else { fs::File::create(path).map(drop) };
-    made.map_err(failed("creating", path))
-}
-
-/// A bind mount that is complete before it gets to `target`: flags and propagation that are set later would not reach
-/// the copies of the mount in other mount namespaces, so virtiofsd's would stay writable.
-#[tracing::instrument(name = "mount volume", level = "trace", skip_all)]
-fn staged_bind(
-    source: &Path,
-    target: &Path,
-    stage: &Path,
-    recursive: MsFlags,
-    ro: bool,
-) -> Result<(), MountError> {
-    let is_dir = fs::metadata(source).map_err(failed("mounting", source))?.is_dir();
-    fs::create_dir_all(stage).map_err(failed("creating", stage))?;
-    let point = stage.join("mount");
-    remove::remove(&point)?;
-    mount_point(&point, is_dir)?;
-    let made = bind(source, &point, recursive)
-        // Later mounts below the source arrive (HostToContainer), and unmounting here does not unmount there.
-        .and_then(|()| propagation(&point, MsFlags::MS_SLAVE))
-        .and_then(|()| if ro { read_only(&point) } else { Ok(()) })
-        .and_then(|()| bind(&point, target, MsFlags::MS_REC));
-    made.and(remove::remove(&point))
-}
-
-fn propagation(point: &Path, kind: MsFlags) -> Result<(), MountError> {
-    let none = None::<&str>;
-    mount(none, point, none, kind | MsFlags::MS_REC, none)
-        .map_err(|e| failed("setting the propagation of", point)(e.into()))
-}
-
-fn bind(source: &Path, target: &Path, more: MsFlags) -> Result<(), MountError> {
-    let none = None::<&str>;
-    mount(Some(source), target, none, MsFlags::MS_BIND | more, none)
-        .map_err(|e| failed(format!("mounting {} at", source.display()), target)(e.into()))
-}
-
-/// A bind mount takes its flags only in a second call, which must repeat those that are locked.
-fn read_only(target: &Path) -> Result<(), MountError> {
-    let given = statvfs(target).map_err(|e| failed("reading the mount flags of", target)(e.into()))?.flags();
-    let mut flags = MsFlags::MS_REMOUNT | MsFlags::MS_BIND | MsFlags::MS_RDONLY;
-    for (has, keep) in [
-        (FsFlags::ST_NOSUID, MsFlags::MS_NOSUID),
-        (FsFlags::ST_NODEV, MsFlags::MS_NODEV),
-        (FsFlags::ST_NOEXEC, MsFlags::MS_NOEXEC),
-        (FsFlags::ST_NOATIME, MsFlags::MS_NOATIME),
-        (FsFlags::ST_RELATIME, MsFlags::MS_RELATIME),
-    ] {
-        if given.contains(has) {
-            flags |= keep;
-        }
-    }
-    let none = None::<&str>;
-    mount(none, target, none, flags, none).map_err(|e| failed("making read-only", target)(e.into()))
-}
-
-/// Unmounts everything at and below a path, and checks that nothing is left.
-///
-/// # Errors
-/// When something stays mounted.
-pub fn unmount_below(path: &Path) -> Result<(), MountError> {
-    let read = || mountinfo::below(path).map_err(failed("reading the mounts below", path));
-    let mut last = None;
-    for point in read()? {
-        if let Err(error) = unmount(&point) {
-            last = Some(failed("unmounting", &point)(error));
-        }
-    }
-    match read()?.first() {
-        None => Ok(()),
-        Some(left) => {
-            Err(last.unwrap_or_else(|| MountError::Refused(format!("{} is still mounted", left.display()))))
-        }
-    }
-}
-
-fn unmount(point: &Path) -> io::Result<()> {
-    match umount2(point, MntFlags::UMOUNT_NOFOLLOW) {
-        // Gone with a mount above it, or by another hand.
-        Ok(()) | Err(nix::Error::EINVAL | nix::Error::ENOENT) => Ok(()),
-        // Still open somewhere, e.g. in a file server that is about to end: out of sight now, released when it closes.
-        Err(nix::Error::EBUSY) => Ok(umount2(point, MntFlags::UMOUNT_NOFOLLOW | MntFlags::MNT_DETACH)?),
-        Err(error) => Err(error.into()),
-    }
-}
-
-/// Joins a path that came from elsewhere so that it stays below `base`.
-fn join_below(base: &Path, path: &str) -> Result<PathBuf, MountError> {
-    let mut joined = base.to_owned();
+/// A path from elsewhere as one that goes only down.
+fn inside(path: &str) -> Result<PathBuf, MountError> {
+    let mut inside = PathBuf::new();
     for component in Path::new(path).components() {
         match component {
-            Component::Normal(name) => joined.push(name),
+            Component::Normal(name) => inside.push(name),
             Component::RootDir | Component::CurDir => {}
             _ => {
                 return Err(MountError::Refused(format!(
@@ -322,9 +269,9 @@ fn join_below(base: &Path, path: &str) -> Result<PathBuf, MountError> {
             }
         }
     }
-    Ok(joined)
+    Ok(inside)
 }
 
 #[cfg(test)]
 #[path = "mount_tests.rs"]
-mod tests;
+pub(super) mod tests;

@@ -1,18 +1,36 @@
-//! What is mounted, from `/proc/self/mountinfo` (proc_pid_mountinfo(5)).
+//! What is mounted, from mountinfo (proc_pid_mountinfo(5)).
 
 use std::{
     ffi::OsString,
     fs, io,
-    os::unix::ffi::{OsStrExt, OsStringExt},
+    os::unix::ffi::OsStringExt,
     path::{Path, PathBuf},
 };
 
-/// Mount points at or below a path, deepest and latest first: the order in which to unmount them.
+/// A mount.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Entry {
+    /// Its number, and that of the mount it is in.
+    pub(crate) id: u64,
+    pub(crate) parent: u64,
+    /// The file system's device, `major:minor`.
+    pub(crate) device: String,
+    /// The folder of its file system that it shows.
+    pub(crate) root: PathBuf,
+    /// Where it is.
+    pub(crate) point: PathBuf,
+    /// The group of mounts that pass on to one another what is mounted in one of them.
+    pub(crate) peers: Option<u64>,
+    /// The group that it receives from.
+    pub(crate) master: Option<u64>,
+}
+
+/// Reads what is mounted in this process's namespace, in the order of mounting.
 ///
 /// # Errors
 /// When mountinfo cannot be read.
-pub fn below(path: &Path) -> io::Result<Vec<PathBuf>> {
-    Ok(below_in(&fs::read("/proc/self/mountinfo")?, path))
+pub(crate) fn read() -> io::Result<Vec<Entry>> {
+    Ok(parse(&fs::read("/proc/self/mountinfo")?))
 }
 
 /// Whether something is mounted below a path, itself aside.
@@ -20,30 +38,31 @@ pub fn below(path: &Path) -> io::Result<Vec<PathBuf>> {
 /// # Errors
 /// When mountinfo cannot be read.
 pub fn has_mounts_below(path: &Path) -> io::Result<bool> {
-    Ok(below(path)?.iter().any(|point| point != path))
+    Ok(read()?.iter().any(|entry| entry.point != path && entry.point.starts_with(path)))
 }
 
-/// Whether a path is itself a mount point.
-///
-/// # Errors
-/// When mountinfo cannot be read.
-pub fn is_mounted(path: &Path) -> io::Result<bool> {
-    Ok(below(path)?.iter().any(|point| point == path))
+/// Reads mountinfo. Lines that cannot be read are skipped.
+pub(crate) fn parse(mountinfo: &[u8]) -> Vec<Entry> {
+    mountinfo.split(|byte| *byte == b'\n').filter_map(entry).collect()
 }
 
-fn below_in(mountinfo: &[u8], path: &Path) -> Vec<PathBuf> {
-    let mut points: Vec<PathBuf> = mountinfo
-        .split(|byte| *byte == b'\n')
-        .filter_map(|line| line.split(|byte| *byte == b' ').nth(4))
-        .map(unescape)
-        .filter(|point| point.starts_with(path))
-        .collect();
-    // Lines are in the order of mounting; a stable sort keeps what is stacked on one point in that order.
-    points.reverse();
-    points.sort_by_key(|point| {
-        std::cmp::Reverse(point.as_os_str().as_bytes().iter().filter(|b| **b == b'/').count())
-    });
-    points
+fn entry(line: &[u8]) -> Option<Entry> {
+    let mut fields = line.split(|byte| *byte == b' ');
+    let mut next = || fields.next();
+    let number = |field: &[u8]| std::str::from_utf8(field).ok()?.parse().ok();
+    let (id, parent) = (number(next()?)?, number(next()?)?);
+    let device = String::from_utf8_lossy(next()?).into_owned();
+    let (root, point) = (unescape(next()?), unescape(next()?));
+    let _options = next()?;
+    let (mut peers, mut master) = (None, None);
+    for field in fields.take_while(|field| *field != b"-") {
+        if let Some(group) = field.strip_prefix(b"shared:") {
+            peers = number(group);
+        } else if let Some(group) = field.strip_prefix(b"master:") {
+            master = number(group);
+        }
+    }
+    Some(Entry { id, parent, device, root, point, peers, master })
 }
 
 /// Blanks, tabs, newlines and backslashes are three octal digits in mountinfo.
@@ -71,31 +90,32 @@ mod tests {
     use super::*;
 
     const INFO: &[u8] = br"22 1 0:20 / / rw,relatime shared:1 - ext4 /dev/vda rw
-30 22 0:30 / /run/k/p/shared rw shared:2 - tmpfs tmpfs rw
-31 30 0:31 / /run/k/p/shared/c/rootfs rw - overlay overlay rw
-32 30 0:32 /x /run/k/p/shared/c/mounts/with\040blank rw - ext4 /dev/vda rw
-33 31 0:33 / /run/k/p/shared/c/rootfs rw - overlay overlay rw
+32 30 0:32 /x /run/k/p/with\040blank rw shared:7 master:2 propagate_from:1 - ext4 /dev/vda rw
 34 22 0:34 / /run/k/p2 rw - tmpfs tmpfs rw
 ";
 
     #[test]
-    fn the_deepest_come_first_and_neighbours_do_not_count() {
-        let found = below_in(INFO, Path::new("/run/k/p"));
-        let found: Vec<&str> = found.iter().map(|p| p.to_str().unwrap()).collect();
+    fn fields_are_found() {
+        let all = parse(INFO);
         assert_eq!(
-            found,
-            [
-                "/run/k/p/shared/c/mounts/with blank",
-                "/run/k/p/shared/c/rootfs",
-                "/run/k/p/shared/c/rootfs",
-                "/run/k/p/shared"
-            ]
+            all.get(1),
+            Some(&Entry {
+                id: 32,
+                parent: 30,
+                device: "0:32".into(),
+                root: "/x".into(),
+                point: "/run/k/p/with blank".into(),
+                peers: Some(7),
+                master: Some(2),
+            })
         );
+        let groups: Vec<_> = all.iter().map(|entry| (entry.peers, entry.master)).collect();
+        assert_eq!(groups, [(Some(1), None), (Some(7), Some(2)), (None, None)]);
     }
 
     #[test]
     fn torn_lines_are_skipped() {
-        assert!(below_in(b"\n1 2\nx\n", Path::new("/")).is_empty());
+        assert!(parse(b"\n1 2\nx\n3 4 0:1 / \n").is_empty());
         assert_eq!(unescape(br"/a\0b\"), Path::new(r"/a\0b\"));
     }
 }

@@ -8,7 +8,7 @@ use std::{
 };
 
 use kuasar_common::{
-    constants::{GUEST_BLOCK_NODES, GUEST_STATE_DIR},
+    constants::GUEST_BLOCK_NODES,
     storage::{MOUNT_POINTS, Storage, driver},
 };
 use serde_json::{Value, json};
@@ -213,11 +213,7 @@ impl Plan {
 
     /// The spec's mount that shows a bind mount of the host.
     fn mount_of(&mut self, container: &str, bind: &Bind) -> Option<&mut Object> {
-        let shared = format!("{GUEST_STATE_DIR}/{container}/mounts/{}", bind.name);
-        let mounts = self.spec.get_mut("mounts").and_then(Value::as_array_mut).into_iter().flatten();
-        mounts
-            .filter_map(Value::as_object_mut)
-            .find(|mount| mount.get("source").and_then(Value::as_str) == Some(&shared))
+        volumes::mount_of(&mut self.spec, container, &bind.name)
     }
 
     /// Read-only is the top of a mount, not what is mounted below it or will be. In the guest all of it is one mount, and what

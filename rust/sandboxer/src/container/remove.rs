@@ -1,14 +1,31 @@
-//! Removal of folders in which something may be mounted: never deletes what is behind a mount.
+//! Removal of folders in which something may be mounted: never deletes what is behind a mount, and needs no more memory, stack
+//! or descriptors for a deep or a wide tree than for a small one.
 
-use std::{ffi::OsStr, fs, io, os::unix::ffi::OsStrExt, path::Path};
-
-use nix::{
-    dir::{Dir, Type},
-    fcntl::{OFlag, OpenHow, ResolveFlag, openat2},
-    unistd::{UnlinkatFlags, unlinkat},
+use std::{
+    ffi::{CStr, OsStr},
+    mem::MaybeUninit,
+    os::{
+        fd::{AsFd, BorrowedFd, OwnedFd},
+        unix::ffi::OsStrExt,
+    },
+    path::Path,
 };
 
-use super::mount::{MountError, failed, unmount_below};
+use rustix::{
+    fs::{
+        AtFlags, FileType, Mode, OFlags, RawDir, RenameFlags, ResolveFlags, SeekFrom, lstat, open, openat2,
+        renameat_with, seek, unlinkat,
+    },
+    io::Errno,
+};
+
+use super::{
+    mount::{MountError, failed},
+    tree::unmount_below,
+};
+
+/// Bytes of names that are read at once.
+const NAMES: usize = 32 << 10;
 
 /// Unmounts everything at and below a folder or file, verifies it, and removes it without entering other mounts.
 /// One that is not there is no error.
@@ -22,46 +39,135 @@ pub fn remove(folder: &Path) -> Result<(), MountError> {
 
 /// The second half of [`remove`]. Stops at the first mount it meets, even of the same file system.
 pub(super) fn remove_tree(folder: &Path) -> Result<(), MountError> {
-    match fs::symlink_metadata(folder) {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
-        Err(error) => return Err(failed("removing", folder)(error)),
-        Ok(found) if !found.is_dir() => return fs::remove_file(folder).map_err(failed("removing", folder)),
+    let at = |doing: &'static str| move |error: Errno| failed(doing, folder)(error.into());
+    match lstat(folder) {
+        Err(Errno::NOENT) => return Ok(()),
+        Err(error) => return Err(at("removing")(error)),
+        Ok(found) if FileType::from_raw_mode(found.st_mode) != FileType::Directory => {
+            return unlinkat(rustix::fs::CWD, folder, AtFlags::empty()).map_err(at("removing"));
+        }
         Ok(_) => {}
     }
-    let flags = OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
-    let mut dir = Dir::open(folder, flags, nix::sys::stat::Mode::empty())
-        .map_err(|e| failed("opening", folder)(e.into()))?;
-    empty(&mut dir, folder)?;
+    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    let dir = open(folder, flags, Mode::empty()).map_err(at("opening"))?;
+    Emptying { top: dir.as_fd(), path: folder, moved: 0 }.run()?;
     drop(dir);
-    fs::remove_dir(folder).map_err(failed("removing", folder))
+    unlinkat(rustix::fs::CWD, folder, AtFlags::REMOVEDIR).map_err(at("removing"))
 }
 
-fn empty(dir: &mut Dir, path: &Path) -> Result<(), MountError> {
-    let entries: Vec<_> =
-        dir.iter().collect::<Result<_, _>>().map_err(|e| failed("listing", path)(e.into()))?;
-    for entry in entries {
-        let name = entry.file_name();
-        if matches!(name.to_bytes(), b"." | b"..") {
-            continue;
+/// Empties a folder. What it finds in a folder of that one and cannot remove, a folder that is not empty, it moves up first: so
+/// it is never more than one folder deep.
+struct Emptying<'a> {
+    top: BorrowedFd<'a>,
+    path: &'a Path,
+    moved: u64,
+}
+
+impl Emptying<'_> {
+    fn run(&mut self) -> Result<(), MountError> {
+        let mut names = vec![MaybeUninit::uninit(); NAMES];
+        let mut inner = vec![MaybeUninit::uninit(); NAMES];
+        // Until a look from the beginning finds nothing: names have come meanwhile.
+        loop {
+            let mut found = false;
+            self.rewind(self.top)?;
+            let mut entries = RawDir::new(self.top, &mut names);
+            while let Some(entry) = entries.next() {
+                let entry = entry.map_err(self.failed("listing", c""))?;
+                if is_dots(entry.file_name()) {
+                    continue;
+                }
+                found = true;
+                let name = entry.file_name();
+                if !self.try_remove(self.top, name)? {
+                    let folder = self.enter(name)?;
+                    self.flatten(&folder, &mut inner)?;
+                    drop(folder);
+                    self.remove_empty(name)?;
+                }
+            }
+            if !found {
+                return Ok(());
+            }
         }
-        let child = path.join(OsStr::from_bytes(name.to_bytes()));
-        let is_dir = match entry.file_type() {
-            Some(kind) => kind == Type::Directory,
-            None => fs::symlink_metadata(&child).map_err(failed("examining", &child))?.is_dir(),
-        };
-        let how = if is_dir {
-            let how = OpenHow::new()
-                .flags(OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC)
-                .resolve(ResolveFlag::RESOLVE_NO_XDEV | ResolveFlag::RESOLVE_BENEATH);
-            let fd = openat2(&*dir, name, how)
-                .map_err(|e| failed("entering (is something mounted there?)", &child)(e.into()))?;
-            let mut inner = Dir::from_fd(fd).map_err(|e| failed("opening", &child)(e.into()))?;
-            empty(&mut inner, &child)?;
-            UnlinkatFlags::RemoveDir
-        } else {
-            UnlinkatFlags::NoRemoveDir
-        };
-        unlinkat(&*dir, name, how).map_err(|e| failed("removing", &child)(e.into()))?;
     }
-    Ok(())
+
+    /// Empties a folder into the top one.
+    fn flatten(&mut self, folder: &OwnedFd, names: &mut [MaybeUninit<u8>]) -> Result<(), MountError> {
+        loop {
+            let mut found = false;
+            self.rewind(folder.as_fd())?;
+            let mut entries = RawDir::new(folder, names);
+            while let Some(entry) = entries.next() {
+                let entry = entry.map_err(self.failed("listing", c""))?;
+                if is_dots(entry.file_name()) {
+                    continue;
+                }
+                found = true;
+                if !self.try_remove(folder.as_fd(), entry.file_name())? {
+                    self.move_up(folder.as_fd(), entry.file_name())?;
+                }
+            }
+            if !found {
+                return Ok(());
+            }
+        }
+    }
+
+    /// Removes a file or an empty folder; says no to a folder that is not empty.
+    fn try_remove(&self, folder: BorrowedFd<'_>, name: &CStr) -> Result<bool, MountError> {
+        match unlinkat(folder, name, AtFlags::empty()) {
+            Ok(()) | Err(Errno::NOENT) => return Ok(true),
+            Err(Errno::ISDIR) => {}
+            Err(error) => return Err(self.failed("removing", name)(error)),
+        }
+        match unlinkat(folder, name, AtFlags::REMOVEDIR) {
+            Ok(()) | Err(Errno::NOENT) => Ok(true),
+            Err(Errno::NOTEMPTY | Errno::EXIST) => Ok(false),
+            Err(Errno::BUSY) => Err(self.failed("entering (is something mounted there?)", name)(Errno::BUSY)),
+            Err(error) => Err(self.failed("removing", name)(error)),
+        }
+    }
+
+    fn remove_empty(&self, name: &CStr) -> Result<(), MountError> {
+        match unlinkat(self.top, name, AtFlags::REMOVEDIR) {
+            Ok(()) | Err(Errno::NOENT) => Ok(()),
+            Err(error) => Err(self.failed("removing", name)(error)),
+        }
+    }
+
+    fn enter(&self, name: &CStr) -> Result<OwnedFd, MountError> {
+        let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        let resolve = ResolveFlags::NO_XDEV | ResolveFlags::BENEATH;
+        let entered = openat2(self.top, name, flags, Mode::empty(), resolve);
+        entered.map_err(self.failed("entering (is something mounted there?)", name))
+    }
+
+    fn move_up(&mut self, folder: BorrowedFd<'_>, name: &CStr) -> Result<(), MountError> {
+        loop {
+            self.moved = self.moved.wrapping_add(1);
+            let to = format!(".removing-{}", self.moved);
+            match renameat_with(folder, name, self.top, &*to, RenameFlags::NOREPLACE) {
+                Ok(()) | Err(Errno::NOENT) => return Ok(()),
+                // An earlier attempt left one.
+                Err(Errno::EXIST) => {}
+                Err(error) => {
+                    return Err(self.failed("entering (is something mounted there?)", name)(error));
+                }
+            }
+        }
+    }
+
+    fn rewind(&self, folder: BorrowedFd<'_>) -> Result<(), MountError> {
+        seek(folder, SeekFrom::Start(0)).map(drop).map_err(self.failed("listing", c""))
+    }
+
+    fn failed(&self, doing: &str, name: &CStr) -> impl FnOnce(Errno) -> MountError + use<> {
+        let (doing, path) = (doing.to_owned(), self.path.join(OsStr::from_bytes(name.to_bytes())));
+        move |error| MountError::Io { doing, path, source: error.into() }
+    }
+}
+
+fn is_dots(name: &CStr) -> bool {
+    matches!(name.to_bytes(), b"." | b"..")
 }

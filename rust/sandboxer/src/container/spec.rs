@@ -26,7 +26,7 @@ pub struct Target<'a> {
 /// A mount of something of the host's, which has to be made there so that the guest sees its source.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Bind {
-    /// Name below `shared/<container>/mounts/`.
+    /// Its number among those of the container.
     pub name: String,
     /// The host's path.
     pub source: PathBuf,

@@ -133,7 +133,7 @@ fn bind_mounts_become_paths_of_the_share() {
 #[test]
 fn the_pods_files_are_added_where_cri_gave_none() {
     let (spec, _) = rewritten(cri());
-    assert_eq!(mount(&spec, "/etc/resolv.conf")["source"], "/run/kuasar/state/resolv.conf");
+    assert_eq!(mount(&spec, "/etc/resolv.conf")["source"], "/run/kuasar/state/files/resolv.conf");
     assert_eq!(mount(&spec, "/etc/hostname")["options"], json!(["rbind", "rprivate", "rw"]));
     let mut read_only = cri();
     read_only["root"]["readonly"] = json!(true);

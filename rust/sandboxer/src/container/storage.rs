@@ -13,20 +13,27 @@ use kuasar_common::{
 };
 
 use super::{
+    exports::{Exports, Shown},
     mount::{self, MountError},
     plan::Plan,
     remove,
-    spec::SpecError,
+    spec::{Bind, SpecError},
+    tree::Dir,
+    volumes,
 };
 use crate::vmm::VmError;
 
-/// Makes and removes `shared/<container>`. One at a time per pod: the caller holds the pod's lock.
+/// Where file systems are mounted before they go where they belong.
+const STAGE: &str = "stage";
+/// Where images are mounted that root file systems are made of.
+const LAYERS: &str = "layers";
+/// A container's root file system, in its folder.
+pub(super) const ROOTFS: &str = "rootfs";
+
+/// Makes and removes what containers have in the pod's folder. One at a time per pod: the caller holds the pod's lock.
 #[derive(Clone, Debug)]
 pub struct Storage {
-    shared: PathBuf,
-    stage: PathBuf,
-    /// Where images are mounted that root file systems are made of.
-    layers: PathBuf,
+    dir: PathBuf,
 }
 
 /// Why a container's files could not be made ready.
@@ -107,27 +114,24 @@ pub fn is_safe_id(id: &str) -> bool {
     (1..=128).contains(&id.len())
         && !id.starts_with('.')
         && id.bytes().all(|byte| byte.is_ascii_alphanumeric() || matches!(byte, b'-' | b'_' | b'.'))
-        && !matches!(id, "hosts" | "hostname" | "resolv.conf")
+        && !matches!(id, "hosts" | "hostname" | "resolv.conf" | pod_files::FILES | pod_files::VOLUMES)
 }
 
 impl Storage {
     /// The storage of the pod with this folder.
     #[must_use]
     pub fn new(pod_dir: &Path) -> Self {
-        Self {
-            shared: pod_dir.join(pod_files::SHARED),
-            stage: pod_dir.join("stage"),
-            layers: pod_dir.join("layers"),
-        }
+        Self { dir: pod_dir.to_owned() }
     }
 
-    /// Creates the shared folder, visible to processes in other mount namespaces.
+    /// Makes the folder to work in and what the guest sees of it, also by processes in other mount namespaces.
     ///
     /// # Errors
     /// When it cannot be created or mounted.
     pub fn create(&self) -> Result<(), StorageError> {
-        fs::create_dir_all(&self.shared).map_err(StorageError::file("creating", &self.shared))?;
-        Ok(mount::share(&self.shared)?)
+        let pod = Dir::open(&self.dir)?;
+        let work = mount::share(&pod)?;
+        Ok(mount::common_files(&work, &pod.make(STAGE)?)?)
     }
 
     /// Writes a file that all containers of the pod see.
@@ -135,65 +139,72 @@ impl Storage {
     /// # Errors
     /// When it cannot be written.
     pub fn write_pod_file(&self, name: &str, text: &str) -> Result<(), StorageError> {
-        let path = self.shared.join(name);
-        let readable = || {
-            fs::write(&path, text)?;
-            // By containers' users, whatever the daemon's umask says.
-            fs::set_permissions(&path, fs::Permissions::from_mode(0o644))
-        };
-        readable().map_err(StorageError::file("writing", &path))
+        let files = Dir::open(&self.dir)?.at(pod_files::WORK)?.at(pod_files::FILES)?;
+        Ok(files.write(name, text.as_bytes(), 0o644)?)
     }
 
     /// Makes what a container needs on the host, writes its spec, and returns the bundle's path in the guest. A container
-    /// that was prepared before is made anew. Nothing stays on error. What is plugged in has its address by now.
+    /// that was prepared before is made anew. Nothing stays on error. What is plugged in has its address by now. `servers`:
+    /// processes that serve the shared folder.
     ///
     /// # Errors
     /// When the host cannot provide something.
     #[tracing::instrument(name = "mount and write spec", level = "trace", skip_all)]
-    pub fn prepare(&self, container: &str, plan: &Plan) -> Result<String, StorageError> {
-        self.release(container)?;
-        self.make(container, plan).inspect_err(|_| {
-            if let Err(error) = self.release(container) {
+    pub fn prepare(&self, container: &str, plan: &Plan, servers: &[u32]) -> Result<String, StorageError> {
+        self.release(container, servers)?;
+        self.make(container, plan, servers).inspect_err(|_| {
+            if let Err(error) = self.release(container, servers) {
                 tracing::warn!(container, %error, "undoing a failed preparation");
             }
         })?;
         Ok(format!("{GUEST_STATE_DIR}/{container}"))
     }
 
-    fn make(&self, container: &str, plan: &Plan) -> Result<(), StorageError> {
-        let folder = self.shared.join(container);
-        let mounts = folder.join("mounts");
-        fs::create_dir_all(&mounts).map_err(StorageError::file("creating", &mounts))?;
-        if !plan.rootfs.is_empty() || plan.layers.is_some() {
-            let root = folder.join("rootfs");
-            fs::create_dir_all(&root).map_err(StorageError::file("creating", &root))?;
-            match &plan.layers {
-                Some(layers) => layers.on_host(&root, &self.stage, &self.layers.join(container))?,
-                None => mount::rootfs(&plan.rootfs, &root, &self.stage)?,
-            }
+    fn make(&self, container: &str, plan: &Plan, servers: &[u32]) -> Result<(), StorageError> {
+        let pod = Dir::open(&self.dir)?;
+        let (work, stage) = (pod.at(pod_files::WORK)?, pod.make(STAGE)?);
+        let folder = work.make(container)?;
+        match &plan.layers {
+            Some(layers) => layers.on_host(&folder, &stage, &pod.make(LAYERS)?.make(container)?)?,
+            None if plan.rootfs.is_empty() => {}
+            None => mount::rootfs(&plan.rootfs, &folder, ROOTFS, &stage)?,
         }
+        let (mut spec, mut storages) = (plan.spec.clone(), plan.storages.clone());
+        let mut exports = Exports::of(&self.dir, &work)?;
         for bind in &plan.binds {
-            mount::volume(bind, &mounts.join(&bind.name), &self.stage)?;
+            let wish = volumes::wish(&mut spec, container, bind);
+            let shown = exports.attach(container, bind, wish, servers)?;
+            let source = match shown.whole() {
+                Some(path) => path,
+                None => show_part(container, bind, &shown, &mut storages)?,
+            };
+            volumes::set_source(&mut spec, container, &bind.name, &source);
         }
-        if !plan.storages.is_empty() {
-            let list = folder.join(guest::FILE);
-            let text = serde_json::to_vec(&plan.storages).map_err(|e| StorageError::Broken(e.to_string()))?;
-            fs::write(&list, text).map_err(StorageError::file("writing", &list))?;
+        if !storages.is_empty() {
+            let text = serde_json::to_vec(&storages).map_err(|e| StorageError::Broken(e.to_string()))?;
+            folder.write(guest::FILE, &text, 0o600)?;
         }
-        let config = folder.join("config.json");
-        fs::write(&config, plan.spec.to_string()).map_err(StorageError::file("writing", &config))
+        Ok(folder.write("config.json", spec.to_string().as_bytes(), 0o600)?)
     }
 
     /// Undoes [`Storage::prepare`]. An unknown container is no error.
     ///
     /// # Errors
     /// When something stays mounted; then nothing is deleted.
-    pub fn release(&self, container: &str) -> Result<(), StorageError> {
+    pub fn release(&self, container: &str, servers: &[u32]) -> Result<(), StorageError> {
         if !is_safe_id(container) {
             return Err(StorageError::Id(container.to_owned()));
         }
-        remove::remove(&self.shared.join(container))?;
-        Ok(remove::remove(&self.layers.join(container))?)
+        remove::remove(&self.dir.join(pod_files::WORK).join(container))?;
+        remove::remove(&self.dir.join(LAYERS).join(container))?;
+        // A pod that has not begun, or has ended, has none.
+        match Dir::open(&self.dir)?.find(pod_files::WORK)? {
+            Some(_) => {
+                let work = Dir::open(&self.dir)?.at(pod_files::WORK)?;
+                Exports::of(&self.dir, &work)?.release(container, servers)
+            }
+            None => Ok(()),
+        }
     }
 
     /// Unmounts everything of all containers, and the shared folder itself.
@@ -202,10 +213,34 @@ impl Storage {
     /// When something stays mounted.
     #[tracing::instrument(name = "unmount", level = "trace", skip_all)]
     pub fn unmount(&self) -> Result<(), StorageError> {
-        mount::unmount_below(&self.shared)?;
-        mount::unmount_below(&self.layers)?;
-        Ok(mount::unmount_below(&self.stage)?)
+        // What is shared is a view of the first, and what is mounted there goes from both.
+        for folder in [pod_files::WORK, pod_files::SHARED, LAYERS, STAGE] {
+            mount::unmount_below(&self.dir.join(folder))?;
+        }
+        Ok(())
     }
+}
+
+/// A part of a volume is bound by the agent first: a path that other containers may change is looked up by it without links.
+fn show_part(
+    container: &str,
+    bind: &Bind,
+    shown: &Shown,
+    storages: &mut Vec<guest::Storage>,
+) -> Result<String, StorageError> {
+    let source = shown.in_share().ok_or_else(|| {
+        StorageError::Refused(format!(
+            "the path of {} has bytes that are no UTF-8; rename it",
+            bind.source.display()
+        ))
+    })?;
+    let mount_point = format!("{}/{container}/mounts/{}", guest::MOUNT_POINTS, bind.name);
+    let options = if bind.recursive { vec!["rbind".to_owned()] } else { Vec::new() };
+    let driver = guest::driver::SHARE.into();
+    let part =
+        guest::Storage { driver, source, options, mount_point: mount_point.clone(), ..Default::default() };
+    storages.push(part);
+    Ok(mount_point)
 }
 
 #[cfg(test)]
@@ -217,7 +252,9 @@ mod tests {
 
     #[test]
     fn ids_that_would_leave_the_folder_are_refused() {
-        for bad in ["", "..", ".hidden", "a/b", "a b", "hosts", "resolv.conf", &"x".repeat(129)] {
+        for bad in
+            ["", "..", ".hidden", "a/b", "a b", "hosts", "resolv.conf", "files", "volumes", &"x".repeat(129)]
+        {
             assert!(!is_safe_id(bad), "{bad}");
         }
         assert!(is_safe_id("6f0c2d_A.b-1"));
@@ -245,19 +282,19 @@ mod tests {
         for (container, name) in [("c1", "image1"), ("c2", "image2")] {
             let target = Target { container, pod_pid: 1, shared_pids: false };
             let plan = Plan::new(&target, &bundle, vec![image(name)], &Room::default()).unwrap();
-            let path = storage.prepare(container, &plan).unwrap();
+            let path = storage.prepare(container, &plan, &[]).unwrap();
             assert_eq!(path, format!("/run/kuasar/state/{container}"));
         }
         assert!(pod.join("shared/c1/rootfs/one").exists() && !pod.join("shared/c2/rootfs/one").exists());
-        assert!(pod.join("shared/c1/mounts/0/f").exists());
+        assert!(pod.join("shared/volumes/1/f").exists());
         assert!(pod.join("shared/c1/config.json").exists());
-        storage.release("c1").unwrap();
-        storage.release("c1").unwrap();
+        storage.release("c1", &[]).unwrap();
+        storage.release("c1", &[]).unwrap();
         assert!(!pod.join("shared/c1").exists() && pod.join("shared/c2/config.json").exists());
         // What fails leaves nothing behind.
         let target = Target { container: "c3", pod_pid: 1, shared_pids: false };
         let plan = Plan::new(&target, &bundle, vec![image("nowhere")], &Room::default()).unwrap();
-        storage.prepare("c3", &plan).unwrap_err();
+        storage.prepare("c3", &plan, &[]).unwrap_err();
         assert!(!pod.join("shared/c3").exists());
         fs::write(bundle.join("config.json"), r#"{"linux": {"namespaces": [{"type": "user"}]}}"#).unwrap();
         let error = Plan::new(&target, &bundle, vec![image("image1")], &Room::default()).unwrap_err();

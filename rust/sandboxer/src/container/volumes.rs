@@ -2,15 +2,18 @@
 
 use std::path::PathBuf;
 
-use kuasar_common::constants::GUEST_STATE_DIR;
+use kuasar_common::constants::{GUEST_STATE_DIR, pod_files};
 use serde_json::{Value, json};
 
-use super::spec::{Bind, Object, SpecError, refused};
+use super::{
+    exports::Wish,
+    spec::{Bind, Object, SpecError, refused},
+};
 
 /// File systems that the guest's kernel makes itself.
 const OF_THE_GUEST: [&str; 7] = ["proc", "sysfs", "tmpfs", "devpts", "mqueue", "cgroup", "cgroup2"];
 
-/// Files of the pod that containers get unless CRI already gave them one: name in the shared folder, destination.
+/// Files of the pod that containers get unless CRI already gave them one: name in their folder, destination.
 const POD_FILES: [(&str, &str); 3] =
     [("hosts", "/etc/hosts"), ("hostname", "/etc/hostname"), ("resolv.conf", "/etc/resolv.conf")];
 
@@ -83,7 +86,7 @@ fn rewrite_one(mount: &mut Object, container: &str, index: usize) -> Result<Opti
         ));
     }
     let name = index.to_string();
-    mount.insert("source".into(), json!(format!("{GUEST_STATE_DIR}/{container}/mounts/{name}")));
+    mount.insert("source".into(), json!(placeholder(container, &name)));
     let read_only = has("ro") || has("rro");
     // "bind" without "rbind" means the top mount only.
     let recursive = has("rbind") || !has("bind");
@@ -93,6 +96,36 @@ fn rewrite_one(mount: &mut Object, container: &str, index: usize) -> Result<Opti
         (kind, options)
     });
     Ok(Some(Bind { name, source: PathBuf::from(source), destination, read_only, recursive, disk }))
+}
+
+/// The source that a mount has until it is known where the guest finds it.
+fn placeholder(container: &str, name: &str) -> String {
+    format!("{GUEST_STATE_DIR}/{container}/mounts/{name}")
+}
+
+/// The spec's mount that shows a bind mount of the host.
+pub(super) fn mount_of<'a>(spec: &'a mut Value, container: &str, name: &str) -> Option<&'a mut Object> {
+    let source = placeholder(container, name);
+    let mounts = spec.get_mut("mounts").and_then(Value::as_array_mut).into_iter().flatten();
+    let mut mounts = mounts.filter_map(Value::as_object_mut);
+    mounts.find(|mount| mount.get("source").and_then(Value::as_str) == Some(&source))
+}
+
+/// Says where the guest finds it.
+pub(super) fn set_source(spec: &mut Value, container: &str, name: &str, source: &str) {
+    if let Some(mount) = mount_of(spec, container, name) {
+        mount.insert("source".into(), json!(source));
+    }
+}
+
+/// What the guest's own mount of it leaves to the host.
+pub(super) fn wish(spec: &mut Value, container: &str, bind: &Bind) -> Wish {
+    let mount = mount_of(spec, container, &bind.name);
+    let options = mount.and_then(|mount| mount.get("options")).and_then(Value::as_array);
+    let has = |names: &[&str]| {
+        options.into_iter().flatten().filter_map(Value::as_str).any(|option| names.contains(&option))
+    };
+    Wish { read_only_by_host: bind.read_only && !has(&["ro", "rro"]), receives: has(&["slave", "rslave"]) }
 }
 
 pub(super) fn not_mountable(destination: &str, kind: &str) -> SpecError {
@@ -130,7 +163,7 @@ fn add_pod_files(mounts: &mut Vec<Value>, read_only_root: bool) {
             mounts.push(json!({
                 "destination": destination,
                 "type": "bind",
-                "source": format!("{GUEST_STATE_DIR}/{name}"),
+                "source": format!("{GUEST_STATE_DIR}/{}/{name}", pod_files::FILES),
                 "options": ["rbind", "rprivate", access],
             }));
         }

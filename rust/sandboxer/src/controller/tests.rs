@@ -390,10 +390,10 @@ async fn the_relay_gets_containers_prepared_and_released() {
     let container: PathBuf = lab.path("pods/p1/shared/c1");
     assert!(container.join("rootfs/file").exists() && container.join("config.json").exists());
     for name in ["hosts", "hostname", "resolv.conf"] {
-        let mode = fs::metadata(lab.path("pods/p1/shared").join(name)).unwrap().permissions().mode();
+        let mode = fs::metadata(lab.path("pods/p1/shared/files").join(name)).unwrap().permissions().mode();
         assert_eq!(mode & 0o777, 0o644, "{name} is for all users of a container");
     }
-    assert_eq!(fs::read_to_string(lab.path("pods/p1/shared/hostname")).unwrap(), "web-0\n");
+    assert_eq!(fs::read_to_string(lab.path("pods/p1/shared/files/hostname")).unwrap(), "web-0\n");
     let mut release = ReleaseRequest::new();
     release.container_id = "c1".into();
     host.release(context(), &release).await.unwrap();

@@ -314,7 +314,7 @@ impl Pod {
     ) -> Result<(String, Vec<HostSocket>), StorageError> {
         let (pod_pid, shared_pids) = (self.view().pid, self.shared_pids);
         let mut disks = self.free(self.disks.lock()).await?;
-        let (id, room) = (container.clone(), disks.room()?);
+        let (id, room, servers) = (container.clone(), disks.room()?, disks.servers());
         let mut plan = blocking(move || {
             Plan::new(&Target { container: &id, pod_pid, shared_pids }, &bundle, rootfs, &room)
         })
@@ -339,7 +339,7 @@ impl Pod {
                     self.id
                 )));
             }
-            let bundle = storage.with(move |storage| storage.prepare(&id, &plan)).await?;
+            let bundle = storage.with(move |storage| storage.prepare(&id, &plan, &servers)).await?;
             at("prepare: mounted")?;
             Ok(bundle)
         };
@@ -360,12 +360,12 @@ impl Pod {
     #[tracing::instrument(name = "release container", level = "trace", skip_all)]
     async fn release(self: &Arc<Self>, container: String) -> Result<(), StorageError> {
         let mut disks = self.free(self.disks.lock()).await?;
-        let gone = disks.release(&container).await;
+        let (gone, servers) = (disks.release(&container).await, disks.servers());
         let pinned = self.pin(&container, None);
         self.score(&container, None);
         at("release: detached")?;
         let storage = self.take_storage(format!("unmounting for the container {container}")).await?;
-        storage.with(move |storage| storage.release(&container)).await?;
+        storage.with(move |storage| storage.release(&container, &servers)).await?;
         at("release: unmounted")?;
         self.persist_if_free();
         // A pod that has ended has no CPUs to give back.
