@@ -37,6 +37,7 @@ pub(crate) async fn create(context: &Context, container: &Arc<Container>) -> Res
     spec::fit_cgroup(&mut spec, &context.cgroups)?;
     let devices = context.storages.attach(&container.id, Path::new(&container.bundle)).await?;
     spec::set_devices(&mut spec, &devices);
+    enter_volumes(context, container, &spec).await?;
     container.set_shares_pids(context.pids.resolve(&mut spec, &context.runc)?);
     guest_devices::check(&spec, Path::new("/sys"))?;
     hooks::check(&spec, Path::new("/"))?;
@@ -71,6 +72,7 @@ pub(crate) async fn remove(context: &Context, container: &Container) -> Result<(
         None => Ok(()),
     };
     context.storages.release(&container.id).await;
+    context.storages.shares.leave(&container.id);
     forget_bundle(context, container);
     gone.map_err(TaskError::io(format!("removing the cgroup of container {}", container.id)))
 }
@@ -112,6 +114,17 @@ async fn read_spec(container: &Container) -> Result<Value, TaskError> {
     let json = blocking(doing, read).await?;
     let terminal = container.init.stdio.terminal;
     spec::rewrite(&json, spec::Target { container: &container.id, bundle, terminal })
+}
+
+/// The share's server may be slow here, too.
+async fn enter_volumes(context: &Context, container: &Container, spec: &Value) -> Result<(), TaskError> {
+    let (shares, id, spec) = (Arc::clone(&context.storages.shares), container.id.clone(), spec.clone());
+    let doing = format!("mounting the volumes of container {id}");
+    let enter = move || {
+        shares.enter_bound(&id, &spec);
+        Ok(())
+    };
+    blocking(doing, enter).await
 }
 
 /// Has the kernel ask the share's server what is at a path. For a second it goes by what it knows, which may be the folder of

@@ -162,7 +162,7 @@ fn parts_of_the_share_are_shown_as_asked() {
         assert_eq!(fs::read(shared.join("vol/sub/inner")).unwrap(), b"inner", "and nothing that was shown");
 
         assert!(pod.refused(share("../run", "", "x")).await.ends_with("is no path in the shared folder"));
-        assert!(pod.refused(share("vol/out", "", "x")).await.contains("No such file or directory"));
+        assert!(pod.refused(share("vol/out", "", "x")).await.contains("Too many levels of symbolic links"));
         assert!(pod.refused(share("gone", "", "x")).await.starts_with("mounting share \"gone\" at"));
         let unknown = pod.refused(share("vol", "uid=1", "x")).await;
         assert!(unknown.ends_with("driver share knows no option uid"), "{unknown}");

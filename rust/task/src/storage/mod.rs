@@ -10,6 +10,7 @@ mod huge_pages;
 mod mount;
 pub mod options;
 mod refs;
+mod shares;
 
 use std::{
     collections::HashMap,
@@ -19,7 +20,7 @@ use std::{
     time::Duration,
 };
 
-use kuasar_common::storage::{self, MOUNT_POINTS, Storage, StorageError};
+use kuasar_common::storage::{self, MOUNT_POINTS, Storage, StorageError, driver};
 use tokio::{
     sync::OnceCell,
     task::{JoinHandle, spawn_blocking},
@@ -29,6 +30,7 @@ use tokio::{
 use self::{
     drivers::{Base, Filesystem, Mounted},
     refs::References,
+    shares::Shares,
 };
 use crate::{
     devices::{Device, Devices},
@@ -71,6 +73,8 @@ pub struct Storages {
     monitor: OnceCell<Arc<Devices>>,
     /// Those that are sockets of the host.
     pub sockets: Arc<HostSockets>,
+    /// Volumes of the shared folder.
+    pub shares: Arc<Shares>,
 }
 
 impl From<StorageError> for TaskError {
@@ -105,6 +109,15 @@ impl Storages {
             if let (Some(given), Some(device)) = (storage.number(), &device) {
                 let (major, minor) = (device.major.into(), device.minor.into());
                 nodes.insert(given, Node { major, minor, path: device.node.clone() });
+            }
+            if storage.driver == driver::SHARE {
+                let (shares, id, path) =
+                    (Arc::clone(&self.shares), container.to_owned(), storage.source.clone());
+                let enter = move || {
+                    shares.enter_one(&id, &path);
+                    Ok(())
+                };
+                blocking(format!("mounting the volume of {storage}"), enter).await?;
             }
             self.attach_one(container, storage, device).await?;
         }

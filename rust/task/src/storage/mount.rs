@@ -143,11 +143,12 @@ impl KernelLog {
     }
 }
 
-/// Opens a path below a folder that others write to: nothing in there leads out of it.
+/// Opens a path below a folder that others write to: what was meant is a path without links, so none is followed.
 pub(super) fn open_below(folder: &Path, path: &str) -> io::Result<OwnedFd> {
     let flags = OFlags::PATH | OFlags::CLOEXEC;
     let top = rustix::fs::open(folder, flags | OFlags::DIRECTORY, Mode::empty())?;
-    Ok(openat2(top, path, flags, Mode::empty(), ResolveFlags::IN_ROOT | ResolveFlags::NO_MAGICLINKS)?)
+    let resolve = ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS | ResolveFlags::NO_MAGICLINKS;
+    Ok(openat2(top, path, flags, Mode::empty(), resolve)?)
 }
 
 /// Makes a copy of what is mounted at a file or folder, nowhere yet.
@@ -334,6 +335,9 @@ mod tests {
         assert!(open_below(&share, "link").is_err());
         assert!(open_below(&share, "../secret").is_err());
         fs::write(share.join("secret"), "y").unwrap();
-        open_below(&share, "link").unwrap();
+        assert!(open_below(&share, "link").is_err());
+        std::os::unix::fs::symlink("secret", share.join("inner")).unwrap();
+        assert!(open_below(&share, "inner").is_err());
+        open_below(&share, "secret").unwrap();
     }
 }
