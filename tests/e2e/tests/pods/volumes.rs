@@ -287,7 +287,7 @@ pub(crate) async fn users_files_survive_a_busy_mount_and_a_killed_daemon(lab: Ar
     fs::write(volume.join("f"), "precious\n")?;
     let id = started(&lab, &pod, config("one", &[mount(&volume, "/data")])).await?;
     // Somebody on the host who looks, and somebody who has a copy of all mounts.
-    let there = lab::folder_of(handler()).join(&pod.id).join("shared").join(&id).join("mounts/0");
+    let there = lab::folder_of(handler()).join(&pod.id).join("shared/volumes/1");
     ensure!(there.join("f").exists(), "the volume is not where this test looks for it: {}", there.display());
     let mut sits = Command::new("sleep").arg("1000").current_dir(&there).kill_on_drop(true).spawn()?;
     let mut copies = Command::new("unshare").args(["--mount", "sleep", "1000"]).kill_on_drop(true).spawn()?;
