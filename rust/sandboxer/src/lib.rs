@@ -3,6 +3,8 @@
 //! [`controller`] speaks gRPC with containerd, [`pod`] owns a pod's life, [`container`] what a container needs on the host,
 //! [`containerd`] asks containerd, [`guest`] talks to the agent; [`vmm`], [`network`] and [`process`] are below all of them.
 
+#![cfg_attr(test, allow(clippy::disallowed_methods, reason = "tests work in folders of their own"))]
+
 pub mod args;
 mod clock;
 pub mod config;

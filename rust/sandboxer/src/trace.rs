@@ -52,6 +52,7 @@ impl ChromeTrace {
     ///
     /// # Errors
     /// When it cannot be created.
+    #[expect(clippy::disallowed_methods, reason = "the administrator names this file")]
     pub fn create(path: &Path) -> io::Result<Self> {
         let mut file = File::create(path)?;
         file.write_all(b"[\n")?;

@@ -2,6 +2,7 @@
 //! tests say "skipped". Programs come from `PATH`; `KUASAR_ACCEL=kvm` uses KVM instead of emulation, `KUASAR_VSOCK=vhost`
 //! the kernel's vsock instead of `vhost-device-vsock`.
 
+#![allow(clippy::disallowed_methods, reason = "tests work in folders of their own")]
 #![allow(clippy::unwrap_used, clippy::panic, reason = "a test ends where it fails")]
 
 mod common;

@@ -2,6 +2,7 @@
 //!
 //! Its VMM, kernel and image are stand-ins that are good enough to be looked at: no pod is started here.
 
+#![allow(clippy::disallowed_methods, reason = "tests work in folders of their own")]
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing)]
 
 use std::{

@@ -103,11 +103,13 @@ pub(super) fn answers() -> Result<bool, NetworkError> {
 }
 
 /// Keeps it from that. [`speak_up`] makes it do so again.
+#[expect(clippy::disallowed_methods, reason = "a file of the kernel")]
 pub(super) fn keep_quiet() -> Result<(), NetworkError> {
     fs::write(ARP_IGNORE, "1").map_err(NetworkError::io(format!("setting {ARP_IGNORE}")))
 }
 
 /// Undoes [`keep_quiet`].
+#[expect(clippy::disallowed_methods, reason = "a file of the kernel")]
 pub(super) fn speak_up() -> Result<(), NetworkError> {
     fs::write(ARP_IGNORE, "0").map_err(NetworkError::io(format!("setting {ARP_IGNORE}")))
 }

@@ -2,6 +2,7 @@
 //! without; `KUASAR_GUESTS_AARCH64` is the same of the other architecture, `vmm.rs` has the variables of other hypervisors.
 //! `KUASAR_BLESS=1` writes docs/guest-matrix.md instead of comparing with it.
 
+#![allow(clippy::disallowed_methods, reason = "tests work in folders of their own")]
 #![allow(clippy::unwrap_used, clippy::panic, reason = "a test ends where it fails")]
 
 #[path = "../common/mod.rs"]

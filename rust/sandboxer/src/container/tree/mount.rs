@@ -158,12 +158,14 @@ pub(in crate::container) fn change_mount(mount: BorrowedFd<'_>, change: Change) 
 
 /// Unmounts what is at a name in a folder. The kernel keeps a mount that a descriptor is open to, so it cannot be named by one
 /// of its own.
+#[expect(clippy::disallowed_methods, reason = "its path begins with a descriptor of ours")]
 pub(super) fn detach(folder: BorrowedFd<'_>, name: &OsStr) -> io::Result<()> {
     let mut path = format!("/proc/self/fd/{}/", folder.as_raw_fd()).into_bytes();
     path.extend(name.as_bytes());
     Ok(unmount(OsStr::from_bytes(&path), UnmountFlags::NOFOLLOW | UnmountFlags::DETACH)?)
 }
 
+#[expect(clippy::disallowed_methods, reason = "its path is a descriptor of ours")]
 fn mount_at(fs: Source<'_>, point: BorrowedFd<'_>) -> io::Result<()> {
     let target = format!("/proc/self/fd/{}", point.as_raw_fd());
     let mount = || mount(Some(fs.source), target.as_str(), Some(fs.kind), fs.flags, Some(fs.data));

@@ -243,6 +243,7 @@ pub(super) fn find(root: &Path, pod: &str) -> Vec<PathBuf> {
 }
 
 /// Makes a cgroup and those above it.
+#[expect(clippy::disallowed_methods, reason = "a file of the kernel")]
 fn make(above: &Path, cgroup: &Path) -> io::Result<()> {
     let mut path = above.to_owned();
     for part in cgroup.strip_prefix(above).unwrap_or(cgroup).components() {
