@@ -101,7 +101,6 @@ impl Claim {
     }
 }
 
-#[expect(clippy::disallowed_methods, reason = "the administrator names this folder")]
 fn lock(what: &Path, path: PathBuf) -> Result<File, DaemonError> {
     let file = OpenOptions::new().write(true).create(true).truncate(false).mode(0o600).open(&path);
     let file = file.map_err(failed("opening", &path))?;

@@ -1,8 +1,7 @@
 //! The part of a pod's shared folder that belongs to each container.
 
 use std::{
-    fs, io,
-    os::unix::fs::PermissionsExt,
+    io,
     path::{Path, PathBuf},
     time::Duration,
 };
@@ -245,6 +244,8 @@ fn show_part(
 
 #[cfg(test)]
 mod tests {
+    use std::fs;
+
     use serde_json::json;
 
     use super::*;

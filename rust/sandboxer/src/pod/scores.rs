@@ -92,6 +92,7 @@ impl Pod {
     }
 
     /// Sets it for all processes of the pod. Which of them the kernel kills is not worth failing for.
+    #[expect(clippy::disallowed_methods, reason = "a file of the kernel")]
     pub(super) fn apply_score(&self, work: Option<&Work>) {
         let score = self.scores.lock().unwrap_or_else(PoisonError::into_inner).of_all();
         for pid in self.processes(work) {

@@ -19,8 +19,8 @@ use std::{
 
 use rustix::{
     fs::{
-        AtFlags, Gid, Mode, OFlags, ResolveFlags, StatxFlags, Uid, chmodat, chownat, fchmod, mkdirat, open, openat2, renameat,
-        statx, unlinkat,
+        AtFlags, Gid, Mode, OFlags, ResolveFlags, StatxFlags, Uid, chmodat, chownat, fchmod, mkdirat, open,
+        openat2, renameat, statx, unlinkat,
     },
     io::Errno,
 };
@@ -133,7 +133,8 @@ impl Dir {
         let made = openat2(&self.fd, &*temporary, flags, Mode::from_raw_mode(mode), PLAIN);
         let mut file = File::from(made.map_err(self.failed("creating", Path::new(&temporary)))?);
         // Whatever the daemon's umask says: users of containers are to read the pod's files.
-        fchmod(&file, Mode::from_raw_mode(mode)).map_err(self.failed("setting the mode of", Path::new(name)))?;
+        fchmod(&file, Mode::from_raw_mode(mode))
+            .map_err(self.failed("setting the mode of", Path::new(name)))?;
         file.write_all(text).map_err(failed("writing", &self.path(name)))?;
         renameat(&self.fd, &*temporary, &self.fd, name).map_err(self.failed("writing", Path::new(name)))
     }
