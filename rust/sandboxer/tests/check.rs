@@ -1,5 +1,6 @@
 //! `vmm-sandboxer --check`: a configuration is looked at where it is built, which is not where it runs.
 
+#![allow(clippy::disallowed_methods, reason = "tests work in folders of their own")]
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 use std::{
