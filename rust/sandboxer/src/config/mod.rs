@@ -10,7 +10,10 @@ use std::{
 use serde::Deserialize;
 
 use crate::pod::Annotation;
-use crate::vmm::{Accel, Machine, Root, ShareFs, Verity, VmConfig, VsockKind};
+use crate::vmm::{
+    Accel, FileServer, FileServerSandbox, InodeFileHandles, Machine, Root, ShareFs, Verity, VmConfig,
+    VsockKind,
+};
 
 /// Where the daemon looks for its configuration.
 pub const DEFAULT_PATH: &str = "/etc/kuasar/qemu.toml";
@@ -231,17 +234,33 @@ impl Default for HypervisorConfig {
     }
 }
 
+/// Most threads of virtiofsd that may be asked for: each costs the pod memory.
+const MAX_FILE_SERVER_THREADS: u16 = 256;
+
 /// `[hypervisor.virtiofsd]`.
 #[derive(Clone, Debug, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct VirtiofsdConfig {
     /// The binary; a name without `/` is searched in `PATH`.
     pub path: PathBuf,
+    /// Requests that may wait for the host at the same time.
+    pub threads: u16,
+    /// What stands for a file that the guest remembers: a handle or a descriptor.
+    pub inode_file_handles: InodeFileHandles,
+    /// What confines the process.
+    pub sandbox: FileServerSandbox,
+    /// Containers may make nodes of devices in their root and in volumes.
+    pub device_nodes: bool,
+    /// Each file system of the host is one of its own in the guest, too.
+    pub announce_submounts: bool,
 }
 
 impl Default for VirtiofsdConfig {
     fn default() -> Self {
-        Self { path: "virtiofsd".into() }
+        let FileServer { threads, inode_file_handles, sandbox, device_nodes, announce_submounts } =
+            FileServer::default();
+        let path = "virtiofsd".into();
+        Self { path, threads, inode_file_handles, sandbox, device_nodes, announce_submounts }
     }
 }
 
@@ -335,6 +354,13 @@ impl Config {
             kernel_params: hypervisor.kernel_params.clone(),
             share_fs: hypervisor.share_fs,
             virtiofsd: hypervisor.virtiofsd.path.clone(),
+            file_server: FileServer {
+                threads: hypervisor.virtiofsd.threads,
+                inode_file_handles: hypervisor.virtiofsd.inode_file_handles,
+                sandbox: hypervisor.virtiofsd.sandbox,
+                device_nodes: hypervisor.virtiofsd.device_nodes,
+                announce_submounts: hypervisor.virtiofsd.announce_submounts,
+            },
             vsock: hypervisor.vsock,
             vhost_device_vsock: hypervisor.vsock_device.path.clone(),
             free_page_reporting: hypervisor.free_page_reporting,
@@ -372,6 +398,11 @@ impl Config {
         if let Some(memory) = hypervisor.memory_in_mb.filter(|memory| *memory < least) {
             let why = format!("is {memory}, a guest needs at least {least}");
             return Err(("hypervisor.memory_in_mb", why));
+        }
+        if !(1..=MAX_FILE_SERVER_THREADS).contains(&hypervisor.virtiofsd.threads) {
+            let why =
+                format!("is {}, virtiofsd has 1 to {MAX_FILE_SERVER_THREADS}", hypervisor.virtiofsd.threads);
+            return Err(("hypervisor.virtiofsd.threads", why));
         }
         if self.sandbox.start_timeout_s == 0 {
             return Err(("sandbox.start_timeout_s", "is 0, no pod can start within that".into()));

@@ -74,6 +74,11 @@ fn values_that_cannot_work_are_refused_by_name() {
             "[hypervisor]\nroot = \"initrd\"\nverity = { root_hash = \"\", data_blocks = 1 }",
             "hypervisor.verity is set and the root is the initrd, which no hash tree covers",
         ),
+        ("[hypervisor.virtiofsd]\nthreads = 0", "hypervisor.virtiofsd.threads is 0, virtiofsd has 1 to 256"),
+        (
+            "[hypervisor.virtiofsd]\nsandbox = \"none\"",
+            "unknown variant `none`, expected `namespace` or `chroot`",
+        ),
         ("[sandbox]\nstart_timeout_s = 0", "sandbox.start_timeout_s is 0"),
         ("[sandbox]\ncollect_grace_s = 0", "sandbox.collect_grace_s is 0"),
         ("[sandbox]\ncollect_interval_s = 0", "sandbox.collect_interval_s is 0"),

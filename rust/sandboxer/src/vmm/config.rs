@@ -34,6 +34,8 @@ pub struct VmConfig {
     pub share_fs: ShareFs,
     /// Program for [`ShareFs::Virtiofs`].
     pub virtiofsd: PathBuf,
+    /// The manner in which it serves.
+    pub file_server: FileServer,
     /// How host and guest talk.
     pub vsock: VsockKind,
     /// Program for [`VsockKind::VhostUser`].
@@ -119,6 +121,55 @@ pub enum ShareFs {
     /// 9p, served by the VMM itself.
     #[serde(rename = "9p")]
     NineP,
+}
+
+/// The manner in which virtiofsd serves.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct FileServer {
+    /// Requests that may wait for the host at the same time.
+    pub threads: u16,
+    /// What stands for a file that the guest remembers.
+    pub inode_file_handles: InodeFileHandles,
+    /// What confines the process.
+    pub sandbox: FileServerSandbox,
+    /// The guest may make nodes of devices.
+    pub device_nodes: bool,
+    /// The guest is told where a file system of the host ends and another begins.
+    pub announce_submounts: bool,
+}
+
+impl Default for FileServer {
+    fn default() -> Self {
+        Self {
+            threads: 32,
+            inode_file_handles: InodeFileHandles::default(),
+            sandbox: FileServerSandbox::default(),
+            device_nodes: false,
+            announce_submounts: true,
+        }
+    }
+}
+
+/// What stands, in the file server, for a file that the guest remembers.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum InodeFileHandles {
+    /// A handle, where the file system has them; a descriptor elsewhere.
+    #[default]
+    Prefer,
+    /// A descriptor.
+    Never,
+}
+
+/// What confines the file server.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum FileServerSandbox {
+    /// Mount, process and network namespaces of its own.
+    #[default]
+    Namespace,
+    /// Another root folder.
+    Chroot,
 }
 
 /// How host and guest talk.

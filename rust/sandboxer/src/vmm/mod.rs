@@ -29,7 +29,9 @@ use serde::{Deserialize, Serialize};
 use tokio::sync::watch;
 
 pub use self::{
-    config::{Accel, Machine, Root, ShareFs, VmConfig, VsockKind},
+    config::{
+        Accel, FileServer, FileServerSandbox, InodeFileHandles, Machine, Root, ShareFs, VmConfig, VsockKind,
+    },
     device::{Bus, BusKind, DeviceAddress, DeviceInfo, Nic},
     error::{PreflightError, VmError},
     ready::{ReadyError, ReadyGuest, ReadyListener, VsockHub},

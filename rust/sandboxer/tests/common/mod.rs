@@ -5,7 +5,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use vmm_sandboxer::vmm::{Accel, Machine, Root, ShareFs, VmConfig, VmSpec, VsockKind};
+use vmm_sandboxer::vmm::{Accel, FileServer, Machine, Root, ShareFs, VmConfig, VmSpec, VsockKind};
 
 pub(crate) const TOKEN: &str = "0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef";
 
@@ -32,6 +32,7 @@ pub(crate) fn config(
         kernel_params: String::new(),
         share_fs: ShareFs::Virtiofs,
         virtiofsd: "virtiofsd".into(),
+        file_server: FileServer::default(),
         vsock: if asked("KUASAR_VSOCK", "vhost") { VsockKind::Vhost } else { VsockKind::VhostUser },
         vhost_device_vsock: "vhost-device-vsock".into(),
         free_page_reporting: true,

@@ -141,7 +141,12 @@ pub fn daemon_config(paths: &Paths, keys: &[(&str, &str)]) -> Result<toml::Table
     for (key, value) in keys {
         hypervisor.insert((*key).into(), (*value).into());
     }
-    table(hypervisor, "virtiofsd")?.insert("path".into(), tool("virtiofsd").into());
+    let virtiofsd = table(hypervisor, "virtiofsd")?;
+    virtiofsd.insert("path".into(), tool("virtiofsd").into());
+    if keys.contains(&("root", "initrd")) {
+        // One handler has the other way of showing volumes, in which access lists hold.
+        virtiofsd.insert("announce_submounts".into(), false.into());
+    }
     table(hypervisor, "vsock_device")?.insert("path".into(), tool("vhost-device-vsock").into());
     let relay = paths.relay().to_string_lossy().into_owned();
     let sandbox = table(&mut config, "sandbox")?;

@@ -34,6 +34,7 @@ impl Files {
             kernel_params: String::new(),
             share_fs: ShareFs::Virtiofs,
             virtiofsd: "sh".into(),
+            file_server: crate::vmm::FileServer::default(),
             vsock: VsockKind::VhostUser,
             vhost_device_vsock: "sh".into(),
             free_page_reporting: true,

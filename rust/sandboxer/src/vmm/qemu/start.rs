@@ -30,7 +30,8 @@ use super::{
 use crate::{
     process::{Process, Spawn},
     vmm::{
-        Accel, DeviceInfo, ReadyListener, ShareFs, VmConfig, VmError, VmSpec, VsockKind, logs,
+        Accel, DeviceInfo, FileServer, FileServerSandbox, InodeFileHandles, ReadyListener, ShareFs, VmConfig,
+        VmError, VmSpec, VsockKind, logs,
         supervisor::Supervisor,
         vsock::{self, SocketWatch, VHOST_VSOCK},
     },
@@ -170,17 +171,45 @@ fn virtiofsd_spawn(config: &VmConfig, spec: &VmSpec) -> Result<(OwnedFd, Spawn),
     fs::remove_file(&path).map_err(failed(step))?;
     let mut spawn = companion(&config.virtiofsd, spec, "virtiofsd.log");
     let fd = spawn.fd(listening);
-    spawn.args([
-        format!("--fd={fd}"),
-        format!("--shared-dir={}", spec.dir.join(SHARED).display()),
-        // Mounts made in the folder later must be seen, so no mount namespace of its own.
-        "--sandbox=chroot".into(),
-        "--cache=auto".into(),
-        "--thread-pool-size=0".into(),
-        "--inode-file-handles=never".into(),
-        format!("--log-level={}", if config.debug { "info" } else { "error" }),
-    ]);
+    let shared = spec.dir.join(SHARED);
+    spawn.args([format!("--fd={fd}"), format!("--shared-dir={}", shared.display())]);
+    spawn.args(file_server(&config.file_server));
+    spawn.args([format!("--log-level={}", if config.debug { "info" } else { "error" })]);
     Ok((connected.into(), spawn))
+}
+
+/// virtiofsd's options, whatever it shares. Its limit of open files it raises itself, as far as it may.
+fn file_server(how: &FileServer) -> Vec<String> {
+    let handles = match how.inode_file_handles {
+        InodeFileHandles::Prefer => "prefer",
+        InodeFileHandles::Never => "never",
+    };
+    let sandbox = match how.sandbox {
+        FileServerSandbox::Namespace => "namespace",
+        FileServerSandbox::Chroot => "chroot",
+    };
+    let mut options = vec![
+        // Its mounts are slaves of the host's: what is mounted in the folder later arrives there as well.
+        format!("--sandbox={sandbox}"),
+        "--cache=auto".into(),
+        // A request that the host does not answer holds up a thread, and not the pod.
+        format!("--thread-pool-size={}", how.threads),
+        format!("--inode-file-handles={handles}"),
+        "--xattr".into(),
+        // Only where the guest's kernel can.
+        "--posix-acl=auto".into(),
+        // Whoever may mount in the guest has trusted attributes of its own there, which are none on the host: an overlay can
+        // have its upper folder in a volume.
+        "--xattrmap=:map:trusted.:user.virtiofs.:".into(),
+    ];
+    if !how.announce_submounts {
+        options.push("--no-announce-submounts".into());
+    }
+    if !how.device_nodes {
+        // Pipes and sockets need no right, nor do the white-outs of an overlay.
+        options.push("--modcaps=-mknod".into());
+    }
+    options
 }
 
 fn vsock_device_spawn(config: &VmConfig, spec: &VmSpec) -> Result<(SocketWatch, Spawn), VmError> {

@@ -7,7 +7,7 @@ use kuasar_common::constants::PORT_READY;
 use super::*;
 use crate::{
     process::ProcessRecord,
-    vmm::{Accel, Machine, Nic, Root, ShareFs, VsockKind},
+    vmm::{Accel, FileServer, FileServerSandbox, InodeFileHandles, Machine, Nic, Root, ShareFs, VsockKind},
 };
 
 /// A pod's folder, and a QEMU and a virtiofsd that are shell scripts.
@@ -51,6 +51,7 @@ impl Lab {
             kernel_params: String::new(),
             share_fs: ShareFs::Virtiofs,
             virtiofsd: self.0.path().join("virtiofsd"),
+            file_server: crate::vmm::FileServer::default(),
             vsock: VsockKind::VhostUser,
             vhost_device_vsock: self.0.path().join("vsock"),
             free_page_reporting: true,
@@ -175,6 +176,54 @@ async fn companions_of_a_vm_that_ended_while_nobody_looked_are_ended() {
     };
     assert!(qemu.adopt(record.clone()).await.unwrap().is_none());
     assert!(record.companions.values().copied().all(gone));
+}
+
+#[tokio::test]
+async fn virtiofsd_has_what_a_file_has_and_no_more_rights_than_that_takes() {
+    let lab = Lab::new("exec sleep 60", "printf '%s ' \"$@\" >&2; exec sleep 60");
+    let said = async |qemu: Qemu| {
+        let vm = qemu.start(lab.spec()).await.unwrap();
+        let log = lab.pod().join("log/virtiofsd.log");
+        let begun = Instant::now();
+        let said = loop {
+            let said = fs::read_to_string(&log).unwrap();
+            if said.contains("--log-level=") || begun.elapsed() > Duration::from_secs(20) {
+                break said;
+            }
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        };
+        vm.stop(true, Duration::ZERO).await.unwrap();
+        fs::remove_file(log).unwrap();
+        said
+    };
+    let usual = said(lab.qemu()).await;
+    for option in [
+        "--sandbox=namespace",
+        "--thread-pool-size=32",
+        "--inode-file-handles=prefer",
+        "--xattr",
+        "--posix-acl=auto",
+        "--xattrmap=:map:trusted.:user.virtiofs.:",
+        "--modcaps=-mknod",
+    ] {
+        assert!(usual.contains(&format!("{option} ")), "{option} is not in {usual}");
+    }
+    assert!(!usual.contains("submounts"), "{usual}");
+    let mut qemu = lab.qemu();
+    qemu.config.file_server = FileServer {
+        threads: 1,
+        inode_file_handles: InodeFileHandles::Never,
+        sandbox: FileServerSandbox::Chroot,
+        device_nodes: true,
+        announce_submounts: false,
+    };
+    let other = said(qemu).await;
+    for option in
+        ["--sandbox=chroot", "--thread-pool-size=1", "--inode-file-handles=never", "--no-announce-submounts"]
+    {
+        assert!(other.contains(&format!("{option} ")), "{option} is not in {other}");
+    }
+    assert!(!other.contains("modcaps"), "{other}");
 }
 
 #[tokio::test]

@@ -18,6 +18,7 @@ fn config() -> VmConfig {
         kernel_params: String::new(),
         share_fs: ShareFs::NineP,
         virtiofsd: "virtiofsd".into(),
+        file_server: crate::vmm::FileServer::default(),
         vsock: crate::vmm::VsockKind::Vhost,
         vhost_device_vsock: "vhost-device-vsock".into(),
         free_page_reporting: true,
