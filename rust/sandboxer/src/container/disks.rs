@@ -5,14 +5,24 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    fmt, fs, io,
+    fmt,
+    fs::{self, File, Metadata, OpenOptions},
+    io,
+    os::{
+        fd::{AsRawFd, OwnedFd},
+        unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt},
+    },
     path::{Path, PathBuf},
     sync::Arc,
 };
 
+use nix::libc::{O_DIRECT, O_PATH};
 use serde::{Deserialize, Serialize};
 
-use super::storage::{StorageError, write_new};
+use super::{
+    host_disk::HostDisk,
+    storage::{StorageError, write_new},
+};
 use crate::vmm::{DeviceInfo, Vm};
 
 /// The table, in the pod's folder.
@@ -21,10 +31,78 @@ const FILE: &str = "disks.json";
 /// What a container wants plugged in.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Wanted {
-    /// A block device or an image file of the host.
-    pub source: PathBuf,
+    source: Source,
     /// The VM cannot write to it.
-    pub read_only: bool,
+    pub(super) read_only: bool,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+enum Source {
+    /// A file or a device that containerd's snapshotter names.
+    Named(PathBuf),
+    /// A device that the container's spec names.
+    Disk(HostDisk),
+}
+
+impl Wanted {
+    /// An image file, or a device, of the container's root file system.
+    pub(super) fn file(source: impl Into<PathBuf>, read_only: bool) -> Self {
+        Self { source: Source::Named(source.into()), read_only }
+    }
+
+    /// A disk of the host.
+    pub(super) const fn disk(disk: HostDisk, read_only: bool) -> Self {
+        Self { source: Source::Disk(disk), read_only }
+    }
+
+    /// Its name on the host.
+    pub(super) fn path(&self) -> &Path {
+        match &self.source {
+            Source::Named(path) => path,
+            Source::Disk(disk) => &disk.path,
+        }
+    }
+
+    /// Takes hold of it, without opening it for use.
+    fn hold(&self) -> io::Result<Held> {
+        let file = match &self.source {
+            Source::Named(path) => Arc::new(OpenOptions::new().read(true).custom_flags(O_PATH).open(path)?),
+            Source::Disk(disk) => disk.file().clone(),
+        };
+        let path = fs::read_link(format!("/proc/self/fd/{}", file.as_raw_fd()))?;
+        Ok(Held { path, identity: identity(&file.metadata()?), file })
+    }
+}
+
+/// Something to be plugged in, held: what comes to its path later is another.
+#[derive(Clone)]
+struct Held {
+    /// For messages.
+    path: PathBuf,
+    identity: String,
+    file: Arc<File>,
+}
+
+impl Held {
+    /// Opens it for the VMM. A device without the host's cache: the guest has one.
+    fn open(&self, read_only: bool) -> io::Result<OwnedFd> {
+        let device = self.file.metadata()?.file_type().is_block_device();
+        let flags = if device { O_DIRECT } else { 0 };
+        let path = format!("/proc/self/fd/{}", self.file.as_raw_fd());
+        Ok(OpenOptions::new().read(true).write(!read_only).custom_flags(flags).open(path)?.into())
+    }
+}
+
+/// The same for every name of a file or device, and different for others.
+fn identity(found: &Metadata) -> String {
+    if found.file_type().is_block_device() {
+        return format!(
+            "device {}:{}",
+            nix::sys::stat::major(found.rdev()),
+            nix::sys::stat::minor(found.rdev())
+        );
+    }
+    format!("file {} of {}", found.ino(), found.dev())
 }
 
 /// What a VM can still be given.
@@ -33,7 +111,8 @@ pub struct Room {
     /// None at all can be plugged in without.
     bus: bool,
     free: usize,
-    there: BTreeSet<PathBuf>,
+    /// Identities of what is plugged in.
+    there: BTreeSet<String>,
 }
 
 impl Room {
@@ -52,8 +131,8 @@ impl Room {
     /// Whether there are slots for these, and some to spare.
     #[must_use]
     pub fn fits<'a>(&self, wanted: impl Iterator<Item = &'a Wanted>, spare: usize) -> bool {
-        let new = wanted.filter_map(|one| fs::canonicalize(&one.source).ok());
-        let new: BTreeSet<PathBuf> = new.filter(|source| !self.there.contains(source)).collect();
+        let new = wanted.filter_map(|one| one.hold().ok()).map(|held| held.identity);
+        let new: BTreeSet<String> = new.filter(|identity| !self.there.contains(identity)).collect();
         self.bus && new.len().saturating_add(spare) <= self.free
     }
 }
@@ -62,11 +141,20 @@ impl Room {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 struct Disk {
     source: PathBuf,
+    /// Records of older daemons have none.
+    #[serde(default)]
+    identity: Option<String>,
     read_only: bool,
     /// Containers that use it; without any, it is on its way out.
     users: BTreeSet<String>,
     /// As the guest finds it, once it is plugged in.
     address: Option<String>,
+}
+
+impl Disk {
+    fn identity(&self) -> Option<String> {
+        self.identity.clone().or_else(|| fs::metadata(&self.source).ok().map(|found| identity(&found)))
+    }
 }
 
 /// The disks of a pod.
@@ -110,7 +198,7 @@ impl Disks {
     /// When the table of what it has cannot be read.
     pub fn room(&mut self) -> Result<Room, StorageError> {
         let Some(vm) = self.vm.clone().filter(|vm| vm.can_hot_attach()) else { return Ok(Room::default()) };
-        let there = self.table()?.values().map(|disk| disk.source.clone()).collect();
+        let there = self.table()?.values().filter_map(Disk::identity).collect();
         Ok(Room { bus: true, free: vm.free_slots(), there })
     }
 
@@ -119,16 +207,16 @@ impl Disks {
     /// # Errors
     /// When something cannot be plugged in.
     pub async fn attach(&mut self, container: &str, wanted: &[Wanted]) -> Result<Vec<String>, StorageError> {
-        let mut sources = Vec::with_capacity(wanted.len());
-        for Wanted { source, .. } in wanted {
-            sources.push(fs::canonicalize(source).map_err(StorageError::file("finding", source))?);
+        let mut all = Vec::with_capacity(wanted.len());
+        for one in wanted {
+            all.push(one.hold().map_err(StorageError::file("finding", one.path()))?);
         }
         let mut addresses = Vec::with_capacity(wanted.len());
-        for source in &sources {
+        for held in &all {
             // Whoever wants one for reading and once more for writing gets it for both; the guest tells them apart.
-            let mut all = sources.iter().zip(wanted).filter(|(other, _)| *other == source);
-            let read_only = all.all(|(_, one)| one.read_only);
-            addresses.push(self.attach_one(container, source.clone(), read_only).await?);
+            let mut same = all.iter().zip(wanted).filter(|(other, _)| other.identity == held.identity);
+            let read_only = same.all(|(_, one)| one.read_only);
+            addresses.push(self.attach_one(container, held, read_only).await?);
         }
         Ok(addresses)
     }
@@ -136,41 +224,55 @@ impl Disks {
     async fn attach_one(
         &mut self,
         container: &str,
-        source: PathBuf,
+        held: &Held,
         read_only: bool,
     ) -> Result<String, StorageError> {
         let vm = self.vm.clone().ok_or_else(|| StorageError::Broken("the pod has no VM".into()))?;
-        let table = self.table()?;
-        let same = table.iter_mut().find(|(_, disk)| disk.source == source && disk.address.is_some());
-        let id = if let Some((id, disk)) = same {
-            if disk.read_only && !read_only {
-                return Err(StorageError::Refused(format!(
-                    "the disk {} is plugged into the VM read-only for another container of the pod, and this one wants to write \
-                     to it; let all of them write, or none",
-                    source.display()
-                )));
-            }
-            disk.users.insert(container.to_owned());
-            id.clone()
-        } else {
-            let id = (1..).map(|n: u32| format!("disk-{n}")).find(|id| !table.contains_key(id));
-            let id = id.ok_or_else(|| StorageError::Broken("no number is left for a disk".into()))?;
-            let users = BTreeSet::from([container.to_owned()]);
-            let disk = Disk { source: source.clone(), read_only, users, address: None };
-            table.insert(id.clone(), disk);
-            id
-        };
+        let id = self.enter(container, held, read_only)?;
         self.write()?;
         if let Some(address) = self.table()?.get(&id).and_then(|disk| disk.address.clone()) {
             return Ok(address);
         }
-        let device = DeviceInfo::Block { id: id.clone(), path: source, read_only };
+        let (path, opened) = (held.path.clone(), held.clone());
+        // A device may take its time to open.
+        let file = tokio::task::spawn_blocking(move || opened.open(read_only)).await;
+        let file = file.map_err(|e| StorageError::Broken(e.to_string()))?;
+        let file = file.map_err(StorageError::file("opening", &path))?;
+        let device = DeviceInfo::Block { id: id.clone(), path, file, read_only };
         let address = vm.hot_attach(device).await.map_err(StorageError::Vm)?.to_string();
         if let Some(disk) = self.table()?.get_mut(&id) {
             disk.address = Some(address.clone());
         }
         self.write()?;
         Ok(address)
+    }
+
+    /// Notes in the table who is to use a disk; returns the disk's id.
+    fn enter(&mut self, container: &str, held: &Held, read_only: bool) -> Result<String, StorageError> {
+        let table = self.table()?;
+        let is_it = |disk: &Disk| disk.identity().as_ref() == Some(&held.identity);
+        if let Some((id, disk)) = table.iter_mut().find(|(_, disk)| disk.address.is_some() && is_it(disk)) {
+            if disk.read_only && !read_only {
+                return Err(StorageError::Refused(format!(
+                    "the disk {} is plugged into the VM read-only for another container of the pod, and this one wants to write \
+                     to it; let all of them write, or none",
+                    held.path.display()
+                )));
+            }
+            disk.users.insert(container.to_owned());
+            return Ok(id.clone());
+        }
+        let id = (1..).map(|n: u32| format!("disk-{n}")).find(|id| !table.contains_key(id));
+        let id = id.ok_or_else(|| StorageError::Broken("no number is left for a disk".into()))?;
+        let disk = Disk {
+            source: held.path.clone(),
+            identity: Some(held.identity.clone()),
+            read_only,
+            users: BTreeSet::from([container.to_owned()]),
+            address: None,
+        };
+        table.insert(id.clone(), disk);
+        Ok(id)
     }
 
     /// A container uses no disk any more: those that nobody else uses are taken away. The guest has let go of them.

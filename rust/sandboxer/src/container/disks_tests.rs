@@ -100,7 +100,7 @@ impl Pod {
     }
 
     fn want(&self, name: &str, read_only: bool) -> Wanted {
-        Wanted { source: self.dir.path().join(name), read_only }
+        Wanted::file(self.dir.path().join(name), read_only)
     }
 
     /// As a restarted daemon does.
@@ -147,7 +147,7 @@ async fn a_container_that_reads_a_disk_and_writes_to_it_gets_it_once_for_both() 
     let mut pod = Pod::new();
     let link = pod.dir.path().join("link");
     std::os::unix::fs::symlink(pod.dir.path().join("a"), &link).unwrap();
-    let wanted = [Wanted { source: link, read_only: true }, pod.want("b", true), pod.want("a", false)];
+    let wanted = [Wanted::file(link, true), pod.want("b", true), pod.want("a", false)];
     let addresses = pod.disks.attach("c1", &wanted).await.unwrap();
     assert_eq!(addresses, ["serial:disk-1", "serial:disk-2", "serial:disk-1"]);
     assert_eq!(pod.bus.said(), ["+disk-1", "+disk-2 ro"]);

@@ -6,6 +6,7 @@
 //! containerd's erofs snapshotter has it unless its `default_size` is set, is mounted on the host and shared.
 
 use std::{
+    fs,
     path::{Path, PathBuf},
     process::Command,
 };
@@ -175,7 +176,7 @@ fn disk(image: &RootfsMount, point: &str) -> Result<(Wanted, Storage), String> {
         mount_point: point.to_owned(),
         ..Storage::default()
     };
-    Ok((Wanted { source: PathBuf::from(&image.source), read_only }, storage))
+    Ok((Wanted::file(&image.source, read_only), storage))
 }
 
 /// Puts mount points in the place of templates.

@@ -60,7 +60,7 @@ fn a_guest_mounts_what_is_all_in_images() {
         .iter()
         .map(|(disk, storage)| {
             (
-                disk.source.to_str().unwrap(),
+                disk.path().to_str().unwrap(),
                 disk.read_only,
                 storage.fstype.as_str(),
                 storage.mount_point.as_str(),

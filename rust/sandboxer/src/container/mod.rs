@@ -3,6 +3,7 @@
 
 mod disks;
 mod exports;
+mod host_disk;
 mod layers;
 pub mod mount;
 pub mod mountinfo;

@@ -2,9 +2,9 @@
 //! the guest mounts itself.
 
 use std::{
-    fs, io,
+    fs,
     os::unix::fs::{FileTypeExt, MetadataExt},
-    path::{Path, PathBuf},
+    path::Path,
 };
 
 use kuasar_common::{
@@ -15,6 +15,7 @@ use serde_json::{Value, json};
 
 use super::{
     disks::{Room, Wanted},
+    host_disk::{self, HostDisk},
     layers::{InGuest, Layers},
     mount::{self, MountError, RootfsMount},
     mountinfo, nodes,
@@ -145,8 +146,8 @@ impl Plan {
         };
         let is = |name: &str| one.options.iter().any(|option| option == name);
         let (image, bind) = (is("loop"), one.kind == "bind" || is("bind") || is("rbind"));
-        let source = PathBuf::from(&one.source);
-        let device = !bind && fs::metadata(&source).is_ok_and(|found| found.file_type().is_block_device());
+        let device =
+            !bind && fs::metadata(&one.source).is_ok_and(|found| found.file_type().is_block_device());
         if image && !disks {
             return Err(MountError::Refused(format!(
                 "the root file system is the image file {}, which can only be plugged into a VM of another machine type: set \
@@ -170,7 +171,7 @@ impl Plan {
         if let Some(path) = self.spec.pointer_mut("/root/path") {
             *path = json!(mount_point);
         }
-        self.add_disk(Wanted { source, read_only: is("ro") }, storage);
+        self.add_disk(Wanted::file(&one.source, is("ro")), storage);
         Ok(())
     }
 
@@ -199,15 +200,15 @@ impl Plan {
 
     fn add_device(&mut self, device: BlockDevice) -> Result<(), StorageError> {
         let BlockDevice { path, major, minor, read_only } = device;
-        let source = node(major, minor).map_err(|error| {
+        let disk = HostDisk::open(host_disk::number(major, minor)).map_err(|error| {
             refused(
                 "linux.devices",
                 format!("{path} is the host's device {major}:{minor}, which is not there: {error}"),
             )
         })?;
         let options = if read_only { vec!["ro".to_owned()] } else { Vec::new() };
-        let storage = Storage { device: format!("{major}:{minor}"), options, ..Storage::default() };
-        self.add_disk(Wanted { source, read_only }, storage);
+        let storage = Storage { device: disk.number(), options, ..Storage::default() };
+        self.add_disk(Wanted::disk(disk, read_only), storage);
         Ok(())
     }
 
@@ -235,14 +236,16 @@ impl Plan {
         let found = fs::metadata(&bind.source);
         let block = found.as_ref().is_ok_and(|found| found.file_type().is_block_device());
         if let Some((fstype, options)) = bind.disk.clone() {
-            if !block {
+            let (Ok(found), true) = (&found, block) else {
                 return Err(volumes::not_mountable(&bind.destination, &fstype).into());
-            }
-            return self.add_file_system(container, bind, fstype, options);
+            };
+            let disk = HostDisk::named(&bind, found)?;
+            return self.add_file_system(container, bind, disk, fstype, options);
         }
         match &found {
             Ok(found) if block => {
-                self.add_node(container, bind, found.rdev());
+                let disk = HostDisk::named(&bind, found)?;
+                self.add_node(container, &bind, disk);
                 return Ok(());
             }
             Ok(found) if found.file_type().is_char_device() => {
@@ -274,10 +277,9 @@ impl Plan {
 
     /// A bind mount of a disk's node is the node. What may be done with it, the rules about devices say, as on the host; a disk
     /// that they say nothing of cannot be written even by who gets around them.
-    fn add_node(&mut self, container: &str, bind: Bind, rdev: u64) {
-        let (major, minor) = (nix::sys::stat::major(rdev), nix::sys::stat::minor(rdev));
-        let device = format!("{major}:{minor}");
-        self.set_source(container, &bind, &format!("{GUEST_BLOCK_NODES}/{device}"));
+    fn add_node(&mut self, container: &str, bind: &Bind, disk: HostDisk) {
+        let ((major, minor), device) = (disk.halves(), disk.number());
+        self.set_source(container, bind, &format!("{GUEST_BLOCK_NODES}/{device}"));
         let linux = self.spec.get("linux").and_then(Value::as_object);
         let writes = linux.is_some_and(|linux| nodes::may_write(linux, major, minor));
         let read_only = bind.read_only || !writes;
@@ -285,15 +287,15 @@ impl Plan {
         let known = listed.and_then(|at| self.storages.get_mut(at).zip(self.disks.get_mut(at)));
         match known {
             // The same disk under several names: writable if one of them is.
-            Some((storage, disk)) if !read_only => {
+            Some((storage, there)) if !read_only => {
                 storage.options.clear();
-                disk.read_only = false;
+                there.read_only = false;
             }
             Some(_) => {}
             None => {
                 let options = if read_only { vec!["ro".to_owned()] } else { Vec::new() };
                 let storage = Storage { device, options, ..Storage::default() };
-                self.add_disk(Wanted { source: bind.source, read_only }, storage);
+                self.add_disk(Wanted::disk(disk, read_only), storage);
             }
         }
     }
@@ -303,10 +305,11 @@ impl Plan {
         &mut self,
         container: &str,
         bind: Bind,
+        disk: HostDisk,
         fstype: String,
         options: Vec<String>,
     ) -> Result<(), StorageError> {
-        let found = file_system::of(&bind.source, 0).map_err(StorageError::file("reading", &bind.source))?;
+        let found = file_system::of(&disk.path, 0).map_err(StorageError::file("reading", &disk.path))?;
         if found.is_none() {
             return Err(refused(
                 "mounts",
@@ -322,23 +325,9 @@ impl Plan {
         let mount_point = format!("{MOUNT_POINTS}/{container}/mounts/{}", bind.name);
         self.set_source(container, &bind, &mount_point);
         let storage = Storage { fstype, options, mount_point, ..Storage::default() };
-        self.add_disk(Wanted { source: bind.source, read_only: bind.read_only }, storage);
+        self.add_disk(Wanted::disk(disk, bind.read_only), storage);
         Ok(())
     }
-}
-
-/// The host's node of a block device, checked to be it.
-fn node(major: u64, minor: u64) -> io::Result<PathBuf> {
-    let uevent = fs::read_to_string(format!("/sys/dev/block/{major}:{minor}/uevent"))?;
-    let name = uevent.lines().find_map(|line| line.strip_prefix("DEVNAME="));
-    let path = Path::new("/dev").join(name.ok_or_else(|| io::Error::other("the kernel has no name for it"))?);
-    let found = fs::metadata(&path)?;
-    let (found_major, found_minor) =
-        (nix::sys::stat::major(found.rdev()), nix::sys::stat::minor(found.rdev()));
-    if !found.file_type().is_block_device() || (found_major, found_minor) != (major, minor) {
-        return Err(io::Error::other(format!("{} is another device", path.display())));
-    }
-    Ok(path)
 }
 
 #[cfg(test)]

@@ -30,7 +30,7 @@ fn a_root_that_is_an_image_file_is_mounted_by_the_guest() {
     let mut plan = Bundle::new(&json!({})).plan(image(&["loop", "rw", "noatime"]), true).unwrap();
     assert!(plan.rootfs.is_empty());
     assert_eq!(plan.spec["root"]["path"], "/run/kuasar/storage/c1/rootfs");
-    assert_eq!(plan.disks(), [Wanted { source: "/var/lib/snapshots/7".into(), read_only: false }]);
+    assert_eq!(plan.disks(), [Wanted::file("/var/lib/snapshots/7", false)]);
     plan.plugged_in(vec!["serial:disk-1".into()]);
     let storage = Storage {
         driver: "blk".into(),
@@ -186,7 +186,7 @@ fn a_bind_of_a_disks_node_is_plugged_in_as_the_rules_allow() {
         let mut plan = Bundle::new(&json!({})).plan(image(&["rw"]), true).unwrap();
         plan.spec = spec(linux);
         for read_only in binds {
-            plan.add_node("c1", bind(*read_only), nix::sys::stat::makedev(8, 16));
+            plan.add_node("c1", &bind(*read_only), HostDisk::double(8, 16));
         }
         assert_eq!(plan.spec["mounts"][0]["source"], "/dev/block/8:16");
         assert!(plan.storages.len() == 1 && plan.storages[0].device == "8:16");

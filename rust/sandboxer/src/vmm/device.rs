@@ -13,8 +13,11 @@ pub enum DeviceInfo {
     Block {
         /// Unique in the VM.
         id: String,
-        /// The host's path.
+        /// The host's path, for messages.
         path: PathBuf,
+        /// What the VMM gets: open for reading, and for writing unless `read_only`; a block device without the host's cache
+        /// (`O_DIRECT`).
+        file: OwnedFd,
         /// The guest cannot write.
         read_only: bool,
     },

@@ -9,8 +9,8 @@
 
 use std::{
     collections::BTreeMap,
-    fs,
-    os::unix::fs::FileTypeExt,
+    fs::File,
+    os::{fd::OwnedFd, unix::fs::FileTypeExt},
     path::Path,
     sync::{MutexGuard, PoisonError},
     time::Duration,
@@ -80,7 +80,7 @@ impl QemuVm {
 
     /// Plugs a disk in. Nothing of it stays on error.
     pub(super) async fn plug(&self, device: DeviceInfo) -> Result<DeviceAddress, VmError> {
-        let DeviceInfo::Block { id, path, read_only } = device else {
+        let DeviceInfo::Block { id, path, file, read_only } = device else {
             return Err(VmError::Unsupported(format!(
                 "plugging {} into a running VM: only disks can be plugged in while a VM runs",
                 device.id()
@@ -95,7 +95,7 @@ impl QemuVm {
         self.know(&mut plugged).await?;
         let slot = self.take_slot(&id)?;
         let added = match self.converse(DEADLINE).await {
-            Ok(mut qemu) => add(&mut qemu, &id, slot, &path, read_only).await,
+            Ok(mut qemu) => add(&mut qemu, &Disk { id: &id, slot, path: &path, read_only }, file).await,
             Err(error) => Err(error),
         };
         match added {
@@ -168,19 +168,41 @@ impl QemuVm {
     }
 }
 
-async fn add(
-    qemu: &mut Conversation,
-    id: &str,
+/// A disk to be plugged in.
+struct Disk<'a> {
+    id: &'a str,
     slot: u32,
-    path: &Path,
+    path: &'a Path,
     read_only: bool,
+}
+
+/// Gives QEMU the open file, never its path: what was checked is what the guest gets, whatever comes to the path since.
+async fn add(qemu: &mut Conversation, disk: &Disk<'_>, file: OwnedFd) -> Result<(), VmError> {
+    let file = File::from(file);
+    let kind =
+        file.metadata().map_err(VmError::io(format!("plugging in {}", disk.path.display())))?.file_type();
+    let set = qemu.give(file.into()).await?;
+    let added = add_from(qemu, disk, set, kind.is_block_device()).await;
+    // An added disk has a descriptor of its own by now.
+    if let Err(error) = qemu.execute(qmp::remove_fd { fdset_id: set, fd: None }).await {
+        tracing::warn!(id = disk.id, %error, "closing the file that a disk was plugged in with");
+    }
+    added
+}
+
+async fn add_from(
+    qemu: &mut Conversation,
+    disk: &Disk<'_>,
+    set: i64,
+    is_device: bool,
 ) -> Result<(), VmError> {
-    qemu.execute(BlockdevAdd(backend(id, path, read_only)?)).await?;
+    let id = disk.id;
+    qemu.execute(BlockdevAdd(backend(disk, set, is_device))).await?;
     let device = json!({
         "driver": "virtio-blk-pci",
         "id": format!("{id}{SUFFIX}"),
         "bus": BUS,
-        "addr": format!("{slot:#x}"),
+        "addr": format!("{:#x}", disk.slot),
         "drive": id,
         "serial": id,
         // On a bus that is not Express it would have the old interface, too, and want ports for it.
@@ -195,20 +217,21 @@ async fn add(
     Ok(())
 }
 
-fn backend(id: &str, path: &Path, read_only: bool) -> Result<Value, VmError> {
-    let kind =
-        fs::metadata(path).map_err(VmError::io(format!("plugging in {}", path.display())))?.file_type();
-    let device = kind.is_block_device();
-    let driver = if device { "host_device" } else { "file" };
-    Ok(json!({
+fn backend(disk: &Disk, set: i64, is_device: bool) -> Value {
+    let driver = if is_device { "host_device" } else { "file" };
+    json!({
         "driver": "raw",
-        "node-name": id,
-        "read-only": read_only,
+        "node-name": disk.id,
+        "read-only": disk.read_only,
         // What the guest trims goes back to the host.
         "discard": "unmap",
-        "cache": {"direct": device},
-        "file": {"driver": driver, "filename": path, "cache": {"direct": device}},
-    }))
+        "cache": {"direct": is_device},
+        "file": {
+            "driver": driver,
+            "filename": format!("/dev/fdset/{set}"),
+            "cache": {"direct": is_device},
+        },
+    })
 }
 
 async fn remove(qemu: &mut Conversation, id: &str) -> Result<(), VmError> {

@@ -2,10 +2,13 @@
 //! daemon that was restarted needs nothing but the socket's path.
 
 use std::{
-    io,
+    io::{self, IoSlice},
+    mem::MaybeUninit,
+    os::fd::{AsFd, OwnedFd},
     path::Path,
     pin::Pin,
-    task::{Context, Poll},
+    sync::{Arc, Mutex, PoisonError},
+    task::{Context, Poll, ready},
     time::Duration,
 };
 
@@ -14,8 +17,9 @@ use qapi::{
     futures::{QapiEvents, QapiService, QapiStream, QmpStreamTokio},
     qmp::{self, QmpCommand},
 };
+use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
 use tokio::{
-    io::{AsyncRead, ReadBuf, ReadHalf, WriteHalf},
+    io::{AsyncRead, Interest, ReadBuf, ReadHalf, WriteHalf},
     net::UnixStream,
     time::{Instant, timeout, timeout_at},
 };
@@ -26,12 +30,16 @@ use crate::vmm::VmError;
 /// Most bytes QEMU may say in one conversation. Some of them, such as device names, a guest can influence.
 const MAX_CONVERSATION: usize = 1 << 20;
 
+/// A descriptor that goes along with the next bytes that are sent.
+type Parcel = Arc<Mutex<Option<OwnedFd>>>;
+
 type Stream = QapiStream<QmpStreamTokio<ReadHalf<Bounded>>, QmpStreamTokio<WriteHalf<Bounded>>>;
 
 /// Several commands, and the events that answer them, within one deadline.
 pub(super) struct Conversation {
     service: QapiService<QmpStreamTokio<WriteHalf<Bounded>>>,
     events: QapiEvents<QmpStreamTokio<ReadHalf<Bounded>>>,
+    parcel: Parcel,
     /// Devices that QEMU has said are gone.
     gone: Vec<String>,
     until: Instant,
@@ -46,9 +54,9 @@ impl Conversation {
     pub(super) async fn open(socket: &Path, deadline: Duration) -> Result<Self, VmError> {
         let until = Instant::now() + deadline;
         let why = match timeout_at(until, connect(socket)).await {
-            Ok(Ok(stream)) => {
+            Ok(Ok((stream, parcel))) => {
                 let (service, events) = stream.into_parts();
-                return Ok(Self { service, events, gone: Vec::new(), until, deadline });
+                return Ok(Self { service, events, parcel, gone: Vec::new(), until, deadline });
             }
             Ok(Err(error)) => error.to_string(),
             Err(_) => format!("no answer within {deadline:?}"),
@@ -62,6 +70,19 @@ impl Conversation {
     /// When QEMU does not answer before the conversation's deadline, or refuses.
     pub(super) async fn execute<C: QmpCommand>(&mut self, command: C) -> Result<C::Ok, VmError> {
         self.try_execute(command).await.map_err(|error| Self::failed::<C>(&error))
+    }
+
+    /// Gives QEMU an open file; returns the number of the set that QEMU keeps it in. `/dev/fdset/<number>` is then its
+    /// path, for whoever opens it in the way that it was opened here.
+    ///
+    /// # Errors
+    /// When QEMU does not answer before the conversation's deadline, or refuses.
+    pub(super) async fn give(&mut self, file: OwnedFd) -> Result<i64, VmError> {
+        *self.parcel.lock().unwrap_or_else(PoisonError::into_inner) = Some(file);
+        let given = self.execute(qmp::add_fd { fdset_id: None, opaque: None }).await;
+        // A command that was never sent must not leave its file to the next one.
+        self.parcel.lock().unwrap_or_else(PoisonError::into_inner).take();
+        Ok(given?.fdset_id)
     }
 
     /// The error of a command.
@@ -127,7 +148,7 @@ pub(super) async fn execute<C: QmpCommand>(
     deadline: Duration,
 ) -> Result<C::Ok, VmError> {
     let conversation = async {
-        let mut stream = connect(socket).await.map_err(ExecuteError::from)?;
+        let (mut stream, _) = connect(socket).await.map_err(ExecuteError::from)?;
         stream.execute(command).await
     };
     let why = match timeout(deadline, conversation).await {
@@ -151,16 +172,29 @@ pub(super) async fn ping(socket: &Path, deadline: Duration) -> Result<(), VmErro
     Err(VmError::Command { command: "query-status", why: format!("the VM is {:?}", status.status) })
 }
 
-async fn connect(socket: &Path) -> io::Result<Stream> {
-    let stream = Bounded { stream: UnixStream::connect(socket).await?, left: MAX_CONVERSATION };
+async fn connect(socket: &Path) -> io::Result<(Stream, Parcel)> {
+    let (stream, parcel) = (UnixStream::connect(socket).await?, Parcel::default());
+    let stream = Bounded { stream, parcel: parcel.clone(), left: MAX_CONVERSATION };
     let (read, write) = tokio::io::split(stream);
-    QmpStreamTokio::open_split(read, write).await?.negotiate().await
+    Ok((QmpStreamTokio::open_split(read, write).await?.negotiate().await?, parcel))
 }
 
 /// A stream that ends with an error when too much came.
 struct Bounded {
     stream: UnixStream,
+    parcel: Parcel,
     left: usize,
+}
+
+/// Sends bytes together with a descriptor.
+fn send(stream: &UnixStream, bytes: &[u8], file: &OwnedFd) -> io::Result<usize> {
+    let files = [file.as_fd()];
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+    let mut along = SendAncillaryBuffer::new(&mut space);
+    if !along.push(SendAncillaryMessage::ScmRights(&files)) {
+        return Err(io::Error::other("there is no room for a descriptor"));
+    }
+    Ok(sendmsg(stream, &[IoSlice::new(bytes)], &mut along, SendFlags::NOSIGNAL | SendFlags::DONTWAIT)?)
 }
 
 impl AsyncRead for Bounded {
@@ -185,7 +219,19 @@ impl tokio::io::AsyncWrite for Bounded {
         context: &mut Context<'_>,
         bytes: &[u8],
     ) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.stream).poll_write(context, bytes)
+        let Self { stream, parcel, .. } = &mut *self;
+        let mut parcel = parcel.lock().unwrap_or_else(PoisonError::into_inner);
+        let Some(file) = parcel.as_ref() else { return Pin::new(stream).poll_write(context, bytes) };
+        loop {
+            ready!(stream.poll_write_ready(context))?;
+            match stream.try_io(Interest::WRITABLE, || send(stream, bytes, file)) {
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+                sent => {
+                    *parcel = None;
+                    return Poll::Ready(sent);
+                }
+            }
+        }
     }
 
     fn poll_flush(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {

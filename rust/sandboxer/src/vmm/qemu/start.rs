@@ -290,7 +290,10 @@ fn extra(device: DeviceInfo, accel: Accel, spawn: &mut Spawn) -> Extra {
                 Accel::Tcg => Vec::new(),
             },
         },
-        DeviceInfo::Block { id, path, read_only } => Extra::Disk { id, path, read_only },
+        DeviceInfo::Block { id, file, read_only, .. } => {
+            let path = format!("/proc/self/fd/{}", spawn.fd(file)).into();
+            Extra::Disk { id, path, read_only }
+        }
     }
 }
 

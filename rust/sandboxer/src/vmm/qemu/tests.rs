@@ -233,7 +233,7 @@ async fn what_this_driver_cannot_do_says_so() {
     qemu.config.machine = Machine::Microvm;
     let vm = qemu.start(lab.spec()).await.unwrap();
     assert!(!vm.can_hot_attach());
-    let disk = |id: &str| DeviceInfo::Block { id: id.into(), path: "/dev/null".into(), read_only: true };
+    let disk = |id: &str| disk(id, Path::new("/dev/null"));
     let error = vm.hot_attach(disk("d0")).await.unwrap_err().to_string();
     assert!(
         error.starts_with("plugging d0 into a running VM: its machine type has no bus for that"),
@@ -301,6 +301,11 @@ async fn a_folder_too_deep_for_sockets_is_named() {
     assert!(error.contains("SUN_LEN"), "{error}");
 }
 
+fn disk(id: &str, path: &Path) -> DeviceInfo {
+    let file = fs::File::open(path).unwrap().into();
+    DeviceInfo::Block { id: id.into(), path: path.into(), file, read_only: true }
+}
+
 /// A QEMU that stands still, on a node that swaps: its pod is taken over, and it is asked when it is needed.
 #[tokio::test]
 async fn a_vmm_that_does_not_answer_is_adopted_and_asked_before_the_next_disk() {
@@ -336,8 +341,7 @@ async fn a_vmm_that_does_not_answer_is_adopted_and_asked_before_the_next_disk() 
             }
         }
     });
-    let disk = DeviceInfo::Block { id: "disk-1".into(), path: "/dev/null".into(), read_only: true };
-    let error = vm.hot_attach(disk).await.unwrap_err().to_string();
+    let error = vm.hot_attach(disk("disk-1", Path::new("/dev/null"))).await.unwrap_err().to_string();
     assert!(error.contains("qom-list"), "{error}");
     answering.abort();
     vm.stop(true, Duration::ZERO).await.unwrap();
