@@ -4,6 +4,7 @@
 mod disks;
 mod exports;
 mod host_disk;
+mod host_mount;
 mod layers;
 pub mod mount;
 pub mod mountinfo;

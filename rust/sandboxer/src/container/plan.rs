@@ -16,6 +16,7 @@ use serde_json::{Value, json};
 use super::{
     disks::{Room, Wanted},
     host_disk::{self, HostDisk},
+    host_mount::HostMount,
     layers::{InGuest, Layers},
     mount::{self, MountError, RootfsMount},
     mountinfo, nodes,
@@ -260,12 +261,25 @@ impl Plan {
                 self.sockets.push(socket);
                 return Ok(());
             }
-            Ok(found) if found.is_dir() && bind.read_only => {
-                self.leave_read_only_to_the_host(container, &bind)?;
+            Ok(found) if found.is_dir() || found.is_file() => {
+                self.confine(container, &bind)?;
+                if found.is_dir() && bind.read_only {
+                    self.leave_read_only_to_the_host(container, &bind)?;
+                }
             }
             _ => {}
         }
         self.binds.push(bind);
+        Ok(())
+    }
+
+    /// What the file system of a shared source means for who uses it in the guest.
+    fn confine(&mut self, container: &str, bind: &Bind) -> Result<(), StorageError> {
+        let host = HostMount::of(&bind.source).map_err(StorageError::file("reading", &bind.source))?;
+        host.check(bind)?;
+        if let Some(mount) = self.mount_of(container, bind) {
+            host.confine(mount);
+        }
         Ok(())
     }
 
