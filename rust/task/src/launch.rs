@@ -40,6 +40,7 @@ pub(crate) async fn create(context: &Context, container: &Arc<Container>) -> Res
     enter_volumes(context, container, &spec).await?;
     container.set_shares_pids(context.pids.resolve(&mut spec, &context.runc)?);
     guest_devices::check(&spec, Path::new("/sys"))?;
+    guest_devices::give(&mut spec, Path::new("/sys"));
     hooks::check(&spec, Path::new("/"))?;
     let _ = container.cgroup.set(cgroup_of(context, &spec));
     let bundle = write_bundle(context, container, &spec)?;
