@@ -155,6 +155,19 @@ impl Layer {
         Ok(self)
     }
 
+    /// Adds a file that has an extended attribute, as tar's PAX headers tell it.
+    ///
+    /// # Errors
+    /// When the path cannot be stored.
+    pub fn file_with(mut self, path: &str, mode: u32, data: &[u8], attribute: (&str, &[u8])) -> Result<Self> {
+        let rest = [b" SCHILY.xattr.", attribute.0.as_bytes(), b"=", attribute.1, b"\n"].concat();
+        // The length that a record begins with counts its own digits.
+        let digits = (1..).find(|digits| (rest.len() + digits).to_string().len() == *digits).unwrap_or(1);
+        let record = [(rest.len() + digits).to_string().as_bytes(), &rest].concat();
+        self.entry("attributes", EntryType::XHeader, 0o644, &record, None)?;
+        self.file(path, mode, data)
+    }
+
     /// Adds a symbolic link.
     ///
     /// # Errors

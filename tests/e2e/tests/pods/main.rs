@@ -1,5 +1,6 @@
 //! Pods over CRI: life, processes, output, images, network. One lab for all; most cases make a pod of their own.
 
+mod attributes;
 mod begins;
 mod cancelled;
 mod cgroups;
@@ -23,6 +24,7 @@ mod sandbox;
 mod security;
 mod sockets;
 mod task;
+mod tenants;
 mod verity;
 mod volumes;
 
@@ -91,6 +93,11 @@ use task::{
     pause_resume_figures_pids_and_limits, the_daemon_traces_where_time_goes,
 };
 
+use attributes::{
+    access_lists_of_a_volume_hold, an_overlay_has_its_upper_folder_in_a_volume, capabilities_of_files_hold,
+    many_files_are_all_found, privileged_containers_have_the_guests_devices,
+    what_a_mount_forbids_is_forbidden,
+};
 use begins::{a_containerd_killed_while_a_container_is_made, a_containerd_killed_while_a_pod_starts};
 use disks::{
     a_disk_is_a_device_of_the_container, a_disk_that_is_bound_is_a_node, a_hung_vm_gives_its_disks_back,
@@ -104,6 +111,10 @@ use ends::{
 use layers::{
     a_root_is_made_of_erofs_layers, a_root_of_more_erofs_layers_than_slots, roots_of_mounted_erofs_layers,
     roots_that_are_folders,
+};
+use tenants::{
+    a_hung_volume_is_its_own_trouble, a_node_in_a_volume_is_no_disk_of_the_host,
+    files_without_a_length_are_refused,
 };
 use verity::a_damaged_image_is_the_reason_of_a_pods_end;
 use volumes::{
@@ -191,6 +202,14 @@ fn main() -> ExitCode {
             what_cannot_be_mounted_is_refused_by_name,
             containers_talk_to_a_socket_of_the_host,
             sockets_are_served_while_the_daemon_is_away,
+            capabilities_of_files_hold,
+            an_overlay_has_its_upper_folder_in_a_volume,
+            access_lists_of_a_volume_hold,
+            what_a_mount_forbids_is_forbidden,
+            many_files_are_all_found,
+            privileged_containers_have_the_guests_devices,
+            a_node_in_a_volume_is_no_disk_of_the_host,
+            files_without_a_length_are_refused,
             a_root_has_any_number_of_layers,
             shared_memory_is_the_pods,
             users_files_survive_a_busy_mount_and_a_killed_daemon,
@@ -216,6 +235,7 @@ fn disk_cases() -> Vec<Case<Lab>> {
             a_vm_ends_with_its_disks,
             a_hung_vm_gives_its_disks_back,
             a_vmm_that_stands_still_while_the_daemon_restarts_goes_on,
+            a_hung_volume_is_its_own_trouble,
             a_root_is_an_image_file,
         ],
     );
