@@ -3,24 +3,22 @@
 //! They run in a session of their own and have no parent-death signal, so nothing that happens to the daemon ends them.
 //! An exit status is collected by pidfd; nothing here reaps children it does not know.
 
+mod filter;
+mod ids;
+mod jail;
+mod landlock;
+mod rights;
+mod spawn;
+
 use std::{
-    ffi::OsStr,
-    fs::{self, File, OpenOptions},
-    io,
-    os::{
-        fd::{AsFd, BorrowedFd, OwnedFd, RawFd},
-        unix::{fs::OpenOptionsExt, process::CommandExt},
-    },
-    path::{Path, PathBuf},
-    process::{Command, Stdio},
+    fs, io,
+    os::fd::{AsFd, BorrowedFd, OwnedFd},
     time::Duration,
 };
 
-use command_fds::{CommandFdExt, FdMapping};
 use rustix::{
     io::Errno,
     process::{Pid, PidfdFlags, Signal, WaitId, WaitIdOptions},
-    thread::LinkNameSpaceType,
 };
 use serde::{Deserialize, Serialize};
 use tokio::{
@@ -31,8 +29,14 @@ use tokio::{
 
 /// How long a killed process may take to be gone; longer only when the kernel cannot end it (uninterruptible I/O).
 const KILL_DEADLINE: Duration = Duration::from_secs(10);
-/// First descriptor that a child inherits beside its standard streams.
-const FIRST_FD: RawFd = 3;
+pub use self::{
+    filter::vsock_device as vsock_device_filter,
+    ids::{IdError, IdLease, IdRange, Ids},
+    jail::Jail,
+    rights::{Namespaces, Rights},
+    spawn::{POD_VARIABLE, Spawn},
+};
+pub use rustix::{process::Resource, thread::CapabilitySet};
 
 /// Names one process for good: a pid alone is reused.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -53,111 +57,6 @@ pub struct ProcessError {
     pub program: String,
     /// Why it failed.
     pub source: io::Error,
-}
-
-/// A process to be started.
-#[derive(Debug)]
-pub struct Spawn {
-    command: Command,
-    program: String,
-    fds: Vec<FdMapping>,
-    netns: Option<PathBuf>,
-    cgroup_procs: Vec<PathBuf>,
-    log: Option<PathBuf>,
-}
-
-impl Spawn {
-    /// A program by path, or by name in `PATH`.
-    #[must_use]
-    pub fn new(program: impl AsRef<OsStr>) -> Self {
-        Self {
-            command: Command::new(program.as_ref()),
-            program: program.as_ref().to_string_lossy().into_owned(),
-            fds: Vec::new(),
-            netns: None,
-            cgroup_procs: Vec::new(),
-            log: None,
-        }
-    }
-
-    /// Appends arguments.
-    pub fn args<S: AsRef<OsStr>>(&mut self, args: impl IntoIterator<Item = S>) -> &mut Self {
-        self.command.args(args);
-        self
-    }
-
-    /// Lets the child inherit a descriptor; returns its number there.
-    pub fn fd(&mut self, fd: OwnedFd) -> RawFd {
-        let child_fd = RawFd::try_from(self.fds.len()).map_or(RawFd::MAX, |n| n.saturating_add(FIRST_FD));
-        self.fds.push(FdMapping { parent_fd: fd, child_fd });
-        child_fd
-    }
-
-    /// Runs it in a network namespace.
-    pub fn netns(&mut self, path: Option<&Path>) -> &mut Self {
-        self.netns = path.map(Path::to_owned);
-        self
-    }
-
-    /// Has the child write itself to these `cgroup.procs` files before it executes.
-    pub fn cgroup_procs(&mut self, files: &[PathBuf]) -> &mut Self {
-        files.clone_into(&mut self.cgroup_procs);
-        self
-    }
-
-    /// Appends its standard output and error to a file; without this they are discarded.
-    pub fn log(&mut self, path: impl Into<PathBuf>) -> &mut Self {
-        self.log = Some(path.into());
-        self
-    }
-
-    /// Starts it. Blocks until the program executes, a few milliseconds.
-    ///
-    /// # Errors
-    /// When the program, the namespace, a cgroup or the log cannot be opened, or it cannot be executed.
-    pub fn spawn(mut self) -> Result<Process, ProcessError> {
-        let program = std::mem::take(&mut self.program);
-        let fail = |doing| {
-            let program = program.clone();
-            move |source| ProcessError { doing, program, source }
-        };
-        let output = self.output().map_err(fail("opening the log of"))?;
-        let netns = self.netns.as_deref().map(File::open).transpose();
-        let netns = netns.map_err(fail("opening the network namespace of"))?;
-        let cgroups: Result<Vec<File>, _> =
-            self.cgroup_procs.iter().map(|path| OpenOptions::new().write(true).open(path)).collect();
-        let cgroups = cgroups.map_err(fail("opening the cgroup of"))?;
-        let (stdout, stderr) = output;
-        self.command.stdin(Stdio::null()).stdout(stdout).stderr(stderr);
-        // SAFETY: the closure runs between fork and exec and makes system calls only; it owns what it touches.
-        unsafe {
-            self.command.pre_exec(move || {
-                rustix::process::setsid()?;
-                for cgroup in &cgroups {
-                    rustix::io::write(cgroup, b"0")?;
-                }
-                if let Some(netns) = &netns {
-                    rustix::thread::move_into_link_name_space(
-                        netns.as_fd(),
-                        Some(LinkNameSpaceType::Network),
-                    )?;
-                }
-                Ok(())
-            });
-        }
-        self.command
-            .fd_mappings(self.fds)
-            .map_err(|e| fail("passing descriptors to")(io::Error::other(e.to_string())))?;
-        let child = self.command.spawn().map_err(fail("starting"))?;
-        // Dropping a `Child` neither ends nor reaps it, and until it is reaped its pid is nobody else's.
-        Process::open(child.id()).map_err(fail("holding"))
-    }
-
-    fn output(&self) -> io::Result<(Stdio, Stdio)> {
-        let Some(path) = &self.log else { return Ok((Stdio::null(), Stdio::null())) };
-        let file = OpenOptions::new().append(true).create(true).mode(0o600).open(path)?;
-        Ok((file.try_clone()?.into(), file.into()))
-    }
 }
 
 /// A process held by its pidfd. Dropping it does nothing to the process.
@@ -285,7 +184,7 @@ fn start_time(pid: u32) -> io::Result<u64> {
 
 #[cfg(test)]
 mod tests {
-    use std::{io::Write, time::Instant};
+    use std::{io::Write, path::Path, time::Instant};
 
     use super::*;
 
