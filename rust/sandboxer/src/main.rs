@@ -90,6 +90,7 @@ fn run(args: Args) -> anyhow::Result<()> {
         mount_timeout: MOUNT_TIMEOUT,
         recover_timeout: RECOVER_TIMEOUT,
         cgroup_root: CGROUP_ROOT.into(),
+        ids: config.ids(),
     };
     let collecting = Collecting {
         interval: Duration::from_secs(config.sandbox.collect_interval_s),

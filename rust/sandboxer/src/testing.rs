@@ -43,7 +43,7 @@ use crate::{
     config::HypervisorConfig,
     container::mount::unmount_below,
     pod::{Annotation, Environment},
-    process::{Process, Spawn},
+    process::{IdRange, Ids, Process, Spawn},
     vmm::{
         DeviceAddress, DeviceInfo, Hypervisor, PreflightError, ReadyGuest, ReadyListener, Vm, VmError,
         VmExit, VmRecord, VmSpec,
@@ -127,7 +127,7 @@ impl Hypervisor for FakeHypervisor {
             return Err(VmError::Unsupported("no VMM today".into()));
         }
         let socket = spec.dir.join(pod_files::VSOCK_SOCKET);
-        let listener = ReadyListener::hybrid(&socket).map_err(VmError::io("listening"))?;
+        let listener = ReadyListener::hybrid(&socket, None).map_err(VmError::io("listening"))?;
         let mut spawn = Spawn::new(&self.vmm);
         spawn.args(["-f".as_ref(), "/dev/null".as_ref(), spec.dir.join("vmm").as_os_str()]);
         spawn.cgroup_procs(&spec.cgroup_procs);
@@ -434,6 +434,7 @@ impl Lab {
             mount_timeout: Duration::from_secs(1),
             recover_timeout: Duration::from_secs(3),
             cgroup_root: self.path("cgroup"),
+            ids: Ids::new(Some(IdRange::default())),
         }
     }
 

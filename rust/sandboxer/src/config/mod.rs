@@ -10,6 +10,7 @@ use std::{
 use serde::Deserialize;
 
 use crate::pod::Annotation;
+use crate::process::{IdRange, Ids};
 use crate::vmm::{
     Accel, FileServer, FileServerSandbox, InodeFileHandles, Machine, Root, ShareFs, Verity, VmConfig,
     VsockKind,
@@ -62,6 +63,8 @@ pub struct SandboxConfig {
     pub collect_interval_s: u64,
     /// Seconds for which a pod must be missing there before it is removed.
     pub collect_grace_s: u64,
+    /// User and group ids for pods, `FIRST-LAST`; empty: none, and pods' processes are the daemon's user's.
+    pub uid_range: String,
 }
 
 impl Default for SandboxConfig {
@@ -75,6 +78,7 @@ impl Default for SandboxConfig {
             stop_timeout_s: 10,
             collect_interval_s: 600,
             collect_grace_s: 60,
+            uid_range: IdRange::default().to_string(),
         }
     }
 }
@@ -83,7 +87,7 @@ impl Default for SandboxConfig {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum HypervisorKind {
-    /// QEMU, 8.0 or later.
+    /// QEMU, 8.2 or later.
     #[default]
     Qemu,
 }
@@ -369,6 +373,13 @@ impl Config {
         }
     }
 
+    /// User ids for pods; those of a daemon that is not root's have its own.
+    #[must_use]
+    pub fn ids(&self) -> Ids {
+        let root = rustix::process::geteuid().is_root();
+        Ids::new(self.sandbox.uid_range.parse().ok().filter(|_| root))
+    }
+
     fn resolve(&mut self, base: &Path) {
         let hypervisor = &mut self.hypervisor;
         for path in [&mut hypervisor.kernel_path, &mut hypervisor.image_path, &mut hypervisor.initrd_path] {
@@ -403,6 +414,10 @@ impl Config {
             let why =
                 format!("is {}, virtiofsd has 1 to {MAX_FILE_SERVER_THREADS}", hypervisor.virtiofsd.threads);
             return Err(("hypervisor.virtiofsd.threads", why));
+        }
+        if !self.sandbox.uid_range.is_empty() {
+            let range: Result<IdRange, _> = self.sandbox.uid_range.parse();
+            range.map_err(|why| ("sandbox.uid_range", why.to_string()))?;
         }
         if self.sandbox.start_timeout_s == 0 {
             return Err(("sandbox.start_timeout_s", "is 0, no pod can start within that".into()));

@@ -9,6 +9,24 @@ fn refusal(text: &str) -> String {
 }
 
 #[test]
+fn ids_for_pods_are_not_the_hosts() {
+    let why = |value: &str| {
+        let text = format!("[sandbox]\nuid_range = {value:?}");
+        Config::from_text(&text, Path::new("/etc/kuasar/qemu.toml")).map(drop).map_err(|e| e.to_string())
+    };
+    for value in ["", "100000-165535"] {
+        assert_eq!(why(value), Ok(()), "{value:?}");
+    }
+    let error = why("0-65535").unwrap_err();
+    assert_eq!(
+        error,
+        "checking the configuration /etc/kuasar/qemu.toml: sandbox.uid_range begins with 0, and ids below 65536 are the host's \
+         own users; begin with 65536 or more"
+    );
+    assert!(why("200000").unwrap_err().contains("sandbox.uid_range is \"200000\" and not FIRST-LAST"));
+}
+
+#[test]
 fn an_empty_file_is_the_defaults() {
     let config = parse("").unwrap();
     assert_eq!(config.hypervisor.vcpus, 1);

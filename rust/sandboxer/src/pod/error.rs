@@ -6,7 +6,7 @@ use crate::{
     container::{StorageError, mount::MountError},
     guest::GuestError,
     network::NetworkError,
-    process::ProcessError,
+    process::{IdError, ProcessError},
     vmm::{ReadyError, VmError},
 };
 
@@ -91,6 +91,9 @@ pub enum StepError {
     /// The pod's cgroup.
     #[error("{0}")]
     Cgroup(io::Error),
+    /// A user id for the pod.
+    #[error(transparent)]
+    Id(#[from] IdError),
     /// A task of the daemon broke.
     #[error("{0}")]
     Internal(String),

@@ -67,7 +67,7 @@ use crate::{
     container::{Disks, HostSocket, Plan, Storage, StorageError, mount::RootfsMount, spec::Target},
     crash,
     network::NetworkRecord,
-    process::Process,
+    process::{IdLease, Ids, Process},
     protos::types::Metric,
     vmm::{Hypervisor, Vm, VmRecord},
 };
@@ -85,6 +85,8 @@ pub struct Environment {
     pub relay: PathBuf,
     /// containerd's gRPC socket.
     pub containerd: PathBuf,
+    /// User ids for pods.
+    pub ids: Ids,
     /// Where cgroup hierarchies are mounted.
     pub cgroup_root: PathBuf,
     /// A pod has this long from Start to ready.
@@ -171,6 +173,8 @@ struct Work {
     host: Option<HostServer>,
     cgroups: Vec<PathBuf>,
     size: Option<VmSize>,
+    /// The user of its processes.
+    user: Option<IdLease>,
     /// A VM that could not be taken over, and whose processes have yet to be ended.
     lost: Option<VmRecord>,
     /// The guest of a pod that is not running any more has yet to be told to end.
@@ -417,6 +421,7 @@ impl Pod {
             relay: work.relay.as_ref().map(|relay| relay.record()),
             cgroups: work.cgroups.clone(),
             size: work.size,
+            user: work.user.as_ref().map(IdLease::id),
             exit: view.exit.map(|exit| ExitRecord {
                 code: exit.code,
                 at_ns: epoch_ns(exit.at),

@@ -69,6 +69,9 @@ pub(super) struct PodRecord {
     /// How big its VM is.
     #[serde(default)]
     pub size: Option<VmSize>,
+    /// User and group id of its processes, which no other pod is given; `None`: the daemon's.
+    #[serde(default)]
+    pub user: Option<u32>,
     /// How it ended.
     pub exit: Option<ExitRecord>,
     /// The boot of the host in which it was written: process ids of another one say nothing.
@@ -176,6 +179,7 @@ mod tests {
             relay: Some(ProcessRecord { pid: 4, start_time: 5 }),
             cgroups: Vec::new(),
             size: Some(VmSize { vcpus: 1, memory_mib: 512 }),
+            user: Some(1_900_000_007),
             exit: Some(ExitRecord { code: 1, at_ns: 2, reason: Some("stopped".into()) }),
             boot: boot_id(),
         };

@@ -4,7 +4,7 @@ use std::{
     fs,
     future::pending,
     io,
-    os::unix::ffi::OsStrExt,
+    os::unix::{ffi::OsStrExt, fs::MetadataExt},
     path::{Path, PathBuf},
     pin::pin,
     sync::Arc,
@@ -31,7 +31,7 @@ use super::{
 use crate::{
     container::is_safe_id,
     crash,
-    process::{Process, ProcessRecord},
+    process::{POD_VARIABLE, Process, ProcessRecord},
     vmm::Vm,
 };
 
@@ -110,8 +110,12 @@ impl Pods {
         }
         let mut record = match PodRecord::read(dir) {
             Ok(record) => record,
-            Err(RecordError::Missing) => return Some(Left::Nothing),
+            Err(RecordError::Missing) => {
+                reserve_user(self.environment(), dir);
+                return Some(Left::Nothing);
+            }
             Err(error) => {
+                reserve_user(self.environment(), dir);
                 set_aside(dir, &error);
                 return None;
             }
@@ -122,6 +126,8 @@ impl Pods {
         }
         at("recover: listed");
         if record.phase == Phase::Starting {
+            // New pods come before its processes are gone.
+            record.user.into_iter().for_each(|id| self.environment().ids.reserve(id));
             return Some(Left::Interrupted(record));
         }
         let pod = revive(self.environment(), id, &record);
@@ -306,6 +312,7 @@ fn revive(environment: &Environment, id: &str, record: &PodRecord) -> Arc<Pod> {
         // Until it is found.
         work.lost.clone_from(&record.vm);
         work.relay = record.relay.and_then(adopt_relay);
+        work.user = record.user.map(|id| environment.ids.keep(id));
     }
     pod
 }
@@ -331,6 +338,18 @@ async fn serve_host(pod: &Arc<Pod>) {
 fn set_aside(dir: &Path, error: &RecordError) {
     let moved = fs::rename(dir.join(pod_files::RECORD), aside(dir));
     tracing::error!(%error, ?moved, folder = %dir.display(), "the sandbox is left alone until containerd removes it");
+}
+
+/// Keeps the user id of a pod whose record cannot be read from being given to another one: it is in what can be read of the
+/// record, or else its folder has something of it.
+fn reserve_user(environment: &Environment, dir: &Path) {
+    let text = fs::read(dir.join(pod_files::RECORD)).or_else(|_| fs::read(aside(dir))).unwrap_or_default();
+    let record: Option<serde_json::Value> = serde_json::from_slice(&text).ok();
+    let recorded = record.as_ref().and_then(|record| record.pointer("/user")?.as_u64());
+    let entries = fs::read_dir(dir).into_iter().flatten().flatten();
+    let owners = entries.filter_map(|entry| entry.metadata().ok()).map(|there| there.gid());
+    let ids = owners.chain(recorded.and_then(|id| u32::try_from(id).ok()));
+    ids.filter(|id| *id != 0).for_each(|id| environment.ids.reserve(id));
 }
 
 impl Pods {
@@ -422,7 +441,8 @@ async fn clear(environment: &Environment, dir: &Path) {
     }
 }
 
-/// Kills processes of ours that were started for this folder: those whose program we start and whose arguments name it.
+/// Kills processes of ours that were started for this folder: those whose program we start and whose environment or arguments
+/// name it.
 async fn end_strays(environment: &Environment, dir: &Path) {
     let sizes = &environment.sizes;
     let programs = [&sizes.path, &sizes.virtiofsd.path, &sizes.vsock_device.path, &environment.relay];
@@ -432,7 +452,8 @@ async fn end_strays(environment: &Environment, dir: &Path) {
         // Held before it is looked at, so that the signal goes to what was looked at.
         let Ok(process) = Process::open(pid) else { continue };
         let Ok(command) = fs::read(format!("/proc/{pid}/cmdline")) else { continue };
-        if is_for(&command, dir, &programs) {
+        let environment = fs::read(format!("/proc/{pid}/environ")).unwrap_or_default();
+        if is_for(&command, &environment, dir, &programs) {
             tracing::info!(pid, "ending a process of a sandbox that is no more");
             if let Err(error) = process.end(Duration::ZERO).await {
                 tracing::error!(%error, "ending a process of a sandbox that is no more");
@@ -441,7 +462,9 @@ async fn end_strays(environment: &Environment, dir: &Path) {
     }
 }
 
-fn is_for(command: &[u8], dir: &Path, programs: &[PathBuf]) -> bool {
+fn is_for(command: &[u8], environment: &[u8], dir: &Path, programs: &[PathBuf]) -> bool {
+    let variable = [POD_VARIABLE.as_bytes(), b"=", dir.as_os_str().as_bytes()].concat();
+    let started_for_it = environment.split(|byte| *byte == 0).any(|entry| entry == variable);
     let mut prefix = dir.as_os_str().as_bytes().to_vec();
     let named = |argument: &[u8], text: &[u8]| argument.windows(text.len()).any(|part| part == text);
     let mut arguments = command.split(|byte| *byte == 0);
@@ -449,7 +472,9 @@ fn is_for(command: &[u8], dir: &Path, programs: &[PathBuf]) -> bool {
     let base = program.rsplit(|byte| *byte == b'/').next().unwrap_or_default();
     let ours = programs.iter().filter_map(|path| path.file_name()).any(|name| name.as_bytes() == base);
     prefix.push(b'/');
-    ours && arguments.any(|argument| argument == dir.as_os_str().as_bytes() || named(argument, &prefix))
+    let mut names_it =
+        arguments.map(|argument| argument == dir.as_os_str().as_bytes() || named(argument, &prefix));
+    ours && (started_for_it || names_it.any(|names| names))
 }
 
 #[cfg(test)]
@@ -460,12 +485,21 @@ mod tests {
     fn only_our_programs_for_this_folder_are_strays() {
         let dir = Path::new("/run/kuasar/qemu/p1");
         let programs = [PathBuf::from("/opt/qemu-system-x86_64"), PathBuf::from("virtiofsd")];
-        let is = |command: &str| is_for(command.replace(' ', "\0").as_bytes(), dir, &programs);
+        let with = |command: &str, environment: &str| {
+            let words = |text: &str| text.replace(' ', "\0").into_bytes();
+            is_for(&words(command), &words(environment), dir, &programs)
+        };
+        let is = |command: &str| with(command, "PATH=/bin");
         assert!(is("/usr/bin/qemu-system-x86_64 -qmp unix:/run/kuasar/qemu/p1/qmp.sock,server=on"));
         assert!(is("virtiofsd --shared-dir /run/kuasar/qemu/p1/shared"));
         assert!(is("virtiofsd /run/kuasar/qemu/p1"));
         assert!(!is("virtiofsd --shared-dir /run/kuasar/qemu/p10/shared"));
         assert!(!is("tail -f /run/kuasar/qemu/p1/log/vmm.log"));
         assert!(!is(""));
+        // It opens nothing by path, and so names no folder.
+        let qemu = "qemu-system-x86_64 -name guest=sandbox-p1";
+        assert!(with(qemu, "PATH=/bin KUASAR_POD_FOLDER=/run/kuasar/qemu/p1 A=b"));
+        assert!(!with(qemu, "KUASAR_POD_FOLDER=/run/kuasar/qemu/p10"));
+        assert!(!with("sleep 5", "KUASAR_POD_FOLDER=/run/kuasar/qemu/p1"));
     }
 }

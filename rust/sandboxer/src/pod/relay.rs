@@ -11,7 +11,7 @@ use kuasar_common::constants::pod_files;
 use super::{Environment, host::bind};
 use crate::{
     network::Forward,
-    process::{Process, ProcessError, Spawn},
+    process::{Process, ProcessError, Rights, Spawn},
     vmm::Vm,
 };
 
@@ -30,7 +30,7 @@ pub(super) fn spawn(
     endpoint: OwnedFd,
     vm: &dyn Vm,
     forward: Option<Forward>,
-    cgroup_procs: &[PathBuf],
+    (cgroup_procs, rights): (&[PathBuf], Rights),
 ) -> Result<Process, ProcessError> {
     let program = &environment.relay;
     let mut spawn = Spawn::new(program);
@@ -51,6 +51,6 @@ pub(super) fn spawn(
         // Nothing is done with it; it only has to stay open.
         spawn.fd(link);
     }
-    spawn.cgroup_procs(cgroup_procs).log(dir.join(pod_files::LOG).join("relay.log"));
+    spawn.rights(rights).cgroup_procs(cgroup_procs).pod(dir).log(dir.join(pod_files::LOG).join("relay.log"));
     spawn.spawn()
 }

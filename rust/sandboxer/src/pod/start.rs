@@ -20,14 +20,16 @@ use crate::{
     crash,
     guest::Guest,
     network::{self, PodNetwork},
-    process::Process,
-    vmm::{DeviceInfo, ReadyGuest, Vm, VmError, VmSpec, with_status},
+    process::{IdLease, Process},
+    vmm::{DeviceInfo, ReadyGuest, Vm, VmError, VmSpec, relay_rights, with_status},
 };
 
 /// How long the last words of a guest whose VM has ended may take to be read.
 const LAST_WORDS: Duration = Duration::from_secs(1);
 /// A guest that has called in time is alive, and has at least this to be set up in, however late it called.
 const LEAST_TO_SET_UP: Duration = Duration::from_secs(20);
+/// What a pod's processes begin with, whatever the daemon's own score is.
+const OOM_SCORE_ADJ: i32 = 0;
 /// Logs that may explain why a guest does not come up.
 const GUEST_LOGS: [&str; 3] = ["console.log", "agent.log", "vmm.log"];
 
@@ -78,6 +80,7 @@ impl Pod {
         let plan = step("giving the VM the pod's network", plan)?;
         work.network = Some(plan.record().clone());
         work.size = Some(size);
+        work.user = step("giving the sandbox a user id", self.environment.ids.take())?;
         work.cgroups = cgroups.paths();
         self.set_phase(Phase::Starting);
         // From here on a restarted daemon knows what to clear away.
@@ -122,7 +125,9 @@ impl Pod {
         // Not before: it calls the guest, and vhost-device-vsock ends its work, unseen, when somebody calls while the guest's
         // driver is just about to set up its queues.
         let forward = network.forward.take();
-        let relay = relay::spawn(&self.environment, &self.dir, endpoint, &*vm, forward, &cgroups.procs());
+        let rights = relay_rights(work.user.is_some(), OOM_SCORE_ADJ);
+        let relay =
+            relay::spawn(&self.environment, &self.dir, endpoint, &*vm, forward, (&cgroups.procs(), rights));
         let relay = step("starting the relay", relay)?;
         let relay = Arc::new(relay);
         work.relay = Some(relay.clone());
@@ -191,6 +196,8 @@ impl Pod {
             memory_mib: size.memory_mib,
             devices: network.nics.drain(..).map(DeviceInfo::Tap).collect(),
             kernel_params: work.spec.wishes.kernel_params.clone(),
+            user: work.user.as_ref().map(IdLease::id),
+            oom_score_adj: OOM_SCORE_ADJ,
         };
         let vm = step("starting the VM", self.environment.hypervisor.start(spec).await)?;
         self.view.send_modify(|view| view.pid = vm.pid());

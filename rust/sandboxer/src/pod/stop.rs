@@ -125,6 +125,8 @@ impl Pod {
         end("removing the sandbox's folder", removed.and_then(|removed| removed))?;
         work.relay = None;
         work.vm = None;
+        // Nothing is left that was this user's.
+        work.user = None;
         Ok(())
     }
 }

@@ -6,8 +6,6 @@ use std::{
     time::SystemTime,
 };
 
-use kuasar_common::constants::pod_files;
-
 use tokio::sync::Notify;
 
 use super::{Annotation, Environment, Phase, Pod, PodError, PodSpec, StepError, View, VmSize, Work, folder};
@@ -16,9 +14,7 @@ use crate::{container::is_safe_id, crash};
 /// Longest path of a unix socket that the kernel takes, less the end that marks it.
 const MAX_SOCKET_PATH: usize = 107;
 /// The longest name of a socket in a pod's folder.
-const LONGEST_SOCKET: &str = "vhost-vsock.sock";
-// The socket of a vsock port has an underscore and up to ten digits more.
-const _: () = assert!(pod_files::VSOCK_SOCKET.len() + 11 <= LONGEST_SOCKET.len());
+const LONGEST_SOCKET: &str = "vs/s_4294967295";
 
 /// All pods of the daemon.
 #[derive(Debug)]

@@ -10,6 +10,7 @@ mod logs;
 mod preflight;
 pub mod qemu;
 mod ready;
+mod rights;
 mod root;
 mod supervisor;
 mod vsock;
@@ -35,6 +36,7 @@ pub use self::{
     device::{Bus, BusKind, DeviceAddress, DeviceInfo, Nic},
     error::{PreflightError, VmError},
     ready::{ReadyError, ReadyGuest, ReadyListener, VsockHub},
+    rights::relay as relay_rights,
     root::{Verity, words as root_words},
 };
 pub(crate) use self::{error::with_status, logs::bound_all as bound_logs, ready::understand};
@@ -70,6 +72,10 @@ pub struct VmSpec {
     pub devices: Vec<DeviceInfo>,
     /// Appended to the guest's command line.
     pub kernel_params: String,
+    /// User and group id of the processes that need not be root's. `None`: the daemon's own, and nothing is confined.
+    pub user: Option<u32>,
+    /// How readily the kernel ends its processes when memory runs out.
+    pub oom_score_adj: i32,
 }
 
 /// Everything that is needed to find a running VM again after the daemon was restarted.

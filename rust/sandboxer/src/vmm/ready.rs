@@ -74,15 +74,18 @@ impl std::fmt::Debug for dyn Stream {
 }
 
 impl ReadyListener {
-    /// Listens beside a hybrid socket, which need not exist yet.
+    /// Listens beside a hybrid socket, which need not exist yet, for what runs as `user`.
     ///
     /// # Errors
     /// When the socket cannot be bound.
-    pub fn hybrid(vsock_socket: &Path) -> io::Result<Self> {
+    pub fn hybrid(vsock_socket: &Path, user: Option<u32>) -> io::Result<Self> {
         let mut path = vsock_socket.as_os_str().to_owned();
         path.push(format!("_{PORT_READY}"));
         let path = PathBuf::from(path);
         let listener = UnixListener::bind(&path)?;
+        if user.is_some() {
+            std::os::unix::fs::chown(&path, user, user)?;
+        }
         Ok(Self(Source::Hybrid { path, listener }))
     }
 
@@ -263,7 +266,7 @@ mod tests {
 
     async fn call(bytes: &[u8]) -> (Result<ReadyGuest, ReadyError>, UnixStream) {
         let dir = tempfile::tempdir().unwrap();
-        let listener = ReadyListener::hybrid(&dir.path().join("vsock.sock")).unwrap();
+        let listener = ReadyListener::hybrid(&dir.path().join("vsock.sock"), None).unwrap();
         let socket = dir.path().join(format!("vsock.sock_{PORT_READY}"));
         let mut guest = UnixStream::connect(&socket).await.unwrap();
         guest.write_all(bytes).await.unwrap();

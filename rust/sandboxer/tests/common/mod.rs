@@ -61,5 +61,8 @@ pub(crate) fn spec(dir: &Path) -> VmSpec {
         memory_mib: 256,
         devices: Vec::new(),
         kernel_params: String::new(),
+        // As the daemon does it where root runs it.
+        user: rustix::process::geteuid().is_root().then_some(1_900_000_000),
+        oom_score_adj: 0,
     }
 }

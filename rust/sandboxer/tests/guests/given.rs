@@ -30,7 +30,7 @@ pub(crate) struct Process {
 pub(crate) fn start(vmm: Vmm, config: &VmConfig, dir: &Path, hub: Option<&VsockHub>) -> Process {
     let listener = match hub {
         Some(hub) => ReadyListener::vhost(hub, CID),
-        None => ReadyListener::hybrid(&dir.join("vsock")).unwrap(),
+        None => ReadyListener::hybrid(&dir.join("vsock"), None).unwrap(),
     };
     let arguments = match vmm {
         Vmm::CloudHypervisor => cloud_hypervisor(config, dir),

@@ -2,16 +2,18 @@
 
 mod params;
 
-use std::{os::fd::RawFd, path::PathBuf};
+use std::os::fd::RawFd;
 
 use kuasar_common::constants::SHARE_TAG;
 
 pub(super) use self::params::CommandLine;
-use self::params::{Chardev, Device, Drive, Fsdev, MachineType, Mon, Name, Netdev, Object, Sandbox, Smp};
+use self::params::{
+    AccelType, AddFd, Blockdev, Chardev, Device, Fsdev, MachineType, Mon, Name, Netdev, Object, Sandbox, Smp,
+};
 use crate::vmm::{Accel, Bus, BusKind, Machine, Root, ShareFs, VmConfig, VmError, VmSpec, root};
 
-/// QEMU's process id; removed by QEMU when it quits.
-const PIDFILE: &str = "vmm.pid";
+/// What the names of block nodes begin with that are there from the boot on. No disk that comes later is called so.
+pub(super) const AT_BOOT: &str = "boot-";
 /// Granularity of the address space that is set aside for persistent memory, in MiB.
 const MAXMEM_ALIGN_MIB: u64 = 1024;
 
@@ -28,6 +30,21 @@ pub(super) struct Inherited {
     pub(super) virtiofs: Option<RawFd>,
     /// The vsock.
     pub(super) vsock: VsockFd,
+    /// Files of the configuration.
+    pub(super) files: Files,
+}
+
+/// What all VMs of a daemon read, opened by the daemon: QEMU finds no file by its path.
+#[derive(Debug)]
+pub(super) struct Files {
+    /// The guest's kernel.
+    pub(super) kernel: RawFd,
+    /// The initial RAM disk, if that is the root.
+    pub(super) initrd: Option<RawFd>,
+    /// The image, if that is the root.
+    pub(super) image: Option<RawFd>,
+    /// `/dev/kvm`, if that executes the guest's instructions.
+    pub(super) kvm: Option<RawFd>,
 }
 
 /// The two kinds of vsock.
@@ -43,7 +60,7 @@ pub(super) enum VsockFd {
 #[derive(Debug)]
 pub(super) enum Extra {
     Nic { id: String, mac: String, fds: Vec<RawFd>, vhost: Vec<RawFd> },
-    Disk { id: String, path: PathBuf, read_only: bool },
+    Disk { id: String, fd: RawFd, device: bool, read_only: bool },
 }
 
 impl CommandLine {
@@ -59,7 +76,7 @@ impl CommandLine {
     ) -> Result<(Self, Vec<Bus>), VmError> {
         let mut line = Self::machine(config, spec, inherited);
         let mut plug = Plug::new(config.machine);
-        line.root(config, spec, &mut plug)?;
+        line.root(config, spec, &inherited.files, &mut plug)?;
         line.vsock(&inherited.vsock, &mut plug)?;
         line.share(spec, inherited.virtiofs, &mut plug)?;
         line.console(inherited.console, &mut plug)?;
@@ -77,9 +94,9 @@ impl CommandLine {
             Accel::Kvm => "host",
             Accel::Tcg => "max",
         };
-        Self {
+        let files = &inherited.files;
+        let mut line = Self {
             name: Name { guest: format!("sandbox-{}", spec.pod), debug_threads: true },
-            pidfile: spec.dir.join(PIDFILE).display().to_string(),
             no_user_config: true,
             nodefaults: true,
             no_reboot: true,
@@ -91,13 +108,15 @@ impl CommandLine {
                 spawn: "deny",
                 resourcecontrol: "deny",
             },
+            add_fds: Vec::new(),
             machine: machine_type(config),
+            accel: AccelType { kind: "tcg", device: None },
             global: None,
             cpu: config.cpu.clone().unwrap_or_else(|| cpu.to_owned()),
             smp: Smp { cpus: spec.vcpus, sockets: spec.vcpus, cores: 1, threads: 1 },
             memory: format!("{}M", spec.memory_mib),
-            kernel: config.kernel.display().to_string(),
-            initrd: None,
+            kernel: reopened(files.kernel),
+            initrd: files.initrd.map(reopened),
             append: append(config, spec),
             // Shared, because the user-space ends of virtiofs and vsock work in the guest's memory.
             objects: vec![Object {
@@ -110,19 +129,36 @@ impl CommandLine {
             }],
             chardevs: vec![listener("qmp", inherited.qmp), listener("events", inherited.events)],
             mons: ["qmp", "events"].map(|chardev| Mon { chardev, mode: "control" }).into(),
-            drives: Vec::new(),
+            blockdevs: Vec::new(),
             fsdev: None,
             netdevs: Vec::new(),
             devices: Vec::new(),
+        };
+        if let Some(kvm) = files.kvm {
+            line.accel = AccelType { kind: "kvm", device: Some(line.lend(kvm, "kvm")) };
         }
+        line
     }
 
-    fn root(&mut self, config: &VmConfig, spec: &VmSpec, plug: &mut Plug) -> Result<(), VmError> {
+    /// Gives a descriptor the name by which QEMU's own way of opening files finds it.
+    fn lend(&mut self, fd: RawFd, opaque: &str) -> String {
+        let set = self.add_fds.len().saturating_add(1);
+        self.add_fds.push(AddFd { fd, set, opaque: opaque.to_owned() });
+        format!("/dev/fdset/{set}")
+    }
+
+    fn root(
+        &mut self,
+        config: &VmConfig,
+        spec: &VmSpec,
+        files: &Files,
+        plug: &mut Plug,
+    ) -> Result<(), VmError> {
         let image = config.image.clone().unwrap_or_default();
-        match config.root {
-            Root::Initrd => self.initrd = config.initrd.as_ref().map(|initrd| initrd.display().to_string()),
-            Root::Blk => self.disk("root", image, true, plug)?,
-            Root::Pmem => {
+        match (config.root, files.image) {
+            (Root::Initrd, _) | (_, None) => {}
+            (Root::Blk, Some(fd)) => self.disk("root", fd, false, true, plug)?,
+            (Root::Pmem, Some(fd)) => {
                 let size = std::fs::metadata(&image)
                     .map_err(VmError::io(format!("reading the size of the guest image {}", image.display())))?
                     .len();
@@ -135,7 +171,7 @@ impl CommandLine {
                 self.objects.push(Object {
                     kind: "memory-backend-file",
                     id: "image",
-                    mem_path: Some(image),
+                    mem_path: Some(reopened(fd).into()),
                     size: size.to_string(),
                     share: true,
                     readonly: Some(true),
@@ -226,7 +262,7 @@ impl CommandLine {
 
     fn extra(&mut self, extra: &Extra, plug: &mut Plug) -> Result<(), VmError> {
         match extra {
-            Extra::Disk { id, path, read_only } => self.disk(id, path.clone(), *read_only, plug),
+            Extra::Disk { id, fd, device, read_only } => self.disk(id, *fd, *device, *read_only, plug),
             Extra::Nic { id, mac, fds, vhost } => {
                 let vhost = Some(vhost).filter(|vhost| !vhost.is_empty()).cloned();
                 let on = vhost.as_ref().map(|_| true);
@@ -248,14 +284,30 @@ impl CommandLine {
         }
     }
 
-    fn disk(&mut self, id: &str, file: PathBuf, readonly: bool, plug: &mut Plug) -> Result<(), VmError> {
-        let drive = Drive { interface: "none", id: id.to_owned(), file, format: "raw", readonly };
-        self.drives.push(drive);
+    fn disk(
+        &mut self,
+        id: &str,
+        fd: RawFd,
+        device: bool,
+        read_only: bool,
+        plug: &mut Plug,
+    ) -> Result<(), VmError> {
+        let node = format!("{AT_BOOT}{id}");
+        let filename = self.lend(fd, id);
+        let file_driver = super::plug::driver(device);
+        let node_name = node.clone();
+        self.blockdevs.push(Blockdev { driver: "raw", node_name, read_only, file_driver, filename });
         let device = plug.device("virtio-blk", &format!("{id}-device"))?;
         let serial = Some(id.to_owned());
-        self.devices.push(Device { drive: Some(id.to_owned()), serial, ..device });
+        self.devices.push(Device { drive: Some(node), serial, ..device });
         Ok(())
     }
+}
+
+/// The path by which QEMU opens a descriptor's file once more, where it has no other way to be given one: kernels, initial
+/// RAM disks and files in memory are opened by path only.
+fn reopened(fd: RawFd) -> String {
+    format!("/proc/self/fd/{fd}")
 }
 
 fn machine_type(config: &VmConfig) -> MachineType {
@@ -267,11 +319,7 @@ fn machine_type(config: &VmConfig) -> MachineType {
         // The default is an interrupt controller of 2008, which not every host's KVM has.
         Machine::Virt => "acpi=off,gic-version=max",
     };
-    let accel = match config.accel {
-        Accel::Kvm => "kvm",
-        Accel::Tcg => "tcg",
-    };
-    MachineType { kind: config.machine.name(), accel, memory_backend: "ram", without }
+    MachineType { kind: config.machine.name(), memory_backend: "ram", without }
 }
 
 /// The kernel's command line. A guest that panics or reboots ends its VMM: there is nothing to boot into again.

@@ -1,4 +1,4 @@
-//! QEMU, version 8 or later.
+//! QEMU, version 8.2 or later.
 
 mod args;
 mod clock;
@@ -50,8 +50,8 @@ const START_DEADLINE: Duration = Duration::from_secs(20);
 /// How long it may take to say what is plugged in when the daemon is back. Far less than the daemon has to find a pod again: a
 /// QEMU that stands still, on a node that swaps, is no reason to give its pod up.
 const STOCK_DEADLINE: Duration = Duration::from_secs(3);
-/// The first version whose seccomp filter, vhost-user and `-cpu max` work for guests with several CPUs.
-const MIN_VERSION: u32 = 8;
+/// The first version that takes `/dev/kvm` as a descriptor.
+const MIN_VERSION: (u32, u32) = (8, 2);
 /// How long it may take to say its version: a moment, but for an emulated machine whose processors are all wanted.
 const VERSION_DEADLINE: Duration = Duration::from_secs(30);
 
@@ -163,16 +163,33 @@ async fn version(path: &Path) -> Result<(), PreflightError> {
     };
     let number =
         said.split_once(" version ").map(|(_, rest)| rest.split([' ', '\n', '(']).next().unwrap_or(rest));
-    let major = number.and_then(|number| number.split('.').next()?.parse::<u32>().ok());
-    let found = match (number, major) {
-        (_, Some(major)) if major >= MIN_VERSION => return Ok(()),
+    let numbers = number.and_then(|number| {
+        let mut parts = number.split('.').map(|part| part.parse::<u32>().ok());
+        Some((parts.next()??, parts.next().flatten().unwrap_or(0)))
+    });
+    let found = match (number, numbers) {
+        (_, Some(numbers)) if numbers >= MIN_VERSION => return Ok(()),
         (Some(number), Some(_)) => format!("is version {number}"),
         _ => format!("does not say its version but {:?}", said.trim()),
     };
     Err(PreflightError::Refused(format!(
-        "the VMM {} {found} and QEMU {MIN_VERSION}.0 or later is needed; install one, or set hypervisor.path to it",
-        path.display()
+        "the VMM {} {found} and QEMU {}.{} or later is needed; install one, or set hypervisor.path to it",
+        path.display(),
+        MIN_VERSION.0,
+        MIN_VERSION.1
     )))
+}
+
+/// Threads of a process by the host's numbers: those that it says are of its own PID namespace.
+fn on_the_host(pid: u32, named: &[u32]) -> Vec<u32> {
+    let threads = std::fs::read_dir(format!("/proc/{pid}/task")).into_iter().flatten().flatten();
+    let numbers = threads.filter_map(|thread| {
+        let status = std::fs::read_to_string(thread.path().join("status")).ok()?;
+        let inner = status.lines().find_map(|line| line.strip_prefix("NSpid:"))?.split_whitespace().last()?;
+        Some((inner.parse().ok()?, thread.file_name().to_str()?.parse().ok()?))
+    });
+    let numbers: std::collections::BTreeMap<u32, u32> = numbers.collect();
+    named.iter().filter_map(|name| numbers.get(name).copied()).collect()
 }
 
 /// A VM that runs in a QEMU.
@@ -259,7 +276,8 @@ impl Vm for QemuVm {
         let cpus = qmp::execute(&self.dir.join(QMP_SOCKET), command, START_DEADLINE).await?;
         // The answer has a variant for each architecture, and all have this in common.
         let thread = |cpu| u32::try_from(serde_json::to_value(cpu).ok()?.get("thread-id")?.as_i64()?).ok();
-        Ok(cpus.iter().filter_map(thread).collect())
+        let named: Vec<u32> = cpus.iter().filter_map(thread).collect();
+        Ok(on_the_host(self.pid(), &named))
     }
 
     async fn hot_attach(&self, device: DeviceInfo) -> Result<DeviceAddress, VmError> {

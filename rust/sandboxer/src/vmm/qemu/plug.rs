@@ -23,7 +23,7 @@ use qapi::{
 use serde::Serialize;
 use serde_json::{Value, json};
 
-use super::{QMP_SOCKET, QemuVm, qmp::Conversation};
+use super::{QMP_SOCKET, QemuVm, args::AT_BOOT, qmp::Conversation};
 use crate::vmm::{Bus, DeviceAddress, DeviceInfo, VmError};
 
 /// The bus that disks are plugged into.
@@ -217,8 +217,13 @@ async fn add_from(
     Ok(())
 }
 
+/// The driver that reads and writes a block device or an image.
+pub(super) const fn driver(is_device: bool) -> &'static str {
+    if is_device { "host_device" } else { "file" }
+}
+
 fn backend(disk: &Disk, set: i64, is_device: bool) -> Value {
-    let driver = if is_device { "host_device" } else { "file" };
+    let driver = driver(is_device);
     json!({
         "driver": "raw",
         "node-name": disk.id,
@@ -270,7 +275,8 @@ async fn forget_backends(qemu: &mut Conversation, there: &BTreeMap<u32, String>)
     let nodes = qemu.execute(qmp::query_named_block_nodes { flat: Some(true) }).await?;
     for name in nodes.into_iter().filter_map(|node| node.node_name) {
         // QEMU's own names for what has none begin with a #.
-        let shown = name.starts_with('#') || there.values().any(|id| *id == name);
+        let shown =
+            name.starts_with('#') || name.starts_with(AT_BOOT) || there.values().any(|id| *id == name);
         if !shown && let Err(error) = qemu.execute(qmp::blockdev_del { node_name: name.clone() }).await {
             tracing::debug!(name, %error, "not closing a disk's file");
         }

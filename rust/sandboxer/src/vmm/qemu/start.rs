@@ -6,10 +6,14 @@
 
 use std::{
     collections::BTreeMap,
-    fs, io,
+    fs::{self, DirBuilder, OpenOptions},
+    io,
     os::{
-        fd::OwnedFd,
-        unix::net::{UnixListener, UnixStream},
+        fd::{AsFd, OwnedFd},
+        unix::{
+            fs::{DirBuilderExt, PermissionsExt, chown, symlink},
+            net::{UnixListener, UnixStream},
+        },
     },
     path::{Path, PathBuf},
     sync::Mutex,
@@ -20,18 +24,19 @@ use kuasar_common::{
     constants::pod_files::{LOG, SHARED, VSOCK_SOCKET},
     param::ToCmdLineParams,
 };
+use rustix::fs::FileType;
 use tracing::Instrument;
 
 use super::{
     CONSOLE_SOCKET, EVENTS_SOCKET, LOGS, QMP_SOCKET, Qemu, QemuVm,
-    args::{CommandLine, Extra, Inherited, VsockFd},
+    args::{CommandLine, Extra, Files, Inherited, VsockFd},
     events,
 };
 use crate::{
     process::{Process, Spawn},
     vmm::{
-        Accel, DeviceInfo, FileServer, FileServerSandbox, InodeFileHandles, ReadyListener, ShareFs, VmConfig,
-        VmError, VmSpec, VsockKind, logs,
+        Accel, DeviceInfo, FileServer, FileServerSandbox, InodeFileHandles, ReadyListener, Root, ShareFs,
+        VmConfig, VmError, VmSpec, VsockKind, logs, rights,
         supervisor::Supervisor,
         vsock::{self, SocketWatch, VHOST_VSOCK},
     },
@@ -99,9 +104,11 @@ async fn start_all(qemu: &Qemu, mut spec: VmSpec, started: &mut Started) -> Resu
         Some(watch) => vsock_device(&spec, watch, started, &mut spawn).await?,
         None => kernel_vsock(qemu, &mut spec, &mut spawn).await?,
     };
-    let extras: Vec<Extra> =
+    let extras: Result<Vec<Extra>, VmError> =
         spec.devices.drain(..).map(|device| extra(device, config.accel, &mut spawn)).collect();
-    let inherited = Inherited { qmp, events, console, virtiofs, vsock };
+    let extras = extras?;
+    let files = files(config, &spec, &mut spawn)?;
+    let inherited = Inherited { qmp, events, console, virtiofs, vsock, files };
     let (line, buses) = CommandLine::new(config, &spec, &inherited, &extras)?;
     spawn.args(line.to_cmdline_params("-"));
     let vmm = run(spawn).instrument(tracing::trace_span!("start QEMU")).await?;
@@ -119,7 +126,8 @@ async fn start_all(qemu: &Qemu, mut spec: VmSpec, started: &mut Started) -> Resu
 /// QEMU or a companion: in the pod's network namespace and cgroups, with a log of its own.
 fn companion(program: &Path, spec: &VmSpec, log: &str) -> Spawn {
     let mut spawn = Spawn::new(program);
-    spawn.netns(spec.netns.as_deref()).cgroup_procs(&spec.cgroup_procs).log(spec.dir.join(LOG).join(log));
+    spawn.netns(spec.netns.as_deref()).cgroup_procs(&spec.cgroup_procs).pod(&spec.dir);
+    spawn.log(spec.dir.join(LOG).join(log));
     spawn
 }
 
@@ -148,7 +156,11 @@ async fn start_companions(
     }
     .unzip();
     let (virtiofs, files) = match config.share_fs {
-        ShareFs::Virtiofs => Some(virtiofsd_spawn(config, spec)?),
+        ShareFs::Virtiofs => {
+            let (virtiofs, mut spawn) = virtiofsd_spawn(config, spec)?;
+            spawn.rights(rights::file_server(spec));
+            Some((virtiofs, spawn))
+        }
         ShareFs::NineP => None,
     }
     .unzip();
@@ -213,24 +225,52 @@ fn file_server(how: &FileServer) -> Vec<String> {
 }
 
 fn vsock_device_spawn(config: &VmConfig, spec: &VmSpec) -> Result<(SocketWatch, Spawn), VmError> {
-    for name in [VHOST_USER_SOCKET, VSOCK_SOCKET] {
-        remove_stale(&spec.dir.join(name)).map_err(failed("starting vhost-device-vsock"))?;
-    }
-    let watch = SocketWatch::new(&spec.dir).map_err(failed("starting vhost-device-vsock"))?;
+    let folder = vsock_folder(spec).map_err(failed("making the folder of vhost-device-vsock"))?;
+    let watch = SocketWatch::new(&folder).map_err(failed("starting vhost-device-vsock"))?;
     let mut spawn = companion(&config.vhost_device_vsock, spec, "vsock.log");
+    spawn.rights(rights::vsock_device(spec, &folder)?);
     spawn.args([
         "--vm".into(),
         format!(
             "guest-cid={GUEST_CID},tx-buffer-size={TX_BUFFER},uds-path={},socket={}",
-            spec.dir.join(VSOCK_SOCKET).display(),
-            spec.dir.join(VHOST_USER_SOCKET).display()
+            folder.join(HYBRID_SOCKET).display(),
+            folder.join(VHOST_USER_SOCKET).display()
         ),
     ]);
     Ok((watch, spawn))
 }
 
-/// Where `vhost-device-vsock` listens for QEMU.
-const VHOST_USER_SOCKET: &str = "vhost-vsock.sock";
+/// Makes the folder in which `vhost-device-vsock` makes its sockets: it has no other, and the pod's own folder has much that
+/// is not its business. Where others look for the vsock, a link leads there.
+fn vsock_folder(spec: &VmSpec) -> io::Result<PathBuf> {
+    let (folder, link) = (spec.dir.join(VSOCK_FOLDER), spec.dir.join(VSOCK_SOCKET));
+    for stale in [folder.join(VHOST_USER_SOCKET), folder.join(HYBRID_SOCKET), link.clone()] {
+        remove_stale(&stale)?;
+    }
+    match DirBuilder::new().mode(0o700).create(&folder) {
+        Err(error) if error.kind() != io::ErrorKind::AlreadyExists => return Err(error),
+        _ => {}
+    }
+    if let Some(id) = spec.user {
+        chown(&folder, Some(id), Some(id))?;
+    }
+    symlink(Path::new(VSOCK_FOLDER).join(HYBRID_SOCKET), link)?;
+    Ok(folder)
+}
+
+/// Takes the folder away from `vhost-device-vsock` once its sockets are there. It goes on to reach what others made in it for
+/// the guest's calls, and makes and replaces nothing any more: whoever connects to a socket there is root.
+fn seal(folder: &Path, id: u32) -> io::Result<()> {
+    chown(folder, Some(0), Some(id))?;
+    fs::set_permissions(folder, fs::Permissions::from_mode(0o710))
+}
+
+/// The folder of `vhost-device-vsock` in the pod's, and its sockets. Short: a socket's path has 107 bytes.
+const VSOCK_FOLDER: &str = "vs";
+/// Where it listens for whoever calls the guest; the guest's own calls go to this name with `_<port>` appended.
+const HYBRID_SOCKET: &str = "s";
+/// Where it listens for QEMU.
+const VHOST_USER_SOCKET: &str = "vhost";
 /// What a guest may send before it waits, in bytes, and so the largest packet it makes. Linux (6.12.95, for one) puts
 /// packets of more than 32 KiB into several buffers, and `vhost-device-vsock` 0.3.0 drops those without a word: the
 /// connection stands still for ever.
@@ -253,9 +293,10 @@ async fn vsock_device(
     spawn: &mut Spawn,
 ) -> Result<(VsockFd, ReadyListener, Option<u32>), VmError> {
     let step = "waiting for vhost-device-vsock to listen";
-    let hybrid = spec.dir.join(VSOCK_SOCKET);
-    let ready = ReadyListener::hybrid(&hybrid).map_err(failed("listening for the guest's agent"))?;
-    let socket = spec.dir.join(VHOST_USER_SOCKET);
+    let folder = spec.dir.join(VSOCK_FOLDER);
+    let ready = ReadyListener::hybrid(&folder.join(HYBRID_SOCKET), spec.user);
+    let ready = ready.map_err(failed("listening for the guest's agent"))?;
+    let socket = folder.join(VHOST_USER_SOCKET);
     let connected = tokio::select! {
         connected = watch.connect(&socket) => connected.map_err(failed(step))?,
         status = ended(started, VSOCK_DEVICE) => {
@@ -263,6 +304,9 @@ async fn vsock_device(
             return Err(VmError::Start { step, why, log: String::new() });
         }
     };
+    if let Some(id) = spec.user {
+        seal(&folder, id).map_err(failed("taking back the folder of vhost-device-vsock"))?;
+    }
     Ok((VsockFd::VhostUser { fd: spawn.fd(connected.into()) }, ready, None))
 }
 
@@ -278,8 +322,46 @@ async fn kernel_vsock(
     Ok((VsockFd::Vhost { fd: spawn.fd(fd), cid }, ready, Some(cid)))
 }
 
-fn extra(device: DeviceInfo, accel: Accel, spawn: &mut Spawn) -> Extra {
-    match device {
+/// Opens what all VMs read, and gives QEMU the rights that it has with these.
+fn files(config: &VmConfig, spec: &VmSpec, spawn: &mut Spawn) -> Result<Files, VmError> {
+    let open = |path: &Path, write| {
+        let file = OpenOptions::new().read(true).write(write).open(path);
+        file.map(OwnedFd::from).map_err(VmError::io(format!("opening {}", path.display())))
+    };
+    let wanted = |root: bool, path: &Option<PathBuf>| path.clone().filter(|_| root);
+    let initrd = wanted(config.root == Root::Initrd, &config.initrd);
+    let image = wanted(config.root != Root::Initrd, &config.image);
+    let kvm = (config.accel == Accel::Kvm).then(|| PathBuf::from("/dev/kvm"));
+    let read = |path: &Path| {
+        let file = open(path, false)?;
+        match rustix::fs::fstat(&file) {
+            Ok(there) if spec.user.is_some() && there.st_mode & 0o004 == 0 => {
+                Err(VmError::Unsupported(format!(
+                    "opening {}: the VMM runs as another user than root, and only root may read this file; let others read it \
+                 (chmod o+r)",
+                    path.display()
+                )))
+            }
+            _ => Ok(file),
+        }
+    };
+    let kernel = read(&config.kernel)?;
+    let initrd = initrd.map(|path| read(&path)).transpose()?;
+    let image = image.map(|path| read(&path)).transpose()?;
+    let kvm = kvm.map(|path| open(&path, true)).transpose()?;
+    let reopened: Vec<_> = [Some(&kernel), initrd.as_ref(), image.as_ref()].into_iter().flatten().collect();
+    let reopened: Vec<_> = reopened.into_iter().map(AsFd::as_fd).collect();
+    spawn.rights(rights::vmm(spec, config.share_fs, &reopened)?);
+    Ok(Files {
+        kernel: spawn.fd(kernel),
+        initrd: initrd.map(|fd| spawn.fd(fd)),
+        image: image.map(|fd| spawn.fd(fd)),
+        kvm: kvm.map(|fd| spawn.fd(fd)),
+    })
+}
+
+fn extra(device: DeviceInfo, accel: Accel, spawn: &mut Spawn) -> Result<Extra, VmError> {
+    Ok(match device {
         DeviceInfo::Tap(nic) => Extra::Nic {
             id: nic.id,
             mac: nic.mac,
@@ -290,11 +372,13 @@ fn extra(device: DeviceInfo, accel: Accel, spawn: &mut Spawn) -> Extra {
                 Accel::Tcg => Vec::new(),
             },
         },
-        DeviceInfo::Block { id, file, read_only, .. } => {
-            let path = format!("/proc/self/fd/{}", spawn.fd(file)).into();
-            Extra::Disk { id, path, read_only }
+        DeviceInfo::Block { id, path, read_only, file } => {
+            let there = rustix::fs::fstat(&file).map_err(io::Error::from);
+            let there = there.map_err(VmError::io(format!("plugging in {}", path.display())))?;
+            let device = FileType::from_raw_mode(there.st_mode) == FileType::BlockDevice;
+            Extra::Disk { id, fd: spawn.fd(file), device, read_only }
         }
-    }
+    })
 }
 
 /// A socket that listens before the process that serves it exists. What an earlier attempt left is replaced.

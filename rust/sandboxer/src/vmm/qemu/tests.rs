@@ -19,6 +19,9 @@ impl Lab {
         for folder in ["pod/shared", "pod/log"] {
             fs::create_dir_all(this.0.path().join(folder)).unwrap();
         }
+        for file in ["vmlinux", "initrd"] {
+            fs::write(this.0.path().join(file), "").unwrap();
+        }
         this.script("qemu", qemu);
         this.script("virtiofsd", virtiofsd);
         let exe = std::env::current_exe().unwrap();
@@ -43,9 +46,9 @@ impl Lab {
             accel: Accel::Tcg,
             machine: Machine::Q35,
             cpu: None,
-            kernel: "/k/vmlinux".into(),
+            kernel: self.0.path().join("vmlinux"),
             image: None,
-            initrd: Some("/k/initrd".into()),
+            initrd: Some(self.0.path().join("initrd")),
             root: Root::Initrd,
             verity: None,
             kernel_params: String::new(),
@@ -70,6 +73,8 @@ impl Lab {
             memory_mib: 64,
             devices: Vec::new(),
             kernel_params: String::new(),
+            user: None,
+            oom_score_adj: 0,
         }
     }
 }
@@ -139,7 +144,7 @@ async fn the_agents_call_arrives_and_the_vm_is_found_again_after_a_restart() {
     let qemu = lab.qemu();
     let vm = qemu.start(lab.spec()).await.unwrap();
     assert_eq!(vm.address(), GuestAddress::Hybrid(lab.pod().join("vsock")));
-    let socket = lab.pod().join(format!("vsock_{PORT_READY}"));
+    let socket = lab.pod().join(format!("vs/s_{PORT_READY}"));
     let agent = tokio::spawn(async move {
         let mut agent = UnixStream::connect(socket).await.unwrap();
         let line = b"{\"ready\":{\"agent\":\"1\",\"uptime_ns\":1}}\n";
@@ -260,8 +265,9 @@ async fn an_old_qemu_is_refused() {
     for (says, expected) in [
         (
             "echo 'QEMU emulator version 7.2.9 (Debian 1:7.2)'",
-            "is version 7.2.9 and QEMU 8.0 or later is needed",
+            "is version 7.2.9 and QEMU 8.2 or later is needed",
         ),
+        ("echo 'QEMU emulator version 8.1.5'", "is version 8.1.5 and QEMU 8.2 or later is needed"),
         ("echo 'hello'", "does not say its version but \"hello\""),
         ("exit 1", "does not say its version but \"\""),
     ] {
@@ -269,8 +275,10 @@ async fn an_old_qemu_is_refused() {
         let error = version(&lab.0.path().join("qemu")).await.unwrap_err().to_string();
         assert!(error.contains(expected) && error.contains("set hypervisor.path to it"), "{error}");
     }
-    let lab = Lab::new("echo 'QEMU emulator version 10.0.2'", "");
-    version(&lab.0.path().join("qemu")).await.unwrap();
+    for says in ["echo 'QEMU emulator version 10.0.2'", "echo 'QEMU emulator version 8.2.0 (v8.2.0)'"] {
+        let lab = Lab::new(says, "");
+        version(&lab.0.path().join("qemu")).await.unwrap();
+    }
 }
 
 #[tokio::test]

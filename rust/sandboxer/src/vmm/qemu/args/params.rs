@@ -12,14 +12,14 @@ use kuasar_derive::{CmdLineParamSet, CmdLineParams};
 #[derive(Debug, CmdLineParamSet)]
 pub(in super::super) struct CommandLine {
     pub(super) name: Name,
-    /// Names the pod's folder, by which a VM is found that no record knows.
-    pub(super) pidfile: String,
     pub(super) no_user_config: bool,
     pub(super) nodefaults: bool,
     pub(super) no_reboot: bool,
     pub(super) display: &'static str,
     pub(super) sandbox: Sandbox,
+    pub(super) add_fds: Vec<AddFd>,
     pub(super) machine: MachineType,
+    pub(super) accel: AccelType,
     pub(super) global: Option<&'static str>,
     pub(super) cpu: String,
     pub(super) smp: Smp,
@@ -31,7 +31,7 @@ pub(in super::super) struct CommandLine {
     pub(super) objects: Vec<Object>,
     pub(super) chardevs: Vec<Chardev>,
     pub(super) mons: Vec<Mon>,
-    pub(super) drives: Vec<Drive>,
+    pub(super) blockdevs: Vec<Blockdev>,
     pub(super) fsdev: Option<Fsdev>,
     pub(super) netdevs: Vec<Netdev>,
     pub(super) devices: Vec<Device>,
@@ -61,11 +61,27 @@ pub(super) struct Sandbox {
 pub(super) struct MachineType {
     #[property(ignore_key)]
     pub(super) kind: &'static str,
-    pub(super) accel: &'static str,
     pub(super) memory_backend: &'static str,
     /// What a microVM has no use for, and the firmware would spend time on.
     #[property(ignore_key)]
     pub(super) without: &'static str,
+}
+
+/// A descriptor that QEMU inherits, as `/dev/fdset/<set>`.
+#[derive(Debug, CmdLineParams)]
+pub(super) struct AddFd {
+    pub(super) fd: RawFd,
+    pub(super) set: usize,
+    #[property(generator = "escape_commas")]
+    pub(super) opaque: String,
+}
+
+#[derive(Debug, CmdLineParams)]
+#[params("accel")]
+pub(super) struct AccelType {
+    #[property(ignore_key)]
+    pub(super) kind: &'static str,
+    pub(super) device: Option<String>,
 }
 
 #[derive(Debug, CmdLineParams)]
@@ -109,17 +125,18 @@ pub(super) struct Mon {
     pub(super) mode: &'static str,
 }
 
+/// A file's bytes as a disk. Unlike `-drive`, it is opened once, in the mode in which it is given.
 #[derive(Debug, CmdLineParams)]
-pub(super) struct Drive {
-    #[property(key = "if")]
-    pub(super) interface: &'static str,
+pub(super) struct Blockdev {
+    pub(super) driver: &'static str,
     #[property(generator = "escape_commas")]
-    pub(super) id: String,
-    #[property(generator = "path")]
-    pub(super) file: PathBuf,
-    pub(super) format: &'static str,
+    pub(super) node_name: String,
     #[property(generator = "bool_to_on_off")]
-    pub(super) readonly: bool,
+    pub(super) read_only: bool,
+    #[property(key = "file.driver")]
+    pub(super) file_driver: &'static str,
+    #[property(key = "file.filename")]
+    pub(super) filename: String,
 }
 
 #[derive(Debug, CmdLineParams)]
