@@ -165,6 +165,8 @@ impl Plan {
 impl Mounts {
     /// Makes the new root and leaves the old one for good. System calls only.
     pub(super) fn enter(&self) -> io::Result<()> {
+        // The daemon's may let nobody else into the folders that are made here.
+        rustix::process::umask(Mode::from_raw_mode(0o022));
         let flags = MountPropagationFlags::PRIVATE | MountPropagationFlags::REC;
         rustix::mount::mount_change(c"/", flags)?;
         let flags = MountFlags::NOSUID | MountFlags::NODEV;

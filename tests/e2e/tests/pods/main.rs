@@ -20,6 +20,7 @@ mod network;
 mod phases;
 mod refused;
 mod restart;
+mod rights;
 mod sandbox;
 mod security;
 mod sockets;
@@ -81,6 +82,7 @@ use restart::{
     a_killed_relay_ends_its_pod_and_no_other, a_log_is_complete_across_a_restart_of_containerd,
     a_log_is_complete_across_a_restart_over_streams,
 };
+use rights::processes_have_only_what_they_need;
 use sandbox::{
     a_daemon_killed_while_a_container_is_made, a_daemon_killed_while_a_pod_starts,
     a_killed_vm_is_a_pod_that_is_not_ready_and_says_why, a_pod_that_containerd_forgot_is_collected,
@@ -189,6 +191,7 @@ fn main() -> ExitCode {
             a_pod_is_below_its_cgroup_and_unlimited_stays_unlimited,
             a_guest_runs_on_the_cpus_of_its_containers,
             a_container_sees_the_processes_of_its_target,
+            processes_have_only_what_they_need,
             a_log_is_complete_across_a_restart_of_containerd,
             a_log_is_complete_across_a_restart_over_streams,
             a_killed_relay_ends_its_pod_and_no_other,
