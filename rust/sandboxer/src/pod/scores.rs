@@ -95,7 +95,10 @@ impl Pod {
     #[expect(clippy::disallowed_methods, reason = "a file of the kernel")]
     pub(super) fn apply_score(&self, work: Option<&Work>) {
         let score = self.scores.lock().unwrap_or_else(PoisonError::into_inner).of_all();
+        let relay = work.and_then(|work| Some(work.relay.as_ref()?.pid()));
         for pid in self.processes(work) {
+            // The relay goes after its VM.
+            let score = if Some(pid) == relay { score.saturating_sub(1) } else { score };
             match fs::write(format!("/proc/{pid}/oom_score_adj"), score.to_string()) {
                 Err(error) if error.kind() != io::ErrorKind::NotFound => {
                     tracing::warn!(pid, score, %error, "setting the OOM score of a process of the sandbox");
