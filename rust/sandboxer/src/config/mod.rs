@@ -29,7 +29,7 @@ const LEAST_MEMORY_INITRD: u32 = 60;
 /// (docs/kubernetes.md).
 const VMM_MEMORY: u32 = 72;
 /// The same with emulation, which keeps what it has translated.
-const VMM_MEMORY_TCG: u32 = 128;
+const VMM_MEMORY_TCG: u32 = 160;
 
 /// The whole file.
 #[derive(Clone, Debug, Default, Deserialize)]

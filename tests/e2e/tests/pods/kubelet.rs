@@ -22,7 +22,7 @@ const MIB: i64 = 1 << 20;
 
 /// MiB of a pod's cgroup that are not for the guest, unless the daemon's configuration says something else.
 pub(crate) fn vmm_memory() -> i64 {
-    if std::env::var("KUASAR_ACCEL").is_ok_and(|accel| accel == "kvm") { 72 } else { 128 }
+    if std::env::var("KUASAR_ACCEL").is_ok_and(|accel| accel == "kvm") { 72 } else { 160 }
 }
 
 /// Gives a pod the limits of its containers and of its RuntimeClass's overhead, and its cgroup all that it may use, in MiB, as
