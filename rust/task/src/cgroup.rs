@@ -16,7 +16,7 @@ use tokio::{
     time::timeout,
 };
 
-use crate::{cgroup_v1 as v1, metrics, spec::CGROUPS};
+use crate::{cgroup_v1 as v1, error::TaskError, metrics, spec::CGROUPS};
 
 /// Deepest folders below a container's own that are looked for processes.
 pub(crate) const MAX_DEPTH: u32 = 8;
@@ -59,6 +59,25 @@ impl Hierarchies {
             Self::Unified(mount) => Cgroup::Unified(mount.join(path)),
             Self::Legacy(mounts) => Cgroup::Legacy(v1::Cgroup::new(mounts, path)),
         }
+    }
+
+    /// Lets all containers together have so many processes and threads; 0: any number.
+    ///
+    /// # Errors
+    /// The kernel's.
+    pub fn limit_processes(&self, limit: u64) -> Result<(), TaskError> {
+        if limit == 0 {
+            return Ok(());
+        }
+        let all = CGROUPS.trim_start_matches('/');
+        let dir = match self {
+            Self::Unified(mount) => mount.join(all),
+            Self::Legacy(mounts) => mounts.join("pids").join(all),
+        };
+        let doing = || format!("limiting the pod's containers to {limit} processes");
+        // With version 1 the first container would make it.
+        fs::create_dir_all(&dir).map_err(TaskError::io(doing()))?;
+        fs::write(dir.join("pids.max"), limit.to_string()).map_err(TaskError::io(doing()))
     }
 
     /// Returns true if a container's cgroup has this file, by version 2's names, of which version 1 has none.
@@ -227,6 +246,23 @@ pub(crate) fn remove_below(cgroup: &Path, depth: u32) -> io::Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn processes_of_all_containers_are_limited_together() {
+        let dir = tempfile::tempdir().unwrap();
+        let read = |file: &str| fs::read_to_string(dir.path().join(file)).ok();
+        for (cgroups, file) in [
+            (Hierarchies::Unified(dir.path().into()), "kuasar/pids.max"),
+            (Hierarchies::Legacy(dir.path().into()), "pids/kuasar/pids.max"),
+        ] {
+            cgroups.limit_processes(0).unwrap();
+            assert_eq!(read(file), None);
+            cgroups.limit_processes(1024).unwrap();
+            assert_eq!(read(file).as_deref(), Some("1024"));
+        }
+        let error = Hierarchies::Unified("/proc/none".into()).limit_processes(7).unwrap_err().to_string();
+        assert!(error.starts_with("limiting the pod's containers to 7 processes: "), "{error}");
+    }
 
     #[test]
     fn processes_below_are_counted() {

@@ -110,6 +110,7 @@ fn setup(context: &Context, req: &SetupSandboxRequest) -> Result<(), TaskError> 
     sandbox::set_hostname(&req.hostname)?;
     sandbox::set_resolv_conf(&req.resolv_conf)?;
     sandbox::set_shm_size(req.shm_size)?;
+    context.cgroups.limit_processes(req.pids_limit)?;
     if req.shared_pid_namespace {
         context.pids.make(&context.reaper)?;
     }

@@ -26,6 +26,7 @@ pub(super) fn request(id: &str, spec: &PodSpec, network: &PodNetwork) -> SetupSa
     request.nftables.clone_from(&network.nftables);
     request.network_sysctls = network.sysctls.clone().into_iter().collect();
     request.sysctls = spec.sysctls.clone().into_iter().collect();
+    request.pids_limit = u64::try_from(spec.resources.pids_limit).unwrap_or(0);
     request.shared_pid_namespace = spec.shared_pids;
     request.clock_ns = epoch_ns(SystemTime::now());
     request

@@ -90,6 +90,7 @@ fn kubelets_cgroup(lab: &Lab, memory: &str, quota: &str) {
         ("memory", "memory.limit_in_bytes", memory),
         ("cpu", "cpu.cfs_quota_us", quota),
         ("cpu", "cpu.cfs_period_us", "100000"),
+        ("pids", "pids.max", "1024"),
     ] {
         let mount = lab.path("cgroup").join(hierarchy);
         fs::create_dir_all(mount.join("kubepods/podu")).unwrap();
@@ -126,7 +127,7 @@ async fn a_pod_with_a_container_without_limits_is_not_sized_by_the_others() {
 
 /// Plain files are no cgroups that a pod could be removed from.
 fn drop_cgroup(lab: &Lab) {
-    for hierarchy in ["memory", "cpu"] {
+    for hierarchy in ["memory", "cpu", "pids"] {
         fs::remove_dir_all(lab.path("cgroup").join(hierarchy)).unwrap();
     }
 }
@@ -146,6 +147,7 @@ async fn a_guest_that_has_to_be_smaller_than_its_limit_says_so() {
     drop_cgroup(&lab);
     start(&mut client).await.unwrap();
     assert_eq!(lab.hypervisor.specs.lock().unwrap()[0].1, 192 - 72);
+    assert_eq!(lab.hypervisor.setups.lock().unwrap()[0].pids_limit, 1024);
     let request = ControllerStatusRequest { sandbox_id: id(), verbose: true, ..Default::default() };
     let status = client.status(request).await.unwrap().into_inner();
     let ours: serde_json::Value = serde_json::from_str(&status.info["kuasar"]).unwrap();
