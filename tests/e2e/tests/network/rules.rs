@@ -40,13 +40,17 @@ pub(crate) async fn packet_filters_of_plugins_hold(lab: Arc<Lab>) -> Result<()> 
         let open = TcpListener::bind((gateway, 9091)).await?;
         let shut = TcpListener::bind((gateway, 9090)).await?;
         let ask = |port: u16| {
-            let command = format!("echo x | nc -w 5 {gateway} {port}");
+            let command = format!("echo x | timeout 20 nc -w 5 {gateway} {port}");
             let (lab, id) = (Arc::clone(&lab), id.clone());
             async move { lab.cri.exec(&id, &["/bin/sh", "-c", &command]).await }
         };
-        let (asked, came) = tokio::join!(ask(9091), timeout(DROPPED * 6, open.accept()));
-        ensure!(came.is_ok_and(|came| came.is_ok()), "nothing goes to {url}:9091: {asked:?}");
-        let (asked, came) = tokio::join!(ask(9090), timeout(DROPPED, shut.accept()));
+        // Hung up at once, which ends the other side.
+        let came = async |server: &TcpListener, patience| {
+            timeout(patience, async { server.accept().await.map(drop) }).await
+        };
+        let (asked, came_in) = tokio::join!(ask(9091), came(&open, DROPPED * 6));
+        ensure!(came_in.is_ok_and(|came| came.is_ok()), "nothing goes to {url}:9091: {asked:?}");
+        let (asked, came) = tokio::join!(ask(9090), came(&shut, DROPPED * 6));
         ensure!(came.is_err(), "what goes to {url}:9090 is to be dropped, and it came");
         ensure!(asked?.code != 0, "the pod has reached {url}:9090");
     }
