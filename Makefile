@@ -20,7 +20,8 @@ check: ## every test of the project; ends with one line of totals
 	@tests/lab/check
 
 check-all: ## the same, and the CRI validation suite for runc and on the newest containerd, endurance, pods with KVM and under systemd, every guest of aarch64, and of other hypervisors that are given
-	@tests/lab/check style crates nix unit guest kernels matrix crashes e2e machine critest aarch64 hypervisors critest-all endurance flake rebuild-all
+	@tests/lab/setup --check --deny
+	@tests/lab/check style crates nix unit guest kernels matrix crashes e2e kubelet machine critest aarch64 hypervisors critest-all endurance flake rebuild-all
 
 e2e: ## the black-box tests over CRI alone
 	@tests/lab/check e2e

@@ -58,6 +58,12 @@ impl Paths {
         self.tools.join(name)
     }
 
+    /// The kubelet of `tests/kubelet`, which a suite of its own builds.
+    #[must_use]
+    pub fn kubelet(&self) -> PathBuf {
+        self.tools.with_file_name("kubelet").join("kubelet")
+    }
+
     /// The relay.
     #[must_use]
     pub fn relay(&self) -> PathBuf {

@@ -110,6 +110,16 @@ where
     run(self::deadline(), cases, |_, machine| make(machine))
 }
 
+/// Runs cases that share something that needs the async runtime to come up.
+#[must_use]
+pub fn with<T, F>(cases: Vec<Case<T>>, make: F) -> ExitCode
+where
+    T: Shared,
+    F: FnOnce(&Runtime, Machine) -> Result<T>,
+{
+    run(self::deadline(), cases, make)
+}
+
 /// What cases share, and how it ends.
 pub trait Shared: Send + Sync + Sized + 'static {
     /// Ends it; returns what went wrong.

@@ -61,6 +61,8 @@ pub struct Containerd {
     pub nri: bool,
     /// Whether there is a thin pool, and the devmapper snapshotter with it.
     pub thin_pool: bool,
+    /// Handler of pods that name none, as all do that a kubelet without an API server runs; runc unless set.
+    pub default_handler: Option<&'static str>,
 }
 
 impl Containerd {
@@ -220,6 +222,11 @@ disabled_plugins = [
         image::PAUSE,
         super::networks::plugins(machine, paths),
     );
+    if let Some(handler) = containerd.default_handler {
+        text.push_str(&format!(
+            "[plugins.'io.containerd.cri.v1.runtime'.containerd]\n  default_runtime_name = \"{handler}\"\n"
+        ));
+    }
     if let Some(folder) = &containerd.registries {
         text.push_str(&format!(
             "[plugins.'io.containerd.cri.v1.images'.registry]\n  config_path = \"{}\"\n",
