@@ -224,13 +224,15 @@ impl Shared for Node {
 
 /// kubelet in a cgroup of its own: from the files there it concludes what the node's kernel can limit.
 fn spawn(lab: &Lab, root: &Path) -> Result<Child> {
-    let cgroup = Path::new("/sys/fs/cgroup").join(lab.machine.cgroup());
-    for (folder, file) in
-        [(Path::new("/sys/fs/cgroup"), "cgroup.subtree_control"), (&cgroup, "cgroup.subtree_control")]
-    {
-        fs::create_dir_all(folder)?;
-        fs::write(folder.join(file), "+cpu +cpuset +memory +pids +io")
-            .with_context(|| format!("delegating controllers below {}", folder.display()))?;
+    let top = Path::new("/sys/fs/cgroup");
+    let cgroup = top.join(lab.machine.cgroup());
+    fs::create_dir_all(&cgroup)?;
+    for folder in [top, &cgroup] {
+        // kubelet refuses a root that lacks one of the node's controllers.
+        for controller in fs::read_to_string(folder.join("cgroup.controllers"))?.split_whitespace() {
+            fs::write(folder.join("cgroup.subtree_control"), format!("+{controller}"))
+                .with_context(|| format!("delegating {controller} below {}", folder.display()))?;
+        }
     }
     let own = cgroup.join("kubelet");
     fs::create_dir_all(&own)?;
