@@ -5,11 +5,7 @@
 //! The guest mounts such a root itself when all of it is in images. One that writes to a folder of the host, as
 //! containerd's erofs snapshotter has it unless its `default_size` is set, is mounted on the host and shared.
 
-use std::{
-    fs,
-    path::{Path, PathBuf},
-    process::Command,
-};
+use std::{path::Path, process::Command};
 
 use kuasar_common::storage::{MOUNT_POINTS, Storage, driver};
 

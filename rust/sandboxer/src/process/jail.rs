@@ -164,6 +164,10 @@ impl Plan {
 
 impl Mounts {
     /// Makes the new root and leaves the old one for good. System calls only.
+    #[allow(
+        clippy::disallowed_methods,
+        reason = "in a mount namespace that nobody else is in yet, at constant paths"
+    )]
     pub(super) fn enter(&self) -> io::Result<()> {
         // The daemon's may let nobody else into the folders that are made here.
         rustix::process::umask(Mode::from_raw_mode(0o022));

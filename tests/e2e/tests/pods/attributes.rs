@@ -251,7 +251,9 @@ pub(crate) async fn privileged_containers_have_the_guests_devices(lab: Arc<Lab>)
     let pod = lab.pod("privileged", handler()).await?;
     let id = pod.create(privileged("all", BUSYBOX, &[])).await?;
     services::change_spec(&id, |spec| {
-        spec["linux"]["resources"]["devices"] = serde_json::json!([{"allow": true, "access": "rwm"}]);
+        if let Some(devices) = spec.pointer_mut("/linux/resources/devices") {
+            *devices = serde_json::json!([{"allow": true, "access": "rwm"}]);
+        }
     })
     .await?;
     lab.cri.start(&id).await.map_err(|e| anyhow!("starting: {}", e.message()))?;
