@@ -2,6 +2,7 @@
 //! pod's shared folder.
 
 mod disks;
+mod error;
 mod exports;
 mod host_disk;
 mod host_mount;

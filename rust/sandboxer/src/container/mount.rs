@@ -15,6 +15,8 @@ use kuasar_common::constants::pod_files;
 use nix::{libc, mount::MsFlags};
 use rustix::fs::{Mode, OFlags, open};
 
+pub use super::error::MountError;
+pub(super) use super::error::failed;
 pub(crate) use super::tree::unmount_below;
 use super::tree::{self, Change, Dir, Mount, Source};
 
@@ -29,32 +31,6 @@ pub struct RootfsMount {
     pub target: String,
     /// As given to mount(8).
     pub options: Vec<String>,
-}
-
-/// Why something could not be mounted, unmounted or removed.
-#[derive(Debug, thiserror::Error)]
-pub enum MountError {
-    /// A system call failed.
-    #[error("{doing} {}: {source}", path.display())]
-    Io {
-        /// What was being done.
-        doing: String,
-        /// To what.
-        path: PathBuf,
-        /// Why it failed.
-        source: io::Error,
-    },
-    /// Something we do not mount.
-    #[error("{0}")]
-    Refused(String),
-}
-
-pub(super) fn failed<D: Into<String>>(
-    doing: D,
-    path: &Path,
-) -> impl FnOnce(io::Error) -> MountError + use<D> {
-    let (doing, path) = (doing.into(), path.to_owned());
-    move |source| MountError::Io { doing, path, source }
 }
 
 /// The kernel copies at most one page of mount data.
