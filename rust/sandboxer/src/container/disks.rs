@@ -1,7 +1,8 @@
-//! Disks of a pod's containers: which of the host's devices and image files are plugged into its VM, and for whom.
+//! Disks of a pod's containers: which of the host's devices and image files are plugged into its VM, and for
+//! which containers.
 //!
-//! A file or device is plugged in once, however many containers of the pod use it. The table is on disk before anything
-//! is plugged in, so a daemon that was restarted knows what to take away and when.
+//! A file or device is plugged in once, however many containers of the pod use it. The table is on disk
+//! before anything is plugged in, so a daemon that was restarted knows what to take away and when.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -28,7 +29,7 @@ use crate::vmm::{DeviceInfo, Vm};
 /// The table, in the pod's folder.
 const FILE: &str = "disks.json";
 
-/// What a container wants plugged in.
+/// A disk that a container wants plugged in.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Wanted {
     source: Source,
@@ -105,10 +106,10 @@ fn identity(found: &Metadata) -> String {
     format!("file {} of {}", found.ino(), found.dev())
 }
 
-/// What a VM can still be given.
+/// Room that a VM still has for disks.
 #[derive(Clone, Debug, Default)]
 pub struct Room {
-    /// None at all can be plugged in without.
+    /// The VM has a bus for disks. Without it none can be plugged in at all.
     bus: bool,
     free: usize,
     /// Identities of what is plugged in.
@@ -116,7 +117,7 @@ pub struct Room {
 }
 
 impl Room {
-    /// Whether disks can be plugged in at all.
+    /// Returns true if disks can be plugged in at all.
     #[must_use]
     pub const fn any(&self) -> bool {
         self.bus
@@ -128,7 +129,7 @@ impl Room {
         Self { bus: free > 0, free, there: BTreeSet::new() }
     }
 
-    /// Whether there are slots for these, and some to spare.
+    /// Returns true if there are slots for these, and `spare` more.
     #[must_use]
     pub fn fits<'a>(&self, wanted: impl Iterator<Item = &'a Wanted>, spare: usize) -> bool {
         let new = wanted.filter_map(|one| one.hold().ok()).map(|held| held.identity);
@@ -192,17 +193,18 @@ impl Disks {
         std::iter::once(record.vmm.pid).chain(companions).collect()
     }
 
-    /// What the VM can take.
+    /// Finds the room that the VM still has.
     ///
     /// # Errors
-    /// When the table of what it has cannot be read.
+    /// When the table of the disks that it has cannot be read.
     pub fn room(&mut self) -> Result<Room, StorageError> {
         let Some(vm) = self.vm.clone().filter(|vm| vm.can_hot_attach()) else { return Ok(Room::default()) };
         let there = self.table()?.values().filter_map(Disk::identity).collect();
         Ok(Room { bus: true, free: vm.free_slots(), there })
     }
 
-    /// Plugs in what a container wants, and returns how the guest finds each. On error, [`Disks::release`] undoes what was done.
+    /// Plugs in what a container wants, and returns how the guest finds each. On error, [`Disks::release`]
+    /// undoes what was done.
     ///
     /// # Errors
     /// When something cannot be plugged in.
@@ -213,7 +215,8 @@ impl Disks {
         }
         let mut addresses = Vec::with_capacity(wanted.len());
         for held in &all {
-            // Whoever wants one for reading and once more for writing gets it for both; the guest tells them apart.
+            // A container that wants one for reading and once more for writing gets it for both; the guest
+            // tells them apart.
             let mut same = all.iter().zip(wanted).filter(|(other, _)| other.identity == held.identity);
             let read_only = same.all(|(_, one)| one.read_only);
             addresses.push(self.attach_one(container, held, read_only).await?);
@@ -247,7 +250,7 @@ impl Disks {
         Ok(address)
     }
 
-    /// Notes in the table who is to use a disk; returns the disk's id.
+    /// Notes in the table the container that is to use a disk; returns the disk's id.
     fn enter(&mut self, container: &str, held: &Held, read_only: bool) -> Result<String, StorageError> {
         let table = self.table()?;
         let is_it = |disk: &Disk| disk.identity().as_ref() == Some(&held.identity);
@@ -275,7 +278,8 @@ impl Disks {
         Ok(id)
     }
 
-    /// A container uses no disk any more: those that nobody else uses are taken away. The guest has let go of them.
+    /// A container uses no disk any more: those that nobody else uses are taken away. The guest has let go of
+    /// them.
     ///
     /// # Errors
     /// When one cannot be taken away; it is tried again at the next release.
@@ -299,7 +303,8 @@ impl Disks {
                 Err(error) => failed = Some(error),
             }
         }
-        // The daemon knows it all the same, and writes it with the next change: an end never waits for room on a disk.
+        // The daemon knows it all the same, and writes it with the next change: an end never waits for room
+        // on a disk.
         if changed && let Err(error) = self.write() {
             tracing::warn!(%error, container, "recording that a container's disks are gone");
         }

@@ -11,7 +11,7 @@ pub enum MountError {
     /// A system call failed.
     #[error("{doing} {}: {source}", path.display())]
     Io {
-        /// What was being done.
+        /// The operation that failed.
         doing: String,
         /// To what.
         path: PathBuf,

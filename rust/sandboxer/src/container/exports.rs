@@ -1,9 +1,11 @@
-//! Volumes of a pod: which files and folders of the host its VM sees, each of them once, and for which containers.
+//! Volumes of a pod: which files and folders of the host its VM sees, each of them once, and for which
+//! containers.
 //!
-//! A file is one file in the VM only if it comes through one mount: the file server tells files apart by the mount that it
-//! finds them in. So whatever containers have in common is shared once, and each of them binds it in the guest, with its own
-//! access. On the host it is read-only for as long as all of them want it so: a guest cannot write to what no container of its
-//! may write to. The table is on disk before anything is mounted, so that a daemon that was restarted knows what is for whom.
+//! A file is one file in the VM only if it comes through one mount: the file server tells files apart by the
+//! mount that it finds them in. So whatever containers have in common is shared once, and each of them binds
+//! it in the guest, with its own access. On the host it is read-only for as long as all of them want it so: a
+//! guest cannot write to what no container of its may write to. The table is on disk before anything is
+//! mounted, so that a daemon that was restarted knows the containers of each volume.
 
 mod source;
 mod writable;
@@ -30,16 +32,17 @@ use super::{
 /// The table, in the pod's folder.
 const FILE: &str = "volumes.json";
 
-/// How a container wants a volume.
+/// Demands of a container on a volume.
 #[derive(Clone, Copy, Debug, Default)]
 pub(super) struct Wish {
-    /// Nothing is to be written, and the guest cannot see to that: only the host knows what is mounted below a volume.
+    /// Nothing is to be written, and the guest cannot see to that: only the host knows what is mounted below
+    /// a volume.
     pub(super) read_only_by_host: bool,
     /// Mounts that the host makes later are to arrive.
     pub(super) receives: bool,
 }
 
-/// Where the guest finds a volume.
+/// Place at which the guest finds a volume.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Shown {
     number: u64,
@@ -112,7 +115,7 @@ impl Exports {
         let shown = match self.find(&source, bind, wish)? {
             Some(shown) => shown,
             None => match source.root_of_volume().filter(|_| !wish.read_only_by_host && !source.place.tied) {
-                // Made first, so that who asks for all of it later finds it.
+                // Made first, so that a container that asks for all of it later finds it.
                 Some((root, inside)) => {
                     Shown { number: self.add(&root, bind.read_only, false, container)?, inside }
                 }
@@ -198,8 +201,8 @@ impl Exports {
         Ok(shown)
     }
 
-    /// A container uses no volume any more: those that nobody else uses are unmounted, and those that nobody else writes to are
-    /// read-only again.
+    /// A container uses no volume any more: those that nobody else uses are unmounted, and those that nobody
+    /// else writes to are read-only again.
     pub(super) fn release(&mut self, container: &str, servers: &[u32]) -> Result<(), StorageError> {
         let mut changed = false;
         let mut failed = None;

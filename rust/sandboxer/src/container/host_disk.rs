@@ -1,7 +1,8 @@
 //! The host's block devices: a node counts as a disk only if it is the one that the kernel made in `/dev`.
 //!
-//! Whoever may make nodes in a volume can make one of any device's number. So what a mount names is compared with the
-//! kernel's own node, and that one, held open, goes all the way to the VMM: nobody can put another in its place.
+//! Anybody who may make nodes in a volume can make one of any device's number. So the daemon compares the
+//! node that a mount names with the kernel's own node. The latter, held open, goes all the way to the VMM:
+//! nobody can put another in its place.
 
 use std::{
     fs::{self, File, Metadata},
@@ -16,7 +17,7 @@ use rustix::fs::{Mode, OFlags, ResolveFlags, openat2};
 
 use super::spec::{Bind, SpecError, refused};
 
-/// Where the kernel makes its nodes.
+/// Folder in which the kernel makes its nodes.
 const DEV: &str = "/dev";
 
 /// The kernel's own node of a block device. It is held, not open for use.
@@ -56,8 +57,8 @@ impl HostDisk {
         Ok(Self { path, file: Arc::new(file), rdev })
     }
 
-    /// Takes hold of the disk that a mount names, if what was found at its source is the kernel's node and no other of the
-    /// same number.
+    /// Takes hold of the disk that a mount names, if what was found at its source is the kernel's node and no
+    /// other of the same number.
     ///
     /// # Errors
     /// When it is not.

@@ -1,5 +1,6 @@
-//! The file system that a shared file or folder of the host lies on, so far as the file server does not carry it over: the
-//! flags of its mount bind the server's process and not the guest, and files that do not say how long they are read as empty.
+//! The file system that a shared file or folder of the host lies on, so far as the file server does not carry
+//! it over: the flags of its mount bind the server's process and not the guest, and files that do not say how
+//! long they are read as empty.
 
 use std::path::Path;
 
@@ -11,8 +12,8 @@ use serde_json::{Value, json};
 
 use super::spec::{Bind, Object, SpecError, refused};
 
-/// File systems whose files have a length of 0 whatever is in them (`linux/magic.h`). A guest asks no more bytes of a file than its
-/// length. sysfs is none of them: its files say that they are a page long.
+/// File systems whose files have a length of 0 whatever is in them (`linux/magic.h`). A guest asks no more
+/// bytes of a file than its length. sysfs is none of them: its files say that they are a page long.
 const WITHOUT_LENGTHS: [(u32, &str); 11] = [
     (0x9fa0, "procfs"),
     (0x0027_e0eb, "cgroupfs"),
@@ -27,14 +28,15 @@ const WITHOUT_LENGTHS: [(u32, &str); 11] = [
     (0x0765_5821, "resctrl"),
 ];
 
-/// Flags of a mount that confine who uses it: as statvfs(3) tells them, the option, and the option that lifts it.
+/// Flags of a mount that confine its users: as statvfs(3) tells them, the option, and the option that lifts
+/// it.
 const CONFINING: [(FsFlags, &str, &str); 3] = [
     (FsFlags::ST_NOEXEC, "noexec", "exec"),
     (FsFlags::ST_NOSUID, "nosuid", "suid"),
     (FsFlags::ST_NODEV, "nodev", "dev"),
 ];
 
-/// What is known of the file system at a path.
+/// The file system at a path, as far as it is known.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct HostMount {
     kind: FsType,
@@ -68,7 +70,8 @@ impl HostMount {
         ))
     }
 
-    /// Has the guest confine who uses a mount as the host would, unless the spec itself lifts it, as runc does.
+    /// Has the guest confine the users of a mount as the host would, unless the spec itself lifts it, as runc
+    /// does.
     pub(super) fn confine(&self, mount: &mut Object) {
         let options = mount.entry("options").or_insert_with(|| json!([]));
         let Some(options) = options.as_array_mut() else { return };

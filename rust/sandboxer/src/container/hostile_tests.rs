@@ -1,4 +1,5 @@
-//! A guest that means harm, and a daemon that is killed: what neither of them may do to the host. With real mounts, as root.
+//! A guest that means harm, and a daemon that is killed: what neither of them may do to the host. With real
+//! mounts, as root.
 
 use std::{
     fs, io,
@@ -67,7 +68,7 @@ impl Pod {
     }
 }
 
-/// What a guest does that is root in its VM: with `shared/` as its file server gives it.
+/// A guest that is root in its VM: it works on `shared/` as its file server gives it.
 struct Guest {
     shared: PathBuf,
     file: PathBuf,
@@ -190,7 +191,8 @@ fn what_a_guest_may_write_to_is_what_it_was_given() {
     assert!(below(&points(), &pod.lab.path("pod")).is_empty());
 }
 
-/// A tree of a user's whose mounts pass on to one another what is mounted in them, as everything below / does under systemd.
+/// A tree of a user's whose mounts pass on to one another what is mounted in them, as everything below / does
+/// under systemd.
 fn canary(lab: &Lab) -> PathBuf {
     let volume = lab.path("source");
     bound(&volume, &volume);

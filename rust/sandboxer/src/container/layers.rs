@@ -1,9 +1,11 @@
-//! Root file systems in layers that are image files, as containerd 2.2 and later hands them to a runtime that mounts them
-//! itself (the relay says that ours does, in its answer to `-info`): all mounts but the last are images, and the last says
-//! in templates (`{{ mount 0 }}`, `{{ overlay 1 4 }}`) where which of them goes. An overlay, mostly.
+//! Root file systems in layers that are image files, as containerd 2.2 and later hands them to a runtime that
+//! mounts them itself (the relay says that ours does, in its answer to `-info`): all mounts but the last are
+//! images, and the last says in templates (`{{ mount 0 }}`, `{{ overlay 1 4 }}`) where which of them goes. An
+//! overlay, mostly.
 //!
-//! The guest mounts such a root itself when all of it is in images. One that writes to a folder of the host, as
-//! containerd's erofs snapshotter has it unless its `default_size` is set, is mounted on the host and shared.
+//! The guest mounts such a root itself when all of it is in images. One that writes to a folder of the host,
+//! as containerd's erofs snapshotter has it unless its `default_size` is set, is mounted on the host and
+//! shared.
 
 use std::{path::Path, process::Command};
 
@@ -16,7 +18,7 @@ use super::{
     tree::{Dir, Mount},
 };
 
-/// What containerd has its mount manager check, and no runtime but runc has to.
+/// Option that containerd has its mount manager check. No runtime but runc has to.
 const VERITY: &str = "X-containerd.dmverity=";
 /// A folder to be made before the mount: `<path>[:<mode>[:<uid>:<gid>]]`.
 const MKDIR: &str = "X-containerd.mkdir.path=";
@@ -26,11 +28,11 @@ const MKDIR: &str = "X-containerd.mkdir.path=";
 pub(super) struct Layers {
     /// In the order that templates count them in.
     images: Vec<RootfsMount>,
-    /// What is made of them; its type has no transformations before it any more.
+    /// The mount that is made of them; its type has no transformations before it any more.
     top: RootfsMount,
 }
 
-/// How the guest makes it.
+/// The guest's way to make it.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) struct InGuest {
     pub(super) disks: Vec<(Wanted, Storage)>,
@@ -67,7 +69,7 @@ impl Layers {
         Ok(Some(layers))
     }
 
-    /// How a guest mounts it, or why it is better not to.
+    /// Plans its mounts in the guest, or says why it is better mounted on the host.
     pub(super) fn in_guest(&self, container: &str) -> Result<InGuest, String> {
         let base = format!("{MOUNT_POINTS}/{container}");
         let points: Vec<String> = (0..self.images.len()).map(|n| format!("{base}/layers/{n}")).collect();
@@ -199,7 +201,8 @@ fn fill(text: &str, points: &[String]) -> Result<String, MountError> {
     Ok(filled + rest)
 }
 
-/// Mounts an image. The kernel takes EROFS files as they are from 6.12 on; other images need a loop device, which mount(8) has.
+/// Mounts an image. The kernel takes EROFS files as they are from 6.12 on; other images need a loop device,
+/// which mount(8) has.
 fn mount_image(image: &RootfsMount, stage: &Dir) -> Result<Mount, MountError> {
     let options = image.options.iter().filter(|option| *option != "loop").cloned().collect();
     let bare = RootfsMount { target: String::new(), options, ..image.clone() };
@@ -224,7 +227,8 @@ fn mount_image(image: &RootfsMount, stage: &Dir) -> Result<Mount, MountError> {
     })
 }
 
-/// Makes a folder of the kind that a mount asked for. Only in the images, whatever it is called, and whatever they lead to.
+/// Makes a folder of the kind that a mount asked for. Only in the images, whatever it is called, and whatever
+/// they lead to.
 fn make(folder: &str, images: &Dir) -> Result<(), MountError> {
     let mut words = folder.split(':');
     let path = Path::new(words.next().unwrap_or_default());

@@ -1,4 +1,4 @@
-//! What a container needs on the host: its spec rewritten for the VM, its root file system and volumes below the
+//! The host's part of a container: its spec rewritten for the VM, its root file system and volumes below the
 //! pod's shared folder.
 
 mod disks;

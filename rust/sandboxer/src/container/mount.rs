@@ -1,8 +1,8 @@
 //! Mounts made for containers below a pod's folder: their root file systems and volumes.
 //!
-//! The daemon works in `work/`, which no guest sees. What the guest sees is `shared/`, another view of it: its top and every
-//! folder that the daemon made are read-only there, and what is mounted in `work/` arrives with the attributes that it was
-//! mounted with.
+//! The daemon works in `work/`, which no guest sees. What the guest sees is `shared/`, another view of it:
+//! its top and every folder that the daemon made are read-only there, and what is mounted in `work/` arrives
+//! with the attributes that it was mounted with.
 
 use std::{
     fs::File,
@@ -36,11 +36,11 @@ pub struct RootfsMount {
 /// The kernel copies at most one page of mount data.
 const MAX_DATA: usize = 4095;
 
-/// What a pod's own files may take, which a guest may write to.
+/// Limits of a pod's own files, which a guest may write to.
 const FILES: &str = "size=256k,nr_inodes=16,mode=755";
 
-/// Makes the folder in which the daemon works, and the view of it that is shared. Mounts that are made in the one later reach
-/// the other, also in the mount namespaces of other processes.
+/// Makes the folder in which the daemon works, and the view of it that is shared. Mounts that are made in the
+/// one later reach the other, also in the mount namespaces of other processes.
 ///
 /// # Errors
 /// When the mounts fail.
@@ -49,7 +49,8 @@ pub(super) fn share(pod: &Dir) -> Result<Dir, MountError> {
     if !pod.is_mounted(work)? {
         let make = |folder: &Dir| {
             let own = Mount::copy(folder.as_fd(), false)?;
-            // First away from the peers it was born with, so that nothing made in here reaches other places of the host.
+            // First away from the peers it was born with, so that nothing made in here reaches other places
+            // of the host.
             for propagation in [libc::MS_PRIVATE, libc::MS_SHARED] {
                 own.change(Change { propagation, ..Change::default() })?;
             }
@@ -167,7 +168,7 @@ pub(super) fn file_system(one: &RootfsMount, stage: &Dir) -> Result<Mount, Mount
 fn bind(source: &Path, flags: MsFlags) -> Result<Mount, MountError> {
     let failed = || failed("mounting", source);
     let from = open(source, OFlags::PATH | OFlags::CLOEXEC, Mode::empty()).map_err(|e| failed()(e.into()))?;
-    // Here whoever waits for a server that is away has a name; in the guest it would only stand still.
+    // A process that waits here for a server that is away has a name; in the guest it would only stand still.
     let found = from.try_clone().and_then(|from| File::from(from).metadata()).map_err(failed())?;
     if !found.is_dir() {
         return Err(failed()(io::ErrorKind::NotADirectory.into()));

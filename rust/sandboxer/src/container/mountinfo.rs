@@ -1,4 +1,4 @@
-//! What is mounted, from mountinfo (proc_pid_mountinfo(5)).
+//! The present mounts, from mountinfo (proc_pid_mountinfo(5)).
 
 use std::{
     ffi::OsString,
@@ -17,7 +17,7 @@ pub(crate) struct Entry {
     pub(crate) device: String,
     /// The folder of its file system that it shows.
     pub(crate) root: PathBuf,
-    /// Where it is.
+    /// Its mount point.
     pub(crate) point: PathBuf,
     /// The group of mounts that pass on to one another what is mounted in one of them.
     pub(crate) peers: Option<u64>,
@@ -33,7 +33,7 @@ pub(crate) fn read() -> io::Result<Vec<Entry>> {
     Ok(parse(&fs::read("/proc/self/mountinfo")?))
 }
 
-/// Whether something is mounted below a path, itself aside.
+/// Returns true if something is mounted below a path, the path itself aside.
 ///
 /// # Errors
 /// When mountinfo cannot be read.

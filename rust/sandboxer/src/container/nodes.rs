@@ -6,7 +6,8 @@ use serde_json::Value;
 use super::spec::{BlockDevice, Object, SpecError, refused};
 
 /// Character devices that mean the same on every machine, by the number that the kernel has reserved for each
-/// (`Documentation/admin-guide/devices.txt`), and where a kernel that has them puts them. Whether the guest's has is the agent's to say.
+/// (`Documentation/admin-guide/devices.txt`), and where a kernel that has them puts them. Whether the guest's
+/// has is the agent's to say.
 const OF_ANY_MACHINE: [(u64, u64, &str); 13] = [
     (1, 3, "/dev/null"),
     (1, 5, "/dev/zero"),
@@ -23,7 +24,7 @@ const OF_ANY_MACHINE: [(u64, u64, &str); 13] = [
     (108, 0, "/dev/ppp"),
 ];
 
-/// Where a guest has a character device of the host, if guests may have it at all.
+/// Path in a guest of a character device of the host, if guests may have it at all.
 pub(super) fn in_guest(rdev: u64) -> Option<&'static str> {
     path_of(major(rdev), minor(rdev))
 }
@@ -59,7 +60,7 @@ pub(super) fn block_devices(linux: &Object) -> Result<Vec<BlockDevice>, SpecErro
     Ok(disks)
 }
 
-/// Whether the rules let the container write to a disk: the last that is about it counts.
+/// Returns true if the rules let the container write to a disk. The last rule that is about the disk counts.
 pub(super) fn may_write(linux: &Object, major: u64, minor: u64) -> bool {
     let rules =
         linux.get("resources").and_then(|resources| resources.get("devices")).and_then(Value::as_array);

@@ -1,5 +1,5 @@
-//! What a container needs, and by which way each of it gets into the VM: over the pod's shared folder, or as a disk that
-//! the guest mounts itself.
+//! Plans the way of a container's files into the VM: over the pod's shared folder, or as a disk that the
+//! guest mounts itself.
 
 use std::{
     fs,
@@ -30,7 +30,7 @@ use crate::file_system;
 /// Slots that layers leave to volumes and devices of containers that may come.
 const SPARE: usize = 8;
 
-/// How a container is to be made.
+/// Plan by which a container is made.
 #[derive(Debug)]
 pub struct Plan {
     /// Its spec, for the guest.
@@ -41,7 +41,7 @@ pub struct Plan {
     pub(super) layers: Option<Layers>,
     /// Volumes to be mounted on the host.
     pub(super) binds: Vec<Bind>,
-    /// What the guest mounts, in this order; the first ones are `disks`.
+    /// File systems that the guest mounts, in this order; the first ones are `disks`.
     pub(super) storages: Vec<Storage>,
     disks: Vec<Wanted>,
     sockets: Vec<HostSocket>,
@@ -98,7 +98,7 @@ impl Plan {
         Ok(plan)
     }
 
-    /// What is to be plugged in.
+    /// Disks to plug in.
     #[must_use]
     pub fn disks(&self) -> &[Wanted] {
         &self.disks
@@ -110,13 +110,14 @@ impl Plan {
         &self.sockets
     }
 
-    /// Where the guest's CPUs may run for it.
+    /// CPUs and memory nodes of the host that the guest's CPUs may use for it.
     #[must_use]
     pub const fn cpuset(&self) -> &CpuSet {
         &self.cpuset
     }
 
-    /// How readily the kernel is to kill its processes for want of memory.
+    /// OOM score that it asks for: the readiness with which the kernel is to kill its processes for want of
+    /// memory.
     #[must_use]
     pub fn oom_score_adj(&self) -> Option<i64> {
         self.spec.pointer("/process/oomScoreAdj")?.as_i64()
@@ -218,8 +219,9 @@ impl Plan {
         volumes::mount_of(&mut self.spec, container, &bind.name)
     }
 
-    /// Read-only is the top of a mount, not what is mounted below it or will be. In the guest all of it is one mount, and what
-    /// is below inherits from the top; the host's own mount, which the file server goes through, knows the difference.
+    /// Read-only is the top of a mount, not what is mounted below it or will be. In the guest all of it is
+    /// one mount, and what is below inherits from the top; the host's own mount, which the file server goes
+    /// through, knows the difference.
     fn leave_read_only_to_the_host(&mut self, container: &str, bind: &Bind) -> Result<(), StorageError> {
         let below = bind.recursive
             && mountinfo::has_mounts_below(&bind.source)
@@ -273,7 +275,7 @@ impl Plan {
         Ok(())
     }
 
-    /// What the file system of a shared source means for who uses it in the guest.
+    /// Applies the limits of a shared source's file system to its users in the guest, or refuses the source.
     fn confine(&mut self, container: &str, bind: &Bind) -> Result<(), StorageError> {
         let host = HostMount::of(&bind.source).map_err(StorageError::file("reading", &bind.source))?;
         host.check(bind)?;
@@ -289,8 +291,9 @@ impl Plan {
         }
     }
 
-    /// A bind mount of a disk's node is the node. What may be done with it, the rules about devices say, as on the host; a disk
-    /// that they say nothing of cannot be written even by who gets around them.
+    /// A bind mount of a disk's node is the node. What may be done with it, the rules about devices say, as
+    /// on the host; a disk that they say nothing of cannot be written even by a container that gets around
+    /// them.
     fn add_node(&mut self, container: &str, bind: &Bind, disk: HostDisk) {
         let ((major, minor), device) = (disk.halves(), disk.number());
         self.set_source(container, bind, &format!("{GUEST_BLOCK_NODES}/{device}"));

@@ -1,5 +1,5 @@
-//! Removal of folders in which something may be mounted: never deletes what is behind a mount, and needs no more memory, stack
-//! or descriptors for a deep or a wide tree than for a small one.
+//! Removal of folders in which something may be mounted: never deletes what is behind a mount, and needs no
+//! more memory, stack or descriptors for a deep or a wide tree than for a small one.
 
 use std::{
     ffi::{CStr, OsStr},
@@ -27,8 +27,8 @@ use super::{
 /// Bytes of names that are read at once.
 const NAMES: usize = 32 << 10;
 
-/// Unmounts everything at and below a folder or file, verifies it, and removes it without entering other mounts.
-/// One that is not there is no error.
+/// Unmounts everything at and below a folder or file, verifies it, and removes it without entering other
+/// mounts. One that is not there is no error.
 ///
 /// # Errors
 /// When something stays mounted, in which case nothing is removed, or when a file cannot be removed.
@@ -55,8 +55,8 @@ pub(super) fn remove_tree(folder: &Path) -> Result<(), MountError> {
     unlinkat(rustix::fs::CWD, folder, AtFlags::REMOVEDIR).map_err(at("removing"))
 }
 
-/// Empties a folder. What it finds in a folder of that one and cannot remove, a folder that is not empty, it moves up first: so
-/// it is never more than one folder deep.
+/// Empties a folder. What it finds in a folder of that one and cannot remove, a folder that is not empty, it
+/// moves up first: so it is never more than one folder deep.
 struct Emptying<'a> {
     top: BorrowedFd<'a>,
     path: &'a Path,

@@ -1,4 +1,5 @@
-//! Sockets of the host that containers mount: connections to them are carried (see [`kuasar_common::host_socket`]).
+//! Sockets of the host that containers mount: connections to them are carried (see
+//! [`kuasar_common::host_socket`]).
 
 use std::{
     fs,
@@ -18,15 +19,16 @@ use super::spec::{Bind, SpecError, refused};
 pub struct HostSocket {
     /// The host's path.
     pub host: PathBuf,
-    /// Where the agent listens in its place.
+    /// Path in the guest at which the agent listens in its place.
     pub guest: String,
     access: Access,
 }
 
 impl HostSocket {
-    /// What a bind mount of a socket needs.
+    /// Makes the socket that a bind mount names.
     pub(super) fn new(container: &str, bind: &Bind, found: &fs::Metadata) -> Result<Self, SpecError> {
-        // Of this process's network namespace, which is the host's; what is bound elsewhere is not known, and taken.
+        // Of this process's network namespace, which is the host's; what is bound elsewhere is not known, and
+        // taken.
         let known = fs::read_to_string("/proc/net/unix").unwrap_or_default();
         let names = [Some(bind.source.clone()), fs::canonicalize(&bind.source).ok()];
         check_kind(&known, &names.into_iter().flatten().collect::<Vec<_>>(), bind)?;
@@ -37,7 +39,7 @@ impl HostSocket {
         })
     }
 
-    /// What the agent makes for it.
+    /// The socket that the agent makes for it, as a storage of the request.
     pub(super) fn storage(&self) -> Storage {
         self.access.storage(&self.guest)
     }
@@ -45,7 +47,8 @@ impl HostSocket {
 
 /// Only streams can be carried.
 fn check_kind(known: &str, names: &[PathBuf], bind: &Bind) -> Result<(), SpecError> {
-    // Num RefCount Protocol Flags Type St Inode Path (proc_net(5)); the path, which may have blanks, only if it is bound.
+    // Num RefCount Protocol Flags Type St Inode Path (proc_net(5)); the path, which may have blanks, only if
+    // it is bound.
     let kinds: Vec<&str> = known
         .lines()
         .filter_map(|line| {

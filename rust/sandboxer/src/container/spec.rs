@@ -1,8 +1,8 @@
 //! Rewrites the OCI spec that containerd made for the host into one that is right inside the pod's VM.
 //!
-//! A pure function on JSON, so that fields unknown to us survive. The model of the guest: the VM is the pod, so containers
-//! use its own network, UTS and IPC namespaces; mount and cgroup namespaces are private to each container, and PID
-//! namespaces unless the pod shares one.
+//! A pure function on JSON, so that fields unknown to us survive. The model of the guest: the VM is the pod,
+//! so containers use its own network, UTS and IPC namespaces; mount and cgroup namespaces are private to each
+//! container, and PID namespaces unless the pod shares one.
 
 use std::path::PathBuf;
 
@@ -12,7 +12,7 @@ use serde_json::{Map, Value, json};
 
 use super::{nodes, volumes};
 
-/// What a spec is rewritten for.
+/// The container and the pod for which a spec is rewritten.
 #[derive(Debug)]
 pub struct Target<'a> {
     /// Container id.
@@ -30,7 +30,7 @@ pub struct Bind {
     pub name: String,
     /// The host's path.
     pub source: PathBuf,
-    /// Where the container sees it; for messages.
+    /// Path at which the container sees it; for messages.
     pub destination: String,
     /// Nothing in the guest may write to it.
     pub read_only: bool,
@@ -43,7 +43,7 @@ pub struct Bind {
 /// A disk of the host that the container gets as a device node.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct BlockDevice {
-    /// Where the container sees it; for messages.
+    /// Path at which the container sees it; for messages.
     pub path: String,
     /// The host's number of it, first half.
     pub major: u64,
@@ -75,18 +75,18 @@ impl CpuSet {
     }
 }
 
-/// What has to be made on the host for a rewritten spec.
+/// Things that the host has to make for a rewritten spec.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub struct Needs {
     /// Bind mounts to make before the guest reads it.
     pub binds: Vec<Bind>,
     /// Disks to plug in.
     pub devices: Vec<BlockDevice>,
-    /// Where the guest's CPUs run while they are this container's.
+    /// CPUs and memory nodes of the host that the guest's CPUs use while they are this container's.
     pub cpuset: CpuSet,
 }
 
-/// What a container asks for and a VM cannot give. One sentence: the field, the reason, the way out.
+/// A demand of a container that a VM cannot meet. One sentence: the field, the reason, the way out.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
 pub enum SpecError {
     /// The spec is no spec.
@@ -145,8 +145,8 @@ pub fn clear_labels(process: &mut Object) {
     process.remove("selinuxLabel");
 }
 
-/// containerd gives its own profile to whoever asks for none. The VM confines in its place; but a profile that somebody
-/// wrote and asked for must not silently be left out.
+/// containerd gives its own profile to every container that asks for none. The VM confines in its place; but
+/// a profile that somebody wrote and asked for must not silently be left out.
 fn check_profile(process: &Object) -> Result<(), SpecError> {
     match process.get("apparmorProfile").and_then(Value::as_str).unwrap_or_default() {
         "" | "unconfined" | "cri-containerd.apparmor.d" => Ok(()),
@@ -195,8 +195,8 @@ fn set_namespaces(linux: &mut Object, target: &Target) -> Result<(), SpecError> 
     Ok(())
 }
 
-/// CRI names the container whose processes another one is to see by the pid that was reported for it, which the relay made of
-/// the guest's.
+/// CRI names the container whose processes another one is to see by the pid that was reported for it, which
+/// the relay made of the guest's.
 fn pid_in(path: &str) -> Result<u32, SpecError> {
     let pid = path.strip_prefix("/proc/").and_then(|rest| rest.strip_suffix("/ns/pid")?.parse::<u32>().ok());
     let pid =

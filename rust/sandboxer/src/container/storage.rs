@@ -22,14 +22,15 @@ use super::{
 };
 use crate::vmm::VmError;
 
-/// Where file systems are mounted before they go where they belong.
+/// Folder in which file systems are mounted before they go where they belong.
 const STAGE: &str = "stage";
-/// Where images are mounted that root file systems are made of.
+/// Folder in which the images are mounted that root file systems are made of.
 const LAYERS: &str = "layers";
 /// A container's root file system, in its folder.
 pub(super) const ROOTFS: &str = "rootfs";
 
-/// Makes and removes what containers have in the pod's folder. One at a time per pod: the caller holds the pod's lock.
+/// Makes and removes what containers have in the pod's folder. One at a time per pod: the caller holds the
+/// pod's lock.
 #[derive(Clone, Debug)]
 pub struct Storage {
     dir: PathBuf,
@@ -44,7 +45,7 @@ pub enum StorageError {
     /// Reading or writing a file.
     #[error("{doing} {}: {source}", path.display())]
     File {
-        /// What was being done.
+        /// The operation that failed.
         doing: &'static str,
         /// To what.
         path: PathBuf,
@@ -72,9 +73,9 @@ pub enum StorageError {
          repeat the request", deadline.as_secs()
     )]
     Busy {
-        /// How long was waited.
+        /// Time that the request waited.
         deadline: Duration,
-        /// What is not done.
+        /// The work that is not done.
         doing: String,
     },
     /// The daemon itself failed.
@@ -88,7 +89,7 @@ impl StorageError {
         move |source| Self::File { doing, path, source }
     }
 
-    /// Whether the request itself is at fault, not the host.
+    /// Returns true if the request itself is at fault, not the host.
     #[must_use]
     pub const fn is_refusal(&self) -> bool {
         matches!(
@@ -107,7 +108,7 @@ pub(crate) fn write_new(path: &Path, text: &[u8]) -> io::Result<()> {
     crate::replace::replace(path, text)
 }
 
-/// Whether an id from outside can be used as the name of a folder.
+/// Returns true if an id from outside can be used as the name of a folder.
 #[must_use]
 pub fn is_safe_id(id: &str) -> bool {
     (1..=128).contains(&id.len())
@@ -123,7 +124,8 @@ impl Storage {
         Self { dir: pod_dir.to_owned() }
     }
 
-    /// Makes the folder to work in and what the guest sees of it, also by processes in other mount namespaces.
+    /// Makes the folder to work in and what the guest sees of it, also by processes in other mount
+    /// namespaces.
     ///
     /// # Errors
     /// When it cannot be created or mounted.
@@ -142,9 +144,9 @@ impl Storage {
         Ok(files.write(name, text.as_bytes(), 0o644)?)
     }
 
-    /// Makes what a container needs on the host, writes its spec, and returns the bundle's path in the guest. A container
-    /// that was prepared before is made anew. Nothing stays on error. What is plugged in has its address by now. `servers`:
-    /// processes that serve the shared folder.
+    /// Makes what a container needs on the host, writes its spec, and returns the bundle's path in the guest.
+    /// A container that was prepared before is made anew. Nothing stays on error. What is plugged in has its
+    /// address by now. `servers`: processes that serve the shared folder.
     ///
     /// # Errors
     /// When the host cannot provide something.
@@ -220,7 +222,8 @@ impl Storage {
     }
 }
 
-/// A part of a volume is bound by the agent first: a path that other containers may change is looked up by it without links.
+/// A part of a volume is bound by the agent first: a path that other containers may change is looked up by it
+/// without links.
 fn show_part(
     container: &str,
     bind: &Bind,

@@ -118,7 +118,7 @@ pub(super) fn set_source(spec: &mut Value, container: &str, name: &str, source: 
     }
 }
 
-/// What the guest's own mount of it leaves to the host.
+/// Demands that the guest's own mount of it leaves to the host.
 pub(super) fn wish(spec: &mut Value, container: &str, bind: &Bind) -> Wish {
     let mount = mount_of(spec, container, &bind.name);
     let options = mount.and_then(|mount| mount.get("options")).and_then(Value::as_array);
@@ -135,8 +135,8 @@ pub(super) fn not_mountable(destination: &str, kind: &str) -> SpecError {
     )
 }
 
-/// Whether a mount at `/dev/shm` is the one that every container gets, and not a volume of the user's, which is what a pod
-/// that needs more shared memory has there.
+/// Returns true if a mount at `/dev/shm` is the one that every container gets, and not a volume of the
+/// user's. A pod that needs more shared memory has such a volume there.
 fn is_the_pods_shm(kind: &str, source: &str) -> bool {
     // As containerd makes it for its own sandboxes, or the host's.
     let of_a_sandbox = source.contains("/io.containerd.grpc.v1.cri/sandboxes/") && source.ends_with("/shm");

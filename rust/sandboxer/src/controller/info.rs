@@ -1,4 +1,4 @@
-//! What `crictl inspectp` shows.
+//! Information that `crictl inspectp` shows.
 
 use std::collections::HashMap;
 
@@ -10,8 +10,9 @@ use crate::{
     protos::timestamp,
 };
 
-/// Verbose information. containerd 2.3 and later parse the value of `info` and fail on fields of a type they do not
-/// expect, so only those that mean the same in all versions are in there; ours have a key of their own.
+/// Verbose information. containerd 2.3 and later parse the value of `info` and fail on fields of a type they
+/// do not expect, so only those that mean the same in all versions are in there; ours have a key of their
+/// own.
 pub(super) fn of(pod: &Pod, view: &View) -> HashMap<String, String> {
     let status = match view.phase {
         Phase::Created => "created",

@@ -1,6 +1,7 @@
 //! `containerd.services.sandbox.v1.Controller`: containerd's requests about pods.
 //!
-//! Bodies that change something run in tasks of their own, because tonic drops a handler whose client went away.
+//! Bodies that change something run in tasks of their own, because tonic drops a handler whose client went
+//! away.
 
 mod info;
 mod update;
@@ -236,7 +237,8 @@ fn namespace<T>(request: &Request<T>) -> String {
     said.map_or_else(namespace_of_cri, str::to_owned)
 }
 
-/// Who waits for a pod and hangs up before it ends was ended itself, and may know less when it comes back.
+/// Notices a caller that waits for a pod and hangs up before the pod ends. Such a caller was ended itself,
+/// and may know less when it comes back.
 struct HungUp(Option<Arc<Pods>>);
 
 impl Drop for HungUp {

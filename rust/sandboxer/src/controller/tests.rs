@@ -308,7 +308,8 @@ async fn a_guests_clock_is_put_right_at_the_start_after_a_pause_and_by_the_next_
     behind.store(HOUR, Ordering::Relaxed);
     start(&mut client).await.unwrap();
     eventually("it is right at the start", is_right).await;
-    // Nobody looks again at once, unless the clock of this machine is set meanwhile, as a test beside this one does.
+    // Nobody looks again at once, unless the clock of this machine is set meanwhile, as a test beside this
+    // one does.
     loop {
         let jumps = Ticker::new(Duration::from_secs(3600)).unwrap();
         behind.store(-HOUR, Ordering::Relaxed);
@@ -441,7 +442,8 @@ async fn a_new_daemon_finds_dead_pods_not_ready_and_half_started_ones_gone() {
     pods.leave();
     drop((client, pods));
     lab.vmm().end(Duration::ZERO).await.unwrap();
-    // Another one, as if the daemon had died in the middle of its start; and one without and one with a broken record.
+    // Another one, as if the daemon had died in the middle of its start; and one without and one with a
+    // broken record.
     let record = fs::read_to_string(lab.path("pods/p1/pod.json")).unwrap();
     for name in ["p2", "p3", "p4"] {
         fs::create_dir(lab.path("pods").join(name)).unwrap();

@@ -1,4 +1,4 @@
-//! What an Update asks for.
+//! Reads the demands of an Update.
 
 use serde::Deserialize;
 

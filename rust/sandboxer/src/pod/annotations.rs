@@ -1,5 +1,5 @@
-//! What a pod's annotations may say of its VM. Nothing unless the node's configuration allows it, because such a wish goes
-//! past what kubelet has reserved.
+//! Wishes for a pod's VM that its annotations state. The daemon refuses each of them unless the node's
+//! configuration allows it, because such a wish goes past what kubelet has reserved.
 
 use std::collections::BTreeMap;
 
@@ -38,7 +38,7 @@ impl Annotation {
     }
 }
 
-/// What the annotations say.
+/// The wishes that the annotations state.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Wishes {

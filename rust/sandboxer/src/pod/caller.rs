@@ -1,4 +1,4 @@
-//! Whether the one who asked is still there.
+//! Tells a pod's start if its caller still waits for the answer.
 
 use std::convert::Infallible;
 
@@ -6,11 +6,11 @@ use tokio::sync::oneshot;
 
 use super::PodError;
 
-/// Held by the one who asks; dropping it says that nobody waits for the answer any more.
+/// The caller's end; dropping it says that nobody waits for the answer any more.
 #[derive(Debug)]
 pub struct CallerGuard(#[allow(dead_code, reason = "its drop is the message")] oneshot::Sender<Infallible>);
 
-/// Tells the one who works whether to go on.
+/// The worker's end; tells it whether to go on.
 #[derive(Debug)]
 pub struct Caller(oneshot::Receiver<Infallible>);
 

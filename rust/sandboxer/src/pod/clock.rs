@@ -18,8 +18,8 @@ use crate::{
     vmm::Vm,
 };
 
-/// How often the guest's clock is looked at. The host's own drifts less than 30 ms in that time, which the guest makes good
-/// without a jump.
+/// Time between two looks at the guest's clock. The host's own drifts less than 30 ms in that time, which the
+/// guest makes good without a jump.
 const INTERVAL: Duration = Duration::from_secs(60);
 /// One look may take so long.
 const DEADLINE: Duration = Duration::from_secs(10);
@@ -49,8 +49,8 @@ impl Pod {
 
 async fn follow(pod: &Pod, guest: &Guest, vm: &dyn Vm, ticker: &Ticker) {
     let mut resumptions = vm.resumptions();
-    // At once: what the guest was told at its setup took a while to get there, and a daemon that was restarted does not
-    // know what happened meanwhile.
+    // At once: what the guest was told at its setup took a while to get there, and a daemon that was
+    // restarted does not know what happened meanwhile.
     let mut why = "it is set up";
     loop {
         if look(pod, guest, vm, why).await.is_break() {
@@ -67,7 +67,8 @@ async fn follow(pod: &Pod, guest: &Guest, vm: &dyn Vm, ticker: &Ticker) {
     }
 }
 
-/// Corrects the guest's clock once, and notes whether the guest answers at all. Breaks off when the VM is ending.
+/// Corrects the guest's clock once, and notes whether the guest answers at all. Breaks off when the VM is
+/// ending.
 async fn look(pod: &Pod, guest: &Guest, vm: &dyn Vm, why: &str) -> ControlFlow<()> {
     let asked = SystemTime::now();
     // A paused VM answers no call. It is asked for nothing, and corrected when it goes on.

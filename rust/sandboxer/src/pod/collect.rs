@@ -1,8 +1,9 @@
-//! Pods that containerd has forgotten: it creates them, and in some of its failures never says that they are to go.
+//! Pods that containerd has forgotten: it creates them, and in some of its failures never says that they are
+//! to go.
 //!
-//! containerd writes a pod down before it asks for it, so one that is not in its list is nobody's. It must be missing twice,
-//! with a grace between, before it is removed. Looked at when something hints at it (a network namespace goes, containerd hangs
-//! up), soon after the start, and otherwise rarely.
+//! containerd writes a pod down before it asks for it, so one that is not in its list is nobody's. It must be
+//! missing twice, with a grace between, before it is removed. Looked at when something hints at it (a network
+//! namespace goes, containerd hangs up), soon after the start, and otherwise rarely.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -23,7 +24,7 @@ use crate::containerd::ListError;
 /// `f_type` of a file that is a namespace (`linux/magic.h`).
 const NSFS: i64 = 0x6e73_6673;
 
-/// Whoever knows which pods there ought to be.
+/// Source of the list of pods that there ought to be.
 #[async_trait]
 pub trait Known: Send + Sync + fmt::Debug {
     /// Ids of the pods in a namespace of containerd.
@@ -134,7 +135,8 @@ fn due_in(pause: Duration) -> Instant {
     now.checked_add(pause).unwrap_or(now)
 }
 
-/// A VM without a network is of no use. containerd, if it knows the pod, asks for its removal when it sees it stopped.
+/// A VM without a network is of no use. containerd, if it knows the pod, asks for its removal when it sees it
+/// stopped.
 fn stop(pod: Arc<Pod>) {
     let span = tracing::info_span!("pod", id = pod.id());
     let stopping = async move {

@@ -1,8 +1,9 @@
-//! On which of the host's CPUs the guest's run, and on which memory nodes: those of the pod's containers together.
+//! On which of the host's CPUs the guest's run, and on which memory nodes: those of the pod's containers
+//! together.
 //!
-//! Kubelet's CPU manager gives CPUs to containers and not to pods: exclusive ones to some, and what it shares among all others
-//! to the rest. The guest's CPUs run whatever container the guest's kernel picks, so they may use what any of them may; one
-//! container without a set may use all, and so may they.
+//! Kubelet's CPU manager gives CPUs to containers and not to pods: exclusive ones to some, and what it shares
+//! among all others to the rest. The guest's CPUs run whatever container the guest's kernel picks, so they
+//! may use what any of them may; one container without a set may use all, and so may they.
 
 use std::{
     collections::BTreeMap,
@@ -17,7 +18,7 @@ use crate::container::{StorageError, spec::CpuSet, write_new};
 /// The table, in the pod's folder.
 const FILE: &str = "cpusets.json";
 
-/// What each container has; on disk, for the next daemon.
+/// CPUs and memory nodes of each container; on disk, for the next daemon.
 #[derive(Debug)]
 pub(super) struct CpuSets {
     path: PathBuf,
@@ -55,7 +56,8 @@ impl CpuSets {
 }
 
 impl Pod {
-    /// Gives the guest's CPUs what the container needs, or, without `set`, no longer. On error nothing has changed.
+    /// Gives the guest's CPUs what the container needs, or, without `set`, no longer. On error nothing has
+    /// changed.
     pub(super) fn pin(&self, container: &str, set: Option<CpuSet>) -> Result<(), StorageError> {
         let mut sets = self.cpusets.lock().unwrap_or_else(PoisonError::into_inner);
         let (old, before, ends) = (sets.of.clone(), sets.union(), set.is_none());

@@ -1,4 +1,4 @@
-//! What goes wrong in a pod's life.
+//! Errors in a pod's life.
 
 use std::{io, path::PathBuf};
 
@@ -25,13 +25,13 @@ pub enum PodError {
     /// The request is understood and will not be served. One sentence: field, reason, way out.
     #[error("{0}")]
     Refused(String),
-    /// Whoever asked went away.
+    /// The caller went away.
     #[error("starting the sandbox: cancelled while {0}")]
     Cancelled(&'static str),
     /// A step of the pod's start failed.
     #[error("starting the sandbox: {step}: {source}{log}")]
     Start {
-        /// What was being done.
+        /// The step that failed.
         step: &'static str,
         /// Why it failed.
         source: StepError,
@@ -44,7 +44,7 @@ pub enum PodError {
     /// Something of a pod could not be ended or removed; it is kept, and the request can be repeated.
     #[error("{doing}: {source}")]
     End {
-        /// What was being done.
+        /// The step that failed.
         doing: &'static str,
         /// Why it failed.
         source: StepError,
@@ -57,7 +57,7 @@ pub enum StepError {
     /// Reading or writing a file of the pod.
     #[error("{}: {source}", path.display())]
     File {
-        /// Which.
+        /// The file's path.
         path: PathBuf,
         /// Why.
         source: io::Error,

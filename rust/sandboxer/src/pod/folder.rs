@@ -1,4 +1,5 @@
-//! Folders of pods: made with a marker in them before all else, and removed only with a proof that they were made so.
+//! Folders of pods: made with a marker in them before all else, and removed only with a proof that they were
+//! made so.
 
 use std::{
     fs::{self, DirBuilder, OpenOptions},
@@ -20,25 +21,26 @@ const MARKER: &str = ".kuasar-pod";
 /// Mode of a pod's folder and of those in it.
 const MODE: u32 = 0o700;
 
-/// Where a record goes that cannot be read.
+/// Path to which the daemon moves a record that it cannot read.
 pub(super) fn aside(dir: &Path) -> PathBuf {
     dir.join(format!("{}.unreadable", pod_files::RECORD))
 }
 
-/// What proves that a folder is a pod's. Older daemons wrote no marker but a record.
+/// Files of which any one proves that a folder is a pod's. Older daemons wrote no marker but a record.
 fn proofs(dir: &Path) -> [PathBuf; 3] {
     [dir.join(pod_files::RECORD), aside(dir), dir.join(MARKER)]
 }
 
-/// Whether the daemon made this folder for a pod. A link to one is none.
+/// Returns true if the daemon made this folder for a pod. A link to one is none.
 pub(crate) fn is_pods(dir: &Path) -> bool {
     let named = dir.file_name().and_then(|name| name.to_str()).is_some_and(is_safe_id);
     let is_file = |path: &PathBuf| fs::symlink_metadata(path).is_ok_and(|found| found.is_file());
     named && fs::symlink_metadata(dir).is_ok_and(|found| found.is_dir()) && proofs(dir).iter().any(is_file)
 }
 
-/// Whether an older daemon may have died here between making a folder and writing its first record: it has a name as containerd
-/// gives it, and nothing in it but what comes before that.
+/// Returns true if an older daemon may have died here between making a folder and writing its first record.
+/// Such a folder has a name as containerd gives it, and nothing in it but the files that come before the
+/// record.
 pub(crate) fn is_unfinished(dir: &Path) -> bool {
     let name = dir.file_name().and_then(|name| name.to_str()).unwrap_or_default();
     let named = name.len() == 64 && name.bytes().all(|byte| byte.is_ascii_hexdigit());
@@ -94,8 +96,8 @@ pub(super) fn undo(dir: &Path) -> Result<(), StepError> {
     }
 }
 
-/// Removes a pod's folder, whatever is mounted in it. What proves that it is one goes last: what an interrupted removal leaves is still
-/// known. One that is not there is no error.
+/// Removes a pod's folder, whatever is mounted in it. What proves that it is one goes last: what an
+/// interrupted removal leaves is still known. One that is not there is no error.
 ///
 /// # Errors
 /// When something stays mounted or cannot be removed.

@@ -12,19 +12,20 @@ use kuasar_common::{constants::pod_files, text::printable_within};
 use super::Pods;
 use crate::vmm::bound_logs;
 
-/// How much of a log's end is looked at, in bytes.
+/// Size of the part at a log's end that the daemon reads, in bytes.
 const TAIL: i64 = 4096;
-/// How many lines are shown.
+/// Most lines that are shown.
 const LINES: usize = 5;
-/// How much of each, in characters.
+/// Most characters of each that are shown.
 const LINE: usize = 256;
 
-/// How often logs that others write are looked at: what is written meanwhile is all that they can grow beyond their limit.
+/// Time between two looks at logs that other processes write: they can grow beyond their limit only by what
+/// is written meanwhile.
 const BOUNDING: Duration = Duration::from_secs(2);
 
 impl Pods {
-    /// Keeps the logs of all pods' processes bounded, for ever: also of those that an earlier daemon started, or that have not been
-    /// found again.
+    /// Keeps the logs of all pods' processes bounded, for ever: also of those that an earlier daemon started,
+    /// or that have not been found again.
     pub async fn keep_logs_bounded(&self) {
         let mut ticks = tokio::time::interval(BOUNDING);
         loop {

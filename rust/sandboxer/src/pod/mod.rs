@@ -1,7 +1,7 @@
 //! Pods: one VM, its network, its share of the host's file system, its relay.
 //!
-//! What a pod looks like from outside ([`View`]) is published in a `watch` channel, so that Status and Wait never wait for
-//! anybody. What changes the pod holds its own lock, which nobody else needs.
+//! A pod publishes its look from outside ([`View`]) in a `watch` channel, so that Status and Wait never wait
+//! for anybody. A call that changes the pod holds the pod's own lock, which nobody else needs.
 
 mod annotations;
 mod caller;
@@ -72,10 +72,10 @@ use crate::{
     vmm::{Hypervisor, Vm, VmRecord},
 };
 
-/// What all pods of a daemon share.
+/// Settings that all pods of a daemon share.
 #[derive(Clone, Debug)]
 pub struct Environment {
-    /// Where pods have their folders.
+    /// Folder of the pods' folders.
     pub dir: PathBuf,
     /// Starts VMs.
     pub hypervisor: Arc<dyn Hypervisor>,
@@ -87,7 +87,7 @@ pub struct Environment {
     pub containerd: PathBuf,
     /// User ids for pods.
     pub ids: Ids,
-    /// Where cgroup hierarchies are mounted.
+    /// Folder in which cgroup hierarchies are mounted.
     pub cgroup_root: PathBuf,
     /// A pod has this long from Start to ready.
     pub start_timeout: Duration,
@@ -95,24 +95,25 @@ pub struct Environment {
     pub stop_timeout: Duration,
     /// A request waits this long for mounts and disks of its pod that another one works on.
     pub mount_timeout: Duration,
-    /// The daemon's start waits this long for pods to be found again after a restart. One that takes longer stays as it was.
+    /// The daemon's start waits this long for pods to be found again after a restart. One that takes longer
+    /// stays as it was.
     pub recover_timeout: Duration,
 }
 
 /// A pod from outside.
 #[derive(Clone, Debug)]
 pub struct View {
-    /// How far it is.
+    /// Its phase of life.
     pub phase: Phase,
     /// Process id of its VMM; stays after the VMM ended, 0 before it started.
     pub pid: u32,
     /// When it was created.
     pub created: SystemTime,
-    /// How it ended.
+    /// Its end, once it has ended.
     pub exit: Option<Exit>,
 }
 
-/// How a pod ended.
+/// A pod's end.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Exit {
     /// As a shell shows it.
@@ -146,15 +147,16 @@ pub struct Pod {
     work: Mutex<Work>,
     /// Held by the thread that works on it, for as long as it does.
     storage: Arc<Mutex<Storage>>,
-    /// What is done to the storage now, and since when.
+    /// The work that is done on the storage now, and the time since when.
     busy: SyncMutex<Option<(String, Instant)>>,
-    /// Taken before `storage`, and never while `work` is waited for: ending a pod must not wait for its VM's bus.
+    /// Taken before `storage`, and never while `work` is waited for: ending a pod must not wait for its VM's
+    /// bus.
     disks: Mutex<Disks>,
     cpusets: SyncMutex<CpuSets>,
     scores: SyncMutex<OomScores>,
     /// Why it was not given other resources when that was last asked for.
     refused: SyncMutex<Option<String>>,
-    /// Why its VM ends, from the first who knows; nobody who only was asked for it says so.
+    /// Why its VM ends, from the first watcher that knows; a stop that was asked for is no reason.
     blame: SyncMutex<Option<String>>,
     /// The guest did not answer when it was last asked.
     silence: SyncMutex<Option<Silence>>,
@@ -163,7 +165,7 @@ pub struct Pod {
     stopping: AtomicBool,
 }
 
-/// What a pod holds of the host; behind its lock.
+/// The host's resources that a pod holds; behind its lock.
 #[derive(Debug, Default)]
 struct Work {
     spec: PodSpec,
@@ -217,13 +219,14 @@ impl Pod {
         self.watchers.lock().unwrap_or_else(PoisonError::into_inner).push(task);
     }
 
-    /// What is done for this pod beside the calls that it is done by. A call's own span would end with the last of it, and be as
-    /// long as the pod in the trace.
+    /// Span of the work that goes on for this pod beside the calls that began it. A call's own span would end
+    /// with the last of that work, and be as long as the pod in the trace.
     pub(super) fn span(&self) -> Span {
         tracing::info_span!(parent: None, "pod", id = self.id)
     }
 
-    /// From here on this daemon notices nothing of the pod's processes and writes nothing of them: the next one does.
+    /// From here on this daemon notices nothing of the pod's processes and writes nothing of them: the next
+    /// one does.
     pub(super) fn leave(&self) {
         for watcher in self.watchers.lock().unwrap_or_else(PoisonError::into_inner).drain(..) {
             watcher.abort();
@@ -248,13 +251,13 @@ impl Pod {
         &self.labels
     }
 
-    /// How it looks now; never waits.
+    /// Its present look from outside; never waits.
     #[must_use]
     pub fn view(&self) -> View {
         self.view.borrow().clone()
     }
 
-    /// What the pod uses on the host; never waits for anybody.
+    /// Resources that the pod uses on the host; never waits for anybody.
     #[must_use]
     pub fn metrics(&self) -> Metric {
         let cgroups = self.cgroups().ok();
@@ -286,8 +289,8 @@ impl Pod {
         self.shortage.as_deref()
     }
 
-    /// Where containerd reaches the pod's containers. The scheme is the only one that containerd 2.1 can use for both
-    /// Task calls and streams.
+    /// Address at which containerd reaches the pod's containers. The scheme is the only one that containerd
+    /// 2.1 can use for both Task calls and streams.
     #[must_use]
     pub fn address(&self) -> String {
         format!("ttrpc+unix://{}", self.dir.join(pod_files::TASK_SOCKET).display())
@@ -307,8 +310,8 @@ impl Pod {
         }
     }
 
-    /// Makes what a container needs; returns its bundle's path in the guest, and the sockets whose connections are to be
-    /// carried.
+    /// Makes what a container needs; returns its bundle's path in the guest, and the sockets whose
+    /// connections are to be carried.
     #[tracing::instrument(name = "prepare container", level = "trace", skip_all)]
     async fn prepare(
         self: &Arc<Self>,
@@ -376,7 +379,8 @@ impl Pod {
         gone.and(if self.view().phase == Phase::Running { pinned } else { Ok(()) })
     }
 
-    /// Writes the buses down, unless who works on the pod does so anyway; a restarted daemon asks the VMM as well.
+    /// Writes the buses down, unless the task that works on the pod does so anyway; a restarted daemon asks
+    /// the VMM as well.
     fn persist_if_free(&self) {
         let Ok(work) = self.work.try_lock() else { return };
         if work.vm.is_some()
@@ -387,8 +391,8 @@ impl Pod {
         }
     }
 
-    /// Waits for what another request of the pod works with, and not for ever: a mount may hang for as long as another
-    /// machine's server is away.
+    /// Waits for what another request of the pod works with, and not for ever: a mount may hang for as long
+    /// as another machine's server is away.
     async fn free<T>(&self, work: impl Future<Output = T>) -> Result<T, StorageError> {
         let deadline = self.environment.mount_timeout;
         timeout(deadline, work).await.map_err(|_| {
@@ -449,7 +453,7 @@ impl Pod {
         self.blame.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    /// The first who notices the end says how it was.
+    /// Sets the pod's end. The first watcher that notices the end says how it was.
     fn set_ended(&self, exit: Exit) {
         self.view.send_modify(|view| {
             view.phase = Phase::Stopped;
@@ -458,15 +462,15 @@ impl Pod {
     }
 }
 
-/// What the pod's containers have mounted, in the hands of one.
+/// The storage of the pod's containers, in the hands of one task.
 struct TakenStorage {
     storage: OwnedMutexGuard<Storage>,
     pod: Arc<Pod>,
 }
 
 impl TakenStorage {
-    /// Mounting may block on another machine's server, so it happens on a thread that may block, and that gives the storage
-    /// back: whoever does not wait any more has not ended it.
+    /// Mounting may block on another machine's server, so it happens on a thread that may block, and that
+    /// gives the storage back: a caller that does not wait any more has not ended it.
     async fn with<T: Send + 'static>(
         self,
         work: impl FnOnce(&Storage) -> Result<T, StorageError> + Send + 'static,

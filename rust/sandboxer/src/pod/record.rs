@@ -12,13 +12,13 @@ use serde::{Deserialize, Serialize};
 use super::{size::VmSize, spec::PodSpec};
 use crate::{network::NetworkRecord, process::ProcessRecord, replace::replace, vmm::VmRecord};
 
-/// Raised when an older daemon could not make sense of the record any more. Records of every version so far are read:
-/// what a version added has a default.
+/// Raised when an older daemon could not make sense of the record any more. Records of every version so far
+/// are read: what a version added has a default.
 ///
 /// 2: how big the VM is, why it ended, what annotations asked for.
 pub(super) const VERSION: u32 = 2;
 
-/// How far a pod is in its life.
+/// Phase of a pod's life.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Phase {
@@ -32,7 +32,7 @@ pub enum Phase {
     Stopped,
 }
 
-/// How a pod ended.
+/// A pod's end.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct ExitRecord {
     /// Status as containerd gets it.
@@ -51,13 +51,13 @@ pub(super) struct PodRecord {
     pub version: u32,
     /// The pod's id, and its folder's name.
     pub id: String,
-    /// How far it is.
+    /// Its phase of life.
     pub phase: Phase,
     /// When it was created, in nanoseconds since the Unix epoch.
     pub created_ns: i64,
-    /// What was asked for.
+    /// The pod as containerd asked for it.
     pub spec: PodSpec,
-    /// What was made in its network namespace.
+    /// Everything that the daemon made in its network namespace.
     pub network: Option<NetworkRecord>,
     /// Its VM.
     pub vm: Option<VmRecord>,
@@ -66,13 +66,13 @@ pub(super) struct PodRecord {
     /// cgroups that were created for it, outermost first.
     #[serde(default)]
     pub cgroups: Vec<PathBuf>,
-    /// How big its VM is.
+    /// Size of its VM.
     #[serde(default)]
     pub size: Option<VmSize>,
     /// User and group id of its processes, which no other pod is given; `None`: the daemon's.
     #[serde(default)]
     pub user: Option<u32>,
-    /// How it ended.
+    /// Its end, once it has ended.
     pub exit: Option<ExitRecord>,
     /// The boot of the host in which it was written: process ids of another one say nothing.
     #[serde(default)]
@@ -114,7 +114,7 @@ impl PodRecord {
         replace(&dir.join(pod_files::RECORD), &serde_json::to_vec_pretty(self)?)
     }
 
-    /// Whether the host was restarted since. Older daemons did not write when it was.
+    /// Returns true if the host was restarted since. Older daemons did not write when it was.
     pub(super) fn is_of_another_boot(&self) -> bool {
         self.boot.is_some() && self.boot != boot_id()
     }
@@ -186,7 +186,7 @@ mod tests {
         record.write(&dir).unwrap();
         assert_eq!(PodRecord::read(&dir).unwrap(), record);
         assert_eq!(fs::read_dir(&dir).unwrap().count(), 2, "the record, and the room for the next one");
-        // Whoever has the old one open reads it to its end: it is replaced, not written over.
+        // A reader that has the old one open reads it to its end: it is replaced, not written over.
         let old = root.path().join("old");
         fs::hard_link(dir.join(pod_files::RECORD), &old).unwrap();
         let text = fs::read(&old).unwrap();

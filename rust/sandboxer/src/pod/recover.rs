@@ -45,7 +45,7 @@ const TURN: Duration = Duration::from_secs(2);
 /// When to look again for a VM whose VMM lives and which could not be taken over.
 const AGAIN: Duration = Duration::from_secs(5);
 
-/// What is left to do for a pod when it is in the list.
+/// Work that is left to do for a pod when it is in the list.
 enum Left {
     /// Its VM has to be found.
     Running(Arc<Pod>, PodRecord),
@@ -58,9 +58,9 @@ enum Left {
 }
 
 impl Pods {
-    /// Takes over every pod that an earlier daemon left. All of them are in the list at once; what takes its time goes on beside,
-    /// and is not waited for longer than [`Environment::recover_timeout`]. Returns how many there are; what goes wrong with one of
-    /// them is logged and concerns no other.
+    /// Takes over every pod that an earlier daemon left. All of them are in the list at once; what takes its
+    /// time goes on beside, and is not waited for longer than [`Environment::recover_timeout`]. Returns how
+    /// many there are; what goes wrong with one of them is logged and concerns no other.
     ///
     /// # Errors
     /// When the folder of the pods cannot be read at all.
@@ -102,7 +102,8 @@ impl Pods {
     /// Reads what is recorded of a pod and puts it into the list; waits for nobody.
     fn take_in(&self, dir: &Path, id: &str) -> Option<Left> {
         if !folder::is_pods(dir) {
-            // The daemon's own files, what is none of its business, and where one died between making a folder and marking it.
+            // The daemon's own files, what is none of its business, and where one died between making a
+            // folder and marking it.
             if is_safe_id(id) && dir.is_dir() && fs::remove_dir(dir).is_err() {
                 tracing::warn!("nothing proves that this folder is a sandbox's; it is left alone");
             }
@@ -150,7 +151,8 @@ impl Pods {
             Left::Interrupted(record) => {
                 tracing::info!("removing a sandbox whose start was interrupted");
                 end_recorded(environment, &record).await;
-                // A process that was started and not recorded yet is known by its cgroup, or by its arguments.
+                // A process that was started and not recorded yet is known by its cgroup, or by its
+                // arguments.
                 cgroup::end_members(&record.cgroups);
                 end_strays(environment, dir).await;
                 at("recover: ended");
@@ -179,8 +181,9 @@ impl Pods {
 }
 
 impl Pod {
-    /// Finds the VM of a pod that was running; `None` when it has ended, or its relay has. While its VMM lives it is not given up,
-    /// however long that takes to answer: it stays ready, as it was, and can be stopped.
+    /// Finds the VM of a pod that was running; `None` when it has ended, or its relay has. While its VMM
+    /// lives it is not given up, however long that takes to answer: it stays ready, as it was, and can be
+    /// stopped.
     async fn find_vm(
         &self,
         record: &PodRecord,
@@ -265,9 +268,11 @@ impl Pod {
                 let reason = format!("its {whose} ended {why}{log}");
                 tracing::warn!(reason, relay_lives = relay.is_some(), "the sandbox has ended");
                 self.blame(&*reason);
-                // Known before it is cleared up: containerd is not to wait for that, nor to take it for a mere stop.
+                // Known before it is cleared up: containerd is not to wait for that, nor to take it for a
+                // mere stop.
                 self.set_ended(Exit { code: 255, at: SystemTime::now(), reason: Some(reason) });
-                // A guest without a relay still has file systems to sync; of a VM that ended, processes may be left.
+                // A guest without a relay still has file systems to sync; of a VM that ended, processes may
+                // be left.
                 work.guest_up = vm.is_some();
                 if vm.is_some() {
                     work.lost = None;
@@ -333,15 +338,15 @@ async fn serve_host(pod: &Arc<Pod>) {
     }
 }
 
-/// A record that is torn or of another make says nothing about whether its VM lives, so nothing is ended or deleted until
-/// containerd asks for it.
+/// A record that is torn or of another make says nothing about whether its VM lives, so nothing is ended or
+/// deleted until containerd asks for it.
 fn set_aside(dir: &Path, error: &RecordError) {
     let moved = fs::rename(dir.join(pod_files::RECORD), aside(dir));
     tracing::error!(%error, ?moved, folder = %dir.display(), "the sandbox is left alone until containerd removes it");
 }
 
-/// Keeps the user id of a pod whose record cannot be read from being given to another one: it is in what can be read of the
-/// record, or else its folder has something of it.
+/// Keeps the user id of a pod whose record cannot be read from being given to another one: it is in what can
+/// be read of the record, or else its folder has something of it.
 fn reserve_user(environment: &Environment, dir: &Path) {
     let text = fs::read(dir.join(pod_files::RECORD)).or_else(|_| fs::read(aside(dir))).unwrap_or_default();
     let record: Option<serde_json::Value> = serde_json::from_slice(&text).ok();
@@ -353,8 +358,8 @@ fn reserve_user(environment: &Environment, dir: &Path) {
 }
 
 impl Pods {
-    /// Pods whose records cannot be read, by id and containerd's namespace. Not those whose record does not even tell the latter:
-    /// nobody can say then whether containerd knows them.
+    /// Pods whose records cannot be read, by id and containerd's namespace. Not those whose record does not
+    /// even tell the latter: nobody can say then whether containerd knows them.
     pub(super) fn unreadable(&self) -> Vec<(String, String)> {
         let folders = fs::read_dir(&self.environment().dir).into_iter().flatten().flatten();
         let of = |folder: fs::DirEntry| {
@@ -369,8 +374,9 @@ impl Pods {
         folders.filter_map(of).collect()
     }
 
-    /// Ends and removes a pod whose record cannot be read: what names its folder, and what is in a cgroup of its name. (What it
-    /// has in a network namespace goes with that, which is containerd's.) No other one is touched.
+    /// Ends and removes a pod whose record cannot be read: what names its folder, and what is in a cgroup of
+    /// its name. (What it has in a network namespace goes with that, which is containerd's.) No other one is
+    /// touched.
     pub(super) async fn remove_unreadable(&self, id: &str) -> Result<(), PodError> {
         let (environment, dir) = (self.environment(), self.environment().dir.join(id));
         if !folder::is_pods(&dir) || !aside(&dir).exists() {
@@ -441,8 +447,8 @@ async fn clear(environment: &Environment, dir: &Path) {
     }
 }
 
-/// Kills processes of ours that were started for this folder: those whose program we start and whose environment or arguments
-/// name it.
+/// Kills processes of ours that were started for this folder: those whose program we start and whose
+/// environment or arguments name it.
 async fn end_strays(environment: &Environment, dir: &Path) {
     let sizes = &environment.sizes;
     let programs = [&sizes.path, &sizes.virtiofsd.path, &sizes.vsock_device.path, &environment.relay];

@@ -15,7 +15,8 @@ use crate::{
     vmm::Vm,
 };
 
-/// Binds the Task endpoint. Connections queue until the relay serves them, so nobody has to wait for the relay.
+/// Binds the Task endpoint. Connections queue until the relay serves them, so nobody has to wait for the
+/// relay.
 pub(super) fn endpoint(dir: &Path) -> io::Result<OwnedFd> {
     let listener = bind(&dir.join(pod_files::TASK_SOCKET))?.into_std()?;
     // The daemon's runtime made it non-blocking, the relay's own runtime wants it so, too.

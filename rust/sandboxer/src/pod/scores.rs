@@ -1,7 +1,9 @@
-//! How readily the node's kernel kills a pod's processes when the node runs out of memory (`oom_score_adj`).
+//! OOM scores of a pod's processes (`oom_score_adj`): the readiness with which the node's kernel kills them
+//! when the node runs out of memory.
 //!
-//! Kubelet says it of containers, by their quality of service, and of no pod. The memory of all of them is the VM's, so what
-//! they request together counts. Until the first container is there, the class of the pod's cgroup does.
+//! Kubelet gives scores to containers, by their quality of service, and to no pod. The memory of all of them
+//! is the VM's, so what they request together counts. Until the first container is there, the class of the
+//! pod's cgroup does.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -15,14 +17,14 @@ use crate::container::write_new;
 
 /// The table, in the pod's folder.
 const FILE: &str = "oom-scores.json";
-/// What kubelet gives containers that request nothing.
+/// Score that kubelet gives to containers that request nothing.
 const BEST_EFFORT: i64 = 1000;
 /// Most of those that request something, and least.
 const BURSTABLE: (i64, i64) = (999, 3);
 /// Those that request all that they may use. Only the node's own daemons are less.
 const GUARANTEED: i64 = -997;
 
-/// What each container has; on disk, for the next daemon.
+/// Score of each container; on disk, for the next daemon.
 #[derive(Debug)]
 pub(super) struct OomScores {
     path: PathBuf,
@@ -60,7 +62,7 @@ impl OomScores {
     }
 }
 
-/// By the name that kubelet gives to pods' cgroups; whoever is not kubelet has no classes.
+/// By the name that kubelet gives to pods' cgroups; others than kubelet have no classes.
 fn of_class(cgroup_parent: &str) -> i64 {
     let has = |class| cgroup_parent.contains(class);
     match () {
@@ -77,7 +79,8 @@ fn bounded(score: i64) -> i64 {
 }
 
 impl Pod {
-    /// Notes what a container's processes are to have, or that it is gone, and has the pod's processes have what follows.
+    /// Notes what a container's processes are to have, or that it is gone, and has the pod's processes have
+    /// what follows.
     pub(super) fn score(&self, container: &str, score: Option<i64>) {
         let set = self.scores.lock().unwrap_or_else(PoisonError::into_inner).set(container, score);
         match set {

@@ -1,4 +1,5 @@
-//! What a pod's guest is told once, and the files that its containers share.
+//! The request that the daemon sends once to set up a pod's guest, and the files that the pod's containers
+//! share.
 
 use std::time::SystemTime;
 

@@ -1,8 +1,9 @@
-//! Whether a pod's guest answers, for `crictl inspectp`.
+//! Notes that a pod's guest does not answer, for `crictl inspectp`.
 //!
-//! Nobody asks a guest only to know that: who calls it anyway notes how that went. A pod stays ready with a guest that does
-//! not answer. It may only be starved or paused, and its containers may serve all the same; the kubelet kills all of them as
-//! soon as a pod is not ready, and has probes for what a container has to answer.
+//! The daemon asks no guest only to know that: each call that it makes anyway notes how it went. A pod stays
+//! ready with a guest that does not answer. It may only be starved or paused, and its containers may serve
+//! all the same; the kubelet kills all of them as soon as a pod is not ready, and has probes for what a
+//! container has to answer.
 
 use std::{sync::PoisonError, time::SystemTime};
 
@@ -14,7 +15,7 @@ use crate::{guest::GuestError, vmm::Vm};
 pub struct Silence {
     /// When it was first asked in vain.
     pub since: SystemTime,
-    /// How the last question failed.
+    /// Error of the last question.
     pub why: String,
 }
 

@@ -1,4 +1,4 @@
-//! How big a pod's VM is: arithmetic on the pod's limits.
+//! Size of a pod's VM: arithmetic on the pod's limits.
 
 use serde::{Deserialize, Serialize};
 
@@ -11,7 +11,7 @@ use crate::config::HypervisorConfig;
 
 /// Bytes in a MiB.
 const MIB: i64 = 1 << 20;
-/// What one CPU is in shares, the kernel's way to say what is requested.
+/// Shares of one CPU. Shares are the kernel's way to say what is requested.
 const SHARES_PER_CPU: i64 = 1024;
 /// A kernel takes one byte in so many for its table of pages: 64 of each 4096.
 const PAGES_TABLE: u64 = 64;
@@ -19,8 +19,8 @@ const PAGES_TABLE: u64 = 64;
 const TABLE_FREE_MIB: u64 = 1024;
 /// Of a node's memory, a pod without a limit gets one part in so many.
 const NODE_SHARE: u64 = 4;
-/// Least and most of that, in MiB. All a guest's memory costs at its boot is the table of pages, 16 MiB of each GiB and the
-/// time to write it, and a pod that wants more can say so by a limit.
+/// Least and most of that, in MiB. All a guest's memory costs at its boot is the table of pages, 16 MiB of
+/// each GiB and the time to write it, and a pod that wants more can say so by a limit.
 const SHARE_BOUNDS_MIB: (u64, u64) = (512, 2048);
 
 /// A VM's size when it boots.
@@ -33,8 +33,9 @@ pub(super) struct VmSize {
 }
 
 impl VmSize {
-    /// Limit plus what the guest itself takes, within what the pod's cgroup leaves beside the VMM, and CPUs for the quota or for
-    /// what is requested, whichever is more. Without a limit: the defaults. An annotation that is allowed goes before all that.
+    /// Limit plus what the guest itself takes, within what the pod's cgroup leaves beside the VMM, and CPUs
+    /// for the quota or for what is requested, whichever is more. Without a limit: the defaults. An
+    /// annotation that is allowed goes before all that.
     ///
     /// # Errors
     /// When the guest could not start with it.
@@ -63,7 +64,8 @@ impl VmSize {
         }
     }
 
-    /// What a VM that runs must have to give the pod these resources. What is not limited asks for nothing.
+    /// Least size that a VM that runs must have to give the pod these resources. A resource without a limit
+    /// asks for nothing.
     pub(super) fn needed(resources: &PodResources, wishes: &Wishes, config: &HypervisorConfig) -> Self {
         let memory_mib = if resources.memory_limit > 0 { memory_mib(resources, config) } else { 0 };
         Self {

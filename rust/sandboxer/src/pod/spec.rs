@@ -1,4 +1,4 @@
-//! What containerd asks for when it creates a pod, reduced to what we need, or refused.
+//! Reads containerd's request to create a pod, and reduces it to what we need, or refuses it.
 
 use std::{
     collections::BTreeMap,
@@ -51,12 +51,12 @@ pub struct PodSpec {
     pub sysctls: BTreeMap<String, String>,
     /// The pod's cgroup on the host, as kubelet names it; empty: none.
     pub cgroup_parent: String,
-    /// What the pod may use.
+    /// Resources that the pod may use.
     pub resources: PodResources,
-    /// What the pod itself asks for; kubelet says it of containers only, and this is 0.
+    /// OOM score that the pod itself asks for; kubelet gives scores to containers only, and this is 0.
     #[serde(default)]
     pub oom_score_adj: i64,
-    /// What its annotations say of its VM.
+    /// Wishes for its VM that its annotations state.
     #[serde(default)]
     pub wishes: Wishes,
     /// Namespace of containerd in which the pod is listed. (Records of before knew one only.)
@@ -72,7 +72,8 @@ pub fn namespace_of_cri() -> String {
     NAMESPACE.to_owned()
 }
 
-/// Limits of all containers of a pod together, as kubelet adds them up; 0 or less, or empty: unlimited or not told.
+/// Limits of all containers of a pod together, as kubelet adds them up; 0 or less, or empty: unlimited or not
+/// told.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct PodResources {
@@ -84,7 +85,7 @@ pub struct PodResources {
     pub memory_limit: i64,
     /// Bytes, of the runtime class's overhead.
     pub memory_overhead: i64,
-    /// What is requested of the CPUs, 1024 for each.
+    /// Requested share of the CPUs, 1024 for each.
     pub cpu_shares: i64,
     /// CPUs that the pod may run on, as in `0-3,8`.
     pub cpuset_cpus: String,
@@ -99,7 +100,7 @@ pub struct PodResources {
 }
 
 impl PodResources {
-    /// What of it is set in the pod's own cgroups; the rest kubelet sets in the one above.
+    /// The part of it that the daemon sets in the pod's own cgroups; kubelet sets the rest in the one above.
     pub(super) fn limits(&self) -> Limits {
         Limits {
             cpus: self.cpuset_cpus.clone(),
@@ -108,8 +109,8 @@ impl PodResources {
         }
     }
 
-    /// Corrects what the CRI says by what the pod's cgroup has. A sum of limits is none if one container has no limit, and then
-    /// kubelet leaves the cgroup unlimited.
+    /// Corrects what the CRI says by what the pod's cgroup has. A sum of limits is none if one container has
+    /// no limit, and then kubelet leaves the cgroup unlimited.
     pub(super) fn correct(&mut self, given: &Given) {
         let signed = |number: u64| i64::try_from(number).unwrap_or(i64::MAX);
         match given.memory {
@@ -206,7 +207,8 @@ impl PodSpec {
     }
 }
 
-/// Absent options are all POD, but only to clients that do not care, who get what kubelet asks for by default.
+/// Absent options are all POD, but only to clients that do not care, who get what kubelet asks for by
+/// default.
 fn namespace_options(linux: &LinuxPodSandboxConfig) -> Option<&NamespaceOption> {
     linux.security_context.as_ref().and_then(|context| context.namespace_options.as_ref())
 }

@@ -24,17 +24,18 @@ use crate::{
     vmm::{DeviceInfo, ReadyGuest, Vm, VmError, VmSpec, relay_rights, with_status},
 };
 
-/// How long the last words of a guest whose VM has ended may take to be read.
+/// Longest time that the daemon waits for the last words of a guest whose VM has ended.
 const LAST_WORDS: Duration = Duration::from_secs(1);
 /// A guest that has called in time is alive, and has at least this to be set up in, however late it called.
 const LEAST_TO_SET_UP: Duration = Duration::from_secs(20);
-/// What a pod's processes begin with, whatever the daemon's own score is.
+/// OOM score with which a pod's processes begin, whatever the daemon's own is.
 const OOM_SCORE_ADJ: i32 = 0;
 /// Logs that may explain why a guest does not come up.
 const GUEST_LOGS: [&str; 3] = ["console.log", "agent.log", "vmm.log"];
 
 impl Pod {
-    /// Starts the pod; a running one is left as it is. If it fails, or `caller` goes away, everything is undone.
+    /// Starts the pod; a running one is left as it is. If it fails, or `caller` goes away, everything is
+    /// undone.
     ///
     /// # Errors
     /// When a step fails or the caller went away. The pod is of no use then and has no folder any more.
@@ -122,8 +123,8 @@ impl Pod {
             root = ready.root,
             "the agent is ready"
         );
-        // Not before: it calls the guest, and vhost-device-vsock ends its work, unseen, when somebody calls while the guest's
-        // driver is just about to set up its queues.
+        // Not before: it calls the guest, and vhost-device-vsock ends its work, unseen, when somebody calls
+        // while the guest's driver is just about to set up its queues.
         let forward = network.forward.take();
         let rights = relay_rights(work.user.is_some(), OOM_SCORE_ADJ);
         let relay =
@@ -265,7 +266,7 @@ impl Pod {
     }
 }
 
-/// What the agent says before it ends its VM, if it does. Listened to from now on.
+/// Listens from now on for the reason that the agent gives before it ends its VM, if it does.
 fn last_words(agent: Option<ReadyGuest>, span: Span) -> JoinHandle<Option<String>> {
     let listening = async move {
         let reason = agent?.fatal().await;
@@ -289,7 +290,7 @@ async fn reason(pod: &Pod, vm: &dyn Vm, last_words: JoinHandle<Option<String>>, 
     }
 }
 
-/// What is known of a VM's end without its help.
+/// Says what is known of a VM's end without its help.
 fn died(dir: &std::path::Path, code: Option<u32>) -> String {
     format!("the VM ended{}{}", with_status(code), log::tails(dir, &["vmm.log", "console.log"]))
 }

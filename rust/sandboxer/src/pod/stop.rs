@@ -28,7 +28,8 @@ const RELAY: Duration = Duration::from_secs(2);
 const AGENT: Duration = Duration::from_secs(3);
 
 impl Pod {
-    /// Ends the VM and gives back network and mounts. The relay stays, for containerd's last questions. Idempotent.
+    /// Ends the VM and gives back network and mounts. The relay stays, for containerd's last questions.
+    /// Idempotent.
     ///
     /// # Errors
     /// When something cannot be ended; the rest has been, and the call can be repeated.

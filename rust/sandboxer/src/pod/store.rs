@@ -84,13 +84,13 @@ impl Pods {
         }
     }
 
-    /// How many there are.
+    /// Number of pods.
     #[must_use]
     pub fn len(&self) -> usize {
         self.lock().len()
     }
 
-    /// Whether there is none.
+    /// Returns true if there is no pod.
     #[must_use]
     pub fn is_empty(&self) -> bool {
         self.lock().is_empty()
@@ -99,7 +99,8 @@ impl Pods {
     /// Creates a pod: its folder and its record. The same request again, before Start, is no error.
     ///
     /// # Errors
-    /// When the id or the paths made from it cannot be used, the pod exists and is further, or its folder cannot be made.
+    /// When the id or the paths made from it cannot be used, the pod exists and is further, or its folder
+    /// cannot be made.
     pub async fn create(&self, id: &str, mut spec: PodSpec) -> Result<(), PodError> {
         if !is_safe_id(id) {
             return Err(PodError::Invalid(format!(

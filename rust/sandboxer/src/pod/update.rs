@@ -8,8 +8,8 @@ use super::{
 };
 
 impl Pod {
-    /// Gives the pod other resources, and logs why not, if it cannot be. Kubelet asks again every second, so what was said already
-    /// is not said again.
+    /// Gives the pod other resources, and logs why not, if it cannot be. Kubelet asks again every second, so
+    /// what was said already is not said again.
     ///
     /// # Errors
     /// As [`Self::try_update`].
@@ -22,7 +22,8 @@ impl Pod {
         done
     }
 
-    /// Gives the pod other resources: those that its cgroups hold are set, those that its VM has already need nothing.
+    /// Gives the pod other resources: those that its cgroups hold are set, those that its VM has already need
+    /// nothing.
     ///
     /// # Errors
     /// When its VM would have to grow, or the host refuses. Nothing is changed then.
@@ -71,8 +72,9 @@ fn news(before: &mut Option<String>, now: Option<String>) -> Option<&str> {
     before.as_deref().filter(|_| changed)
 }
 
-/// Makes a VM larger. (Until VMMs here plug CPUs and memory into running VMs: only if it is large enough already. A smaller
-/// one is not needed: containers have limits of their own in the guest, and the VM has its cgroup's.)
+/// Makes a VM larger. (Until VMMs here plug CPUs and memory into running VMs: only if it is large enough
+/// already. A smaller one is not needed: containers have limits of their own in the guest, and the VM has its
+/// cgroup's.)
 fn grow(size: VmSize, wanted: VmSize) -> Result<(), PodError> {
     let refuse = |what: String| {
         Err(PodError::Refused(format!(

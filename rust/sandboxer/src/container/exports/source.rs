@@ -1,4 +1,4 @@
-//! What a volume is on the host: the same by whatever path it is named.
+//! Identity of a volume on the host: the same by whatever path it is named.
 
 use std::{
     fs::{File, FileType, Metadata},
@@ -16,7 +16,7 @@ use serde::{Deserialize, Serialize};
 use super::{Bind, Change, Mount, MountError, failed, libc};
 use crate::container::{mountinfo, tree::mount_id};
 
-/// Attributes of a mount by which two mounts of one file system differ for who uses them.
+/// Attributes of a mount by which two mounts of one file system differ for their users.
 const FLAGS: StatVfsMountFlags = StatVfsMountFlags::RDONLY
     .union(StatVfsMountFlags::NOSUID)
     .union(StatVfsMountFlags::NODEV)
@@ -30,7 +30,7 @@ pub(super) struct Place {
     inode: u64,
     /// Its path in the file system, whatever is mounted where.
     within: PathBuf,
-    /// What the host's mount says of it.
+    /// Flags of the host's mount of it.
     flags: u64,
     /// The mount that it was found in.
     mount: u64,
@@ -40,7 +40,7 @@ pub(super) struct Place {
 }
 
 impl Place {
-    /// Whether the host's own mount of it cannot be written.
+    /// Returns true if the host's own mount of it cannot be written.
     pub(super) fn is_read_only(&self) -> bool {
         StatVfsMountFlags::from_bits_retain(self.flags).contains(StatVfsMountFlags::RDONLY)
     }
@@ -102,7 +102,7 @@ impl Source {
         Ok(Self { fd, path: path.to_owned(), place, folder: found.is_dir() })
     }
 
-    /// Whether a path in a mount leads to it, without links and without another mount on the way.
+    /// Returns true if a path in a mount leads to it, without links and without another mount on the way.
     pub(super) fn is_at(&self, top: BorrowedFd<'_>, inside: &Path) -> bool {
         let found = open_inside(top, inside).and_then(|fd| metadata(fd.as_fd()));
         let own = metadata(self.fd.as_fd());
@@ -126,8 +126,8 @@ impl Source {
     }
 
     /// The pod's own volume that this is a part of, and the way from there. The kubelet mounts a `subPath` at
-    /// `pods/<uid>/volume-subpaths/<volume>/<container>/<n>`. An `emptyDir` belongs to one pod; other volumes may have more in
-    /// them than the pod was given.
+    /// `pods/<uid>/volume-subpaths/<volume>/<container>/<n>`. An `emptyDir` belongs to one pod; other volumes
+    /// may have more in them than the pod was given.
     pub(super) fn root_of_volume(&self) -> Option<(Self, PathBuf)> {
         let names: Vec<&str> = self.path.iter().map(std::ffi::OsStr::to_str).collect::<Option<_>>()?;
         let at = names.iter().rposition(|name| *name == "volume-subpaths")?;

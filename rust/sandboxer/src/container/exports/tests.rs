@@ -1,5 +1,5 @@
-//! With real mounts, as root. `shared/` is what a file server on the host goes through, and a process with a mount namespace of
-//! its own one that has left it.
+//! With real mounts, as root. `shared/` is what a file server on the host goes through, and a process with a
+//! mount namespace of its own one that has left it.
 
 use std::{
     fs::OpenOptions,
@@ -25,7 +25,7 @@ fn release(lab: &Lab, container: &str) {
     lab.exports().release(container, &[]).unwrap();
 }
 
-/// The error of who opens a file to write to it.
+/// The error of opening a file to write to it.
 fn writes(path: &Path) -> Result<(), i32> {
     OpenOptions::new().append(true).open(path).map(drop).map_err(|error| error.raw_os_error().unwrap())
 }
@@ -110,7 +110,7 @@ fn a_volume_is_writable_while_somebody_may_write_and_stays_the_same() {
     assert_eq!(attach("writes", RW), one);
     assert_eq!(views.each_ref().map(|view| writes(view)), [Ok(()); 3]);
     assert_eq!(ids(), before, "it is another mount, and so another file");
-    // Whoever holds a file open keeps it so; the next who leaves does not.
+    // An open file keeps the volume writable; the next release makes it read-only again.
     let open = OpenOptions::new().append(true).open(&views[1]).unwrap();
     lab.exports().release("writes", &servers).unwrap();
     assert_eq!(writes(&views[1]), Ok(()));

@@ -1,7 +1,9 @@
-//! Whether a volume that is shared can be written: changed where it is, so that it stays the same file system to the guest.
+//! Write access to a volume that is shared. It is changed where the volume is, so that the volume stays the
+//! same file system to the guest.
 //!
-//! Attributes of a mount do not propagate as mounts do, so they are changed in every copy that a file server may go through:
-//! in the folder of work, in the view of it that is shared, and in the mount namespaces of the processes that serve.
+//! Attributes of a mount do not propagate as mounts do, so they are changed in every copy that a file server
+//! may go through: in the folder of work, in the view of it that is shared, and in the mount namespaces of
+//! the processes that serve.
 
 use std::{
     collections::BTreeSet,
@@ -94,7 +96,8 @@ fn change_at(entry: &Entry, change: Change) -> io::Result<()> {
 fn in_namespace(namespace: &File, work: impl FnOnce() -> io::Result<()> + Send) -> io::Result<()> {
     thread::scope(|scope| {
         let thread = scope.spawn(|| {
-            // The root and the working folder belong to the process; this thread takes copies, which go along.
+            // The root and the working folder belong to the process; this thread takes copies, which go
+            // along.
             unshare(CloneFlags::CLONE_FS)?;
             setns(namespace.as_fd(), CloneFlags::CLONE_NEWNS)?;
             work()

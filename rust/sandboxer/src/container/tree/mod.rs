@@ -1,10 +1,11 @@
-//! Work below a pod's folder, by descriptor. All folders, files and mounts that the daemon makes for a pod's containers are
-//! made here.
+//! Work below a pod's folder, by descriptor. All folders, files and mounts that the daemon makes for a pod's
+//! containers are made here.
 //!
-//! A path is resolved anew by every call that takes one, and somebody else may change between two calls what it leads to. A
-//! descriptor stays what it is. So a [`Dir`] is opened once, and names are looked up below it without links and without `..`.
-//! A [`Mount`] gets its attributes and its propagation while it is nowhere, and is put in its place when it is complete:
-//! there is no instant at which a process that is killed leaves behind a mount that passes unmounts on to one of the user's.
+//! A path is resolved anew by every call that takes one, and somebody else may change between two calls what
+//! it leads to. A descriptor stays what it is. So a [`Dir`] is opened once, and names are looked up below it
+//! without links and without `..`. A [`Mount`] gets its attributes and its propagation while it is nowhere,
+//! and is put in its place when it is complete: there is no instant at which a process that is killed leaves
+//! behind a mount that passes unmounts on to one of the user's.
 
 mod mount;
 mod unmount;
@@ -125,7 +126,7 @@ impl Dir {
         }
     }
 
-    /// Writes a file as a whole: whoever reads it sees all of it, or what was there before.
+    /// Writes a file as a whole: a reader sees all of it, or what was there before.
     pub(super) fn write(&self, name: &str, text: &[u8], mode: u32) -> Result<(), MountError> {
         let temporary = format!(".{name}.new");
         self.remove_file(&temporary)?;
@@ -156,7 +157,7 @@ impl Dir {
         }
     }
 
-    /// Whether something is mounted at a name in here.
+    /// Returns true if something is mounted at a name in here.
     pub(super) fn is_mounted(&self, name: &str) -> Result<bool, MountError> {
         let Some(found) = self.find(name)? else { return Ok(false) };
         let ids = mount_id(self.as_fd()).and_then(|own| Ok((own, mount_id(found.as_fd())?)));
@@ -171,8 +172,9 @@ impl Dir {
         mount.attach(point.as_fd()).map_err(failed("mounting at", &self.path(name)))
     }
 
-    /// Takes away what is mounted at a name in here, with all that is mounted below it, in one step. What is still open
-    /// somewhere, e.g. in a file server that is about to end, is out of sight now and released when it closes.
+    /// Takes away what is mounted at a name in here, with all that is mounted below it, in one step. What is
+    /// still open somewhere, e.g. in a file server that is about to end, is out of sight now and released
+    /// when it closes.
     pub(super) fn detach(&self, name: &OsStr) -> Result<(), MountError> {
         mount::detach(self.as_fd(), name).map_err(failed("unmounting", &self.path(name)))
     }

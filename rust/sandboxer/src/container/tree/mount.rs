@@ -47,7 +47,7 @@ pub(in crate::container) struct Source<'a> {
     pub(in crate::container) source: &'a str,
     pub(in crate::container) flags: MsFlags,
     pub(in crate::container) data: &'a str,
-    /// Where relative paths of the options begin.
+    /// Folder in which relative paths of the options begin.
     pub(in crate::container) folder: Option<&'a Path>,
 }
 
@@ -58,8 +58,8 @@ impl AsFd for Mount {
 }
 
 impl Mount {
-    /// Copies what is mounted at a file or folder. Mounts that come below it later arrive in the copy, and nothing that is done
-    /// to the copy gets to where it is from.
+    /// Copies what is mounted at a file or folder. Mounts that come below it later arrive in the copy, and
+    /// nothing that is done to the copy gets to where it is from.
     pub(in crate::container) fn copy(of: BorrowedFd<'_>, recursive: bool) -> io::Result<Self> {
         let mut flags =
             OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC | OpenTreeFlags::AT_EMPTY_PATH;
@@ -70,8 +70,8 @@ impl Mount {
         Ok(copy)
     }
 
-    /// Mounts a file system. mount(2) is what takes every option of every file system; it mounts in a folder of ours, from
-    /// where a copy is taken.
+    /// Mounts a file system. mount(2) is what takes every option of every file system; it mounts in a folder
+    /// of ours, from where a copy is taken.
     pub(in crate::container) fn new(fs: Source<'_>, stage: &Dir) -> Result<Self, MountError> {
         clear_stage(stage)?;
         let point = stage.make(STAGE)?;
@@ -125,7 +125,7 @@ pub(in crate::container) fn open_inside(root: BorrowedFd<'_>, path: &Path) -> io
     Ok(openat2(root, path, flags, Mode::empty(), resolve)?)
 }
 
-/// What an earlier attempt left, killed before it was done: a file system that nobody uses.
+/// Unmounts what an earlier attempt left that was killed before it was done: a file system that nobody uses.
 fn clear_stage(stage: &Dir) -> Result<(), MountError> {
     while stage.is_mounted(STAGE)? {
         stage.detach(OsStr::new(STAGE))?;
@@ -156,8 +156,8 @@ pub(in crate::container) fn change_mount(mount: BorrowedFd<'_>, change: Change) 
     if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
-/// Unmounts what is at a name in a folder. The kernel keeps a mount that a descriptor is open to, so it cannot be named by one
-/// of its own.
+/// Unmounts what is at a name in a folder. The kernel keeps a mount that a descriptor is open to, so it
+/// cannot be named by one of its own.
 #[expect(clippy::disallowed_methods, reason = "its path begins with a descriptor of ours")]
 pub(super) fn detach(folder: BorrowedFd<'_>, name: &OsStr) -> io::Result<()> {
     let mut path = format!("/proc/self/fd/{}/", folder.as_raw_fd()).into_bytes();

@@ -14,7 +14,8 @@ use super::{
     mount::change_mount,
 };
 
-/// How often mountinfo is read again while there is progress: mounts that are stacked on one point come away one by one.
+/// Most times that mountinfo is read again while there is progress: mounts that are stacked on one point come
+/// away one by one.
 const MOST_ROUNDS: usize = 1000;
 
 /// Unmounts everything at and below a path, and checks that nothing is left.
@@ -43,8 +44,8 @@ pub(crate) fn unmount_below(path: &Path) -> Result<(), MountError> {
         .unwrap_or_else(|| MountError::Refused(format!("something is still mounted at {}", path.display()))))
 }
 
-/// Takes a mount away with all that is mounted below it. Nothing of a guest's is on the way to it: whatever has a mount above
-/// it goes with that.
+/// Takes a mount away with all that is mounted below it. Nothing of a guest's is on the way to it: whatever
+/// has a mount above it goes with that.
 fn take_away(path: &Path, top: &Entry, all: &[Entry]) -> Result<(), MountError> {
     let refuse = || MountError::Refused(format!("{} cannot be unmounted", top.point.display()));
     let name = top.point.file_name().ok_or_else(refuse)?;
@@ -56,14 +57,15 @@ fn take_away(path: &Path, top: &Entry, all: &[Entry]) -> Result<(), MountError> 
     if has_peers_elsewhere(top, all)
         && let Some(mount) = folder.find(name)?
     {
-        // Left by a daemon that was killed in the wrong moment: what is unmounted here must not be unmounted there.
+        // Left by a daemon that was killed in the wrong moment: what is unmounted here must not be unmounted
+        // there.
         let change = Change { propagation: libc::MS_PRIVATE, recursive: true, ..Change::default() };
         change_mount(mount.as_fd(), change).map_err(failed("making private", &top.point))?;
     }
     folder.detach(name)
 }
 
-/// Whether a mount or one below it is in a peer group with one that is neither.
+/// Returns true if a mount, or one below it, is in a peer group with a mount elsewhere.
 fn has_peers_elsewhere(top: &Entry, all: &[Entry]) -> bool {
     let mut tree = BTreeSet::from([top.id]);
     // Parents come before their children but for mounts that were moved, so until nothing is added.

@@ -1,7 +1,9 @@
-//! The daemon killed at each step of its work, and each step failing: what becomes of the pod, and of what is the user's.
+//! The daemon killed at each step of its work, and each step failing: what becomes of the pod, and of what is
+//! the user's.
 //!
-//! Every row is a daemon in a process of its own (this test's program once more), because what fails is the process's. After a kill
-//! another daemon takes over; after a failure the same one is asked again. What came of it is docs/crash-matrix.md.
+//! Every row is a daemon in a process of its own (this test's program once more), because what fails is the
+//! process's. After a kill another daemon takes over; after a failure the same one is asked again. What came
+//! of it is docs/crash-matrix.md.
 
 use std::{
     collections::BTreeMap,
@@ -18,9 +20,10 @@ use crate::{container::mount::unmount_below, crash::armed};
 
 /// The folder of the lab, for the program's second self.
 const LAB: &str = "KUASAR_TEST_LAB";
-/// What that is to do.
+/// The task of the second self.
 const TASK: &str = "KUASAR_TEST_TASK";
-/// Which rows are tried: `all`, or any other text, which chooses some. The commit, unless it is set.
+/// Choice of the rows that are tried: `all`, or any other text, which chooses some. The commit, unless it is
+/// set.
 const ROWS: &str = "KUASAR_CRASH_ROWS";
 /// One of so many rows is tried where not all are.
 const SAMPLE: u64 = 5;
@@ -67,7 +70,8 @@ const STEPS: &[&str] = &[
     "record: replaced#5",
 ];
 
-/// Steps of a daemon that finds a pod: what the daemon before was doing when it was killed, `run` if it had a pod that runs.
+/// Steps of a daemon that finds a pod: what the daemon before was doing when it was killed, `run` if it had a
+/// pod that runs.
 const RECOVERY: &[(&str, &str)] = &[
     ("recover: listed", "run"),
     ("recover: host", "run"),
@@ -178,7 +182,7 @@ fn children(lab: &Lab) -> Vec<String> {
     fs::read_dir("/proc").unwrap().flatten().filter_map(of).collect()
 }
 
-/// What is the user's: a volume with a mount in it, and mounts of it beside.
+/// The user's property: a volume with a mount in it, and mounts of it beside.
 struct User {
     places: [PathBuf; 2],
     before: BTreeMap<String, String>,
@@ -242,7 +246,7 @@ fn seen(folder: &Path) -> BTreeMap<String, String> {
     seen
 }
 
-/// What containerd and the relay do with a pod, each thing once more where it fails.
+/// Does with a pod what containerd and the relay do, each thing once more where it fails.
 async fn life(lab: &Lab, client: &mut Client) -> String {
     let mut failed = Vec::new();
     let mut started = false;
@@ -364,7 +368,7 @@ fn hash(text: &str) -> u64 {
         .fold(0xcbf2_9ce4_8422_2325, |hash, byte| (hash ^ u64::from(byte)).wrapping_mul(0x100_0000_01b3))
 }
 
-/// Which rows are tried, and whether that is all of them.
+/// Chooses the rows that are tried, and says whether that is all of them.
 fn chosen() -> (Vec<Row>, bool) {
     let commit = || {
         let asked =

@@ -22,7 +22,7 @@ impl Hanging {
         Self { device: Some(device), path }
     }
 
-    /// Whoever waits gets an error.
+    /// Ends the file system: everybody who waits for it gets an error.
     fn end(&mut self) {
         self.device = None;
     }

@@ -215,7 +215,8 @@ async fn processes_of_a_pod_are_in_its_cgroup_and_its_cpus_apart() {
     .unwrap();
     let started = start(&mut client).await.unwrap();
     let read = |path: &str| fs::read_to_string(root.join(path)).unwrap();
-    // VMM and relay have written themselves: the same "0" over and over into a file that is none of the kernel's.
+    // VMM and relay have written themselves: the same "0" over and over into a file that is none of the
+    // kernel's.
     assert_eq!(read("cpu/podu/kuasar-p1/overhead/cgroup.procs"), "0");
     assert_eq!(read("memory/podu/kuasar-p1/overhead/cgroup.procs"), "0");
     assert_eq!(read("cpu/podu/kuasar-p1/vcpu/tasks"), started.pid.to_string());

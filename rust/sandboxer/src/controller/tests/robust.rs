@@ -36,7 +36,7 @@ async fn a_caller_that_goes_away_in_a_step_that_hangs_leaves_nothing() {
     }
 }
 
-/// What a daemon leaves that dies while it makes a pod's network is known to the next one.
+/// A daemon dies while it makes a pod's network: the next one knows all that it left.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_network_is_recorded_before_it_is_made() {
     let lab = Lab::new(Fault::None);
@@ -68,7 +68,8 @@ async fn a_network_is_recorded_before_it_is_made() {
     lab.assert_clean();
 }
 
-/// At every millisecond of a start, so that every step is hit; a start that was faster than its caller is a running pod.
+/// At every millisecond of a start, so that every step is hit; a start that was faster than its caller is a
+/// running pod.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_caller_that_goes_away_at_any_time_leaves_nothing_or_a_pod() {
     let lab = Lab::new(Fault::None);
@@ -139,7 +140,8 @@ async fn create_stop_and_shutdown_finish_without_their_caller() {
     }
 }
 
-/// The daemon dies after each of the steps that are written down; what it knew then is all that the next one has.
+/// The daemon dies after each of the steps that are written down; what it knew then is all that the next one
+/// has.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_start_that_dies_with_the_daemon_is_cleared_away() {
     for fault in [Fault::SlowVmm, Fault::Silent, Fault::HangsSetup] {
@@ -272,7 +274,7 @@ async fn a_restart_of_the_host_is_told_from_one_of_the_daemon() {
     lab.assert_clean();
 }
 
-/// Whoever gives the daemon a folder one level too high loses nothing.
+/// A user who gives the daemon a folder one level too high loses nothing.
 #[tokio::test(flavor = "multi_thread")]
 async fn what_is_no_pods_folder_is_left_alone_by_recovery_creation_and_removal() {
     let lab = Lab::new(Fault::None);
@@ -347,7 +349,8 @@ async fn five_hundred_pods_are_recovered_and_ten_broken_ones_delay_none() {
             .count()
     };
     eventually("493 pods are there", || ready() == 493).await;
-    // The hanging ones are waited for three seconds, and ready as they were; the others were found without them.
+    // The hanging ones are waited for three seconds, and ready as they were; the others were found without
+    // them.
     assert!(!recovering.is_finished(), "the hanging ones were not waited for");
     eprintln!("493 pods ready after {:?}", began.elapsed());
     assert_eq!(recovering.await.unwrap().unwrap(), 496);

@@ -44,7 +44,7 @@ async fn a_guest_that_does_not_answer_is_shown_until_it_does() {
     lab.hypervisor.hangs_up.store(false, Ordering::Relaxed);
     asked(&lab, &mut client, false).await;
 
-    // Whoever comes after finds out by himself.
+    // A later caller finds out by itself.
     lab.hypervisor.hangs_up.store(true, Ordering::Relaxed);
     pods.leave();
     drop((client, pods));

@@ -1,7 +1,8 @@
-//! What the pod's cgroup was limited to by whoever made it, which is kubelet, before the pod is created.
+//! Limits of the cgroup above the pod's own. Kubelet makes that cgroup and sets them before the pod is
+//! created.
 //!
-//! The CRI says the sum of those limits that the pod's containers have. Only the cgroup says whether each of them has one: if
-//! not, kubelet leaves it unlimited.
+//! The CRI says the sum of those limits that the pod's containers have. Only the cgroup says whether each of
+//! them has one: if not, kubelet leaves it unlimited.
 
 use std::{
     fs, io,
@@ -25,7 +26,8 @@ pub(in crate::pod) struct Given {
 }
 
 impl Given {
-    /// As [`Self::read`]. What cannot be read is not known: whoever makes the pod's own cgroup in there is told why.
+    /// As [`Self::read`]. A limit that cannot be read is not known: the step that makes the pod's own cgroup
+    /// in there is told why.
     pub(in crate::pod) fn of_pod(root: &Path, parent: &str) -> Self {
         Self::read(root, parent).unwrap_or_else(|error| {
             tracing::debug!(%error, parent, "reading the limits of the pod's cgroup");
@@ -33,8 +35,8 @@ impl Given {
         })
     }
 
-    /// Reads what the cgroup `parent` has in all hierarchies below `root`. One that is not there, or is the root of its
-    /// hierarchy, has nothing.
+    /// Reads what the cgroup `parent` has in all hierarchies below `root`. One that is not there, or is the
+    /// root of its hierarchy, has nothing.
     fn read(root: &Path, parent: &str) -> io::Result<Self> {
         let below = below(parent)?;
         let mut given = Self::default();

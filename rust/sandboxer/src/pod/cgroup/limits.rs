@@ -1,4 +1,4 @@
-//! What of a pod's resources is set in its cgroups: which CPUs and memory nodes, and huge pages.
+//! Resources of a pod that the daemon sets in its cgroups: CPUs, memory nodes and huge pages.
 
 use std::{
     collections::BTreeMap,
@@ -9,7 +9,7 @@ use std::{
 use super::{Cgroups, OVERHEAD, Place, VCPU, Version, write};
 use crate::container::spec::CpuSet;
 
-/// What is to be set; empty: left as it is.
+/// Values to set; an empty one leaves the cgroup's as it is.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(in crate::pod) struct Limits {
     /// As in `0-3,8`.
@@ -43,7 +43,8 @@ impl Changes {
 }
 
 impl Cgroups {
-    /// Sets limits; what is asked for and the host has no controller for is an error, and then nothing is changed.
+    /// Sets limits; what is asked for and the host has no controller for is an error, and then nothing is
+    /// changed.
     pub(in crate::pod) fn limit(&self, limits: &Limits) -> io::Result<Changes> {
         let mut changes = Changes::default();
         if self.0.is_empty() {
@@ -86,7 +87,8 @@ impl Cgroups {
         match place.version {
             // The parts have no sets of their own and follow.
             Version::V2 => changes.write(&own, set),
-            // A part's set must lie within the one above it at any time, so that one is widened first and narrowed last.
+            // A part's set must lie within the one above it at any time, so that one is widened first and
+            // narrowed last.
             Version::V1 => {
                 let old = fs::read_to_string(&own)?;
                 let both = [old.trim(), set].into_iter().filter(|set| !set.is_empty()).collect::<Vec<_>>();
@@ -113,7 +115,8 @@ impl Cgroups {
                 Some(place) if !set.is_empty() => write(&part(place), set),
                 Some(place) => {
                     let all = match place.version {
-                        // Where threads are, it cannot be empty again. What the pod may not use does not count.
+                        // Where threads are, it cannot be empty again. What the pod may not use does not
+                        // count.
                         Version::V2 => place.mount.join(format!("{file}.effective")),
                         Version::V1 => place.pod.join(file),
                     };

@@ -1,4 +1,5 @@
-//! What a pod uses on the host, in containerd's own terms: what its cgroups count, or without any, its processes.
+//! Resources that a pod uses on the host, in containerd's own terms: as its cgroups count them, or without
+//! any, as its processes do.
 
 use std::{fs, path::Path, time::SystemTime};
 
@@ -11,7 +12,7 @@ use crate::protos::{cgroups_v1 as v1, cgroups_v2 as v2, timestamp, types::Metric
 /// Clock ticks of `/proc/<pid>/stat` in a second: 100 on every Linux that Rust runs on.
 const TICK_USEC: u64 = 10_000;
 
-/// What the pod's cgroups count; `None` if there are none.
+/// Reads the counts of the pod's cgroups; `None` if there are none.
 pub(in crate::pod) fn of_cgroups(id: &str, cgroups: &Cgroups) -> Option<Metric> {
     let there: Vec<&Place> = cgroups.0.iter().filter(|place| place.pod.is_dir()).collect();
     if there.iter().any(|place| place.version == Version::V1) {
@@ -21,7 +22,7 @@ pub(in crate::pod) fn of_cgroups(id: &str, cgroups: &Cgroups) -> Option<Metric> 
     Some(metric(id, "io.containerd.cgroups.v2.Metrics", &metrics_v2(&unified.pod)))
 }
 
-/// What these processes use together; for pods that were given no cgroup.
+/// Sums up the use of these processes; for pods that were given no cgroup.
 pub(in crate::pod) fn of_processes(id: &str, pids: &[u32]) -> Metric {
     let mut metrics = v2::Metrics { cpu: Some(v2::CpuStat::default()), ..v2::Metrics::default() };
     let (mut memory, mut tasks) = (v2::MemoryStat::default(), 0_u64);

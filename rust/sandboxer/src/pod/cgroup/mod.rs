@@ -1,5 +1,5 @@
-//! The pod's cgroups on the host: everything of a pod runs in a child of the one that kubelet made and limits, so that it
-//! is accounted to the pod.
+//! The pod's cgroups on the host: everything of a pod runs in a child of the one that kubelet made and
+//! limits, so that it is accounted to the pod.
 //!
 //! ```text
 //! <parent>/kuasar-<pod>            (below a systemd slice: kuasar-<pod>.scope)
@@ -7,9 +7,9 @@
 //!     vcpu                         the threads that are the guest's CPUs
 //! ```
 //!
-//! With cgroup v2 the two are threaded cgroups, so memory is counted once, in the one above them; with v1 they exist where
-//! CPUs are handed out or counted (`cpu`, `cpuacct`, `cpuset`). Limits of CPU time and memory are the parent's, and kubelet's
-//! to set; a pod without limits has none here either.
+//! With cgroup v2 the two are threaded cgroups, so memory is counted once, in the one above them; with v1
+//! they exist where CPUs are handed out or counted (`cpu`, `cpuacct`, `cpuset`). Limits of CPU time and
+//! memory are the parent's, and kubelet's to set; a pod without limits has none here either.
 
 mod given;
 mod limits;
@@ -31,19 +31,20 @@ pub(super) use self::{
 };
 use crate::process::Process;
 
-/// Where hierarchies are mounted.
+/// Folder in which hierarchies are mounted.
 pub const ROOT: &str = "/sys/fs/cgroup";
 /// The guest's CPUs.
 const VCPU: &str = "vcpu";
 /// Everything else.
 const OVERHEAD: &str = "overhead";
-/// How often, and how far apart, removal is tried: a process that was just collected takes a moment to leave.
+/// Number of attempts at removal, and the time between them: a process that was just collected takes a moment
+/// to leave.
 const TRIES: u32 = 50;
 const APART: Duration = Duration::from_millis(20);
 /// After so many of them, what is still inside has nobody who would end it.
 const PATIENT_TRIES: u32 = 10;
 
-/// What a hierarchy is.
+/// Kind of a hierarchy.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Version {
     /// One or a few controllers, named by the folder where it is mounted.
@@ -65,7 +66,7 @@ struct Place {
 pub(super) struct Cgroups(Vec<Place>);
 
 impl Cgroups {
-    /// Where a pod belongs below `parent`, whether it is there or not; an empty parent: nowhere.
+    /// Plans the pod's places below `parent`, whether they are there or not; an empty parent: none.
     pub(super) fn plan(root: &Path, parent: &str, pod: &str) -> io::Result<Self> {
         if parent.is_empty() {
             return Ok(Self::default());
@@ -96,7 +97,7 @@ impl Cgroups {
         Ok(())
     }
 
-    /// Where processes of the pod write themselves to.
+    /// Files that processes of the pod write themselves to.
     pub(super) fn procs(&self) -> Vec<PathBuf> {
         let file =
             |place: &Place| place.part(OVERHEAD).unwrap_or_else(|| place.pod.clone()).join("cgroup.procs");
@@ -160,8 +161,8 @@ impl Place {
         }
     }
 
-    /// Keeps the VM's memory out of the node's swap: for the host it is the memory of one process, and the containers that kubelet
-    /// wants none of in there are inside of it. A host without swap has no such file.
+    /// Keeps the VM's memory out of the node's swap: for the host it is the memory of one process, and the
+    /// containers that kubelet wants none of in there are inside of it. A host without swap has no such file.
     fn forbid_swap(&self) {
         let file = self.pod.join("memory.swap.max");
         if file.exists()
@@ -183,7 +184,8 @@ impl Place {
     }
 }
 
-/// Path of a cgroup as kubelet names it: a path, or, with systemd, the name of a slice, whose dashes are levels.
+/// Path of a cgroup as kubelet names it: a path, or, with systemd, the name of a slice, whose dashes are
+/// levels.
 fn below(parent: &str) -> io::Result<PathBuf> {
     let path = Path::new(parent.trim_start_matches('/'));
     if path.components().any(|part| !matches!(part, Component::Normal(_))) {
@@ -249,7 +251,8 @@ fn make(above: &Path, cgroup: &Path) -> io::Result<()> {
     for part in cgroup.strip_prefix(above).unwrap_or(cgroup).components() {
         let parent = path.clone();
         path.push(part);
-        // cgroup v2 only: a child has the controllers that its parent hands down. What cannot be handed down is counted above.
+        // cgroup v2 only: a child has the controllers that its parent hands down. What cannot be handed down
+        // is counted above.
         enable(&parent, |_| true);
         create_dir(&path)?;
         // cgroup v1 only: an empty set takes no process.
@@ -299,8 +302,8 @@ fn write(path: &Path, text: &str) -> io::Result<()> {
     })
 }
 
-/// Removes a pod's cgroups after everything in them has ended; what has not by then is ended here. Ones that are gone are
-/// no error.
+/// Removes a pod's cgroups after everything in them has ended; what has not by then is ended here. Ones that
+/// are gone are no error.
 pub(super) async fn remove(cgroups: &[PathBuf]) -> io::Result<()> {
     for tried in 0..TRIES {
         if remove_now(cgroups).is_none() {

@@ -1,4 +1,5 @@
-//! Whether the host's kernel killed something of a pod for want of memory, and whose memory it was.
+//! Detects that the host's kernel killed a process of a pod for want of memory, and tells the pod's own limit
+//! from the node's memory.
 
 use std::{
     fs,
@@ -8,8 +9,8 @@ use std::{
 use super::{Cgroups, Given, Place, Version};
 
 impl Cgroups {
-    /// Why the host's kernel killed a process of the pod for want of memory; `None` if it did not, or does not count that.
-    /// `given` is what limits the cgroup above.
+    /// Why the host's kernel killed a process of the pod for want of memory; `None` if it did not, or does
+    /// not count that. `given` is what limits the cgroup above.
     pub(in crate::pod) fn killed_for_memory(&self, given: &Given) -> Option<String> {
         let place = self.0.iter().find(|place| place.oom_kills() > 0)?;
         let above = place.pod.parent().unwrap_or(&place.pod);
@@ -27,7 +28,8 @@ impl Cgroups {
 }
 
 impl Place {
-    /// Processes of the pod that the kernel has killed. Version 1 counts them in their own cgroup, version 2 in those above, too.
+    /// Processes of the pod that the kernel has killed. Version 1 counts them in their own cgroup, version 2
+    /// in those above, too.
     fn oom_kills(&self) -> u64 {
         match self.version {
             Version::V1 => field(self.pod.join("memory.oom_control"), "oom_kill"),
@@ -35,7 +37,7 @@ impl Place {
         }
     }
 
-    /// Whether it was a limit at which the memory ran out.
+    /// Returns true if the memory ran out at a limit.
     fn reached_limit(&self, above: &Path) -> bool {
         match self.version {
             Version::V1 => {

@@ -6,7 +6,8 @@ use super::*;
 use crate::container::spec::CpuSet;
 use crate::protos::{cgroups_v1, cgroups_v2, types::Metric};
 
-/// A tree of plain files with these hierarchies. What the kernel would put into a new cgroup is not there by itself.
+/// A tree of plain files with these hierarchies. What the kernel would put into a new cgroup is not there by
+/// itself.
 fn tree(hierarchies: &[&str]) -> tempfile::TempDir {
     let root = tempfile::tempdir().unwrap();
     for name in hierarchies {
