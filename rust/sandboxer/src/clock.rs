@@ -1,7 +1,7 @@
 //! Keeps guests' clocks in step with the host's: when it is due, and by how much.
 //!
-//! A guest counts time by itself. It falls behind when its VM or the whole host is suspended, and drifts while the host
-//! follows its time servers; and it knows of neither.
+//! A guest counts time by itself. It falls behind when its VM or the whole host is suspended, and drifts
+//! while the host follows its time servers; and it knows of neither.
 
 use std::{
     io,
@@ -28,14 +28,15 @@ pub(crate) fn epoch_ns(time: SystemTime) -> i64 {
 /// One question to a guest for its time.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Sample {
-    /// How far the guest's clock is behind the host's, in nanoseconds.
+    /// Nanoseconds by which the guest's clock is behind the host's.
     behind: i64,
-    /// How much of that may be the way there and back, in nanoseconds.
+    /// Largest part of that which the way there and back may account for, in nanoseconds.
     error: i64,
 }
 
 impl Sample {
-    /// `sent` and `received` are the host's times of question and answer. What the guest says is not trusted to make sense.
+    /// `sent` and `received` are the host's times of question and answer. The guest's answer need not make
+    /// sense.
     pub(crate) fn new(sent: i64, answer: &SyncClockPacket, received: i64) -> Self {
         let there = sent.saturating_sub(answer.ClientArriveTime);
         let back = received.saturating_sub(answer.ServerSendTime);
@@ -49,13 +50,13 @@ impl Sample {
         if other.error < self.error { other } else { self }
     }
 
-    /// What to add to the guest's clock; 0 if it may well be right.
+    /// Nanoseconds to add to the guest's clock; 0 if it may well be right.
     pub(crate) fn correction(self) -> i64 {
         if self.behind.saturating_abs() <= self.error.max(TOLERANCE) { 0 } else { self.behind }
     }
 }
 
-/// Why guests' clocks are looked at.
+/// Why the daemon looks at guests' clocks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Occasion {
     /// It is time.

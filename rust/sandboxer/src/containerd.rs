@@ -38,7 +38,7 @@ pub enum ListError {
     Namespace(String),
 }
 
-/// Where containerd is asked.
+/// Asks containerd for its sandboxes.
 #[derive(Clone, Debug)]
 pub struct SandboxList {
     socket: PathBuf,

@@ -1,7 +1,8 @@
 //! Steps of the daemon's work at which tests end it, or make it fail; in releases, nothing.
 //!
-//! A build for tests, or with the feature `failpoints`, reads `KUASAR_FAILPOINT`: `STEP=kill` ends the process there by SIGKILL,
-//! `STEP=NUMBER` makes the step fail with this number of an error (28: no space left), and `STEP#N=…` does so the Nth time.
+//! A build for tests, or with the feature `failpoints`, reads `KUASAR_FAILPOINT`: `STEP=kill` ends the
+//! process there by SIGKILL, `STEP=NUMBER` makes the step fail with this number of an error (28: no space
+//! left), and `STEP#N=…` does so the Nth time.
 
 #[cfg(any(test, feature = "failpoints"))]
 pub(crate) use self::armed::step;
@@ -27,13 +28,13 @@ pub(crate) mod armed {
 
     use rustix::process::{Signal, getpid, kill_process};
 
-    /// What is to happen where.
+    /// Environment variable that names a step, and the failure to make there.
     pub(crate) const VARIABLE: &str = "KUASAR_FAILPOINT";
 
     #[derive(Debug, PartialEq, Eq)]
     struct Point {
         step: String,
-        /// Which time.
+        /// Number of the step's visit that fails, from 1 on.
         time: u32,
         /// The error; `None`: the end.
         errno: Option<i32>,
@@ -72,7 +73,7 @@ pub(crate) mod armed {
         }
     }
 
-    /// Whether it has happened.
+    /// Returns true if the daemon has reached that visit of the step.
     #[cfg(test)]
     pub(crate) fn was_reached() -> bool {
         let times = TIMES.load(Ordering::Relaxed);

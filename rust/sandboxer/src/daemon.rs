@@ -30,12 +30,12 @@ use crate::{
     vmm::PreflightError,
 };
 
-/// When pods are removed that containerd has forgotten.
+/// Schedule on which the daemon removes pods that containerd has forgotten.
 #[derive(Clone, Copy, Debug)]
 pub struct Collecting {
     /// The longest time between two looks.
     pub interval: Duration,
-    /// How long a pod must have been forgotten.
+    /// Shortest time for which containerd must have forgotten a pod.
     pub grace: Duration,
 }
 
@@ -48,7 +48,7 @@ pub enum DaemonError {
          other --listen and --dir", what.display(), lock.display()
     )]
     Taken {
-        /// What both want.
+        /// The socket or folder that both want.
         what: PathBuf,
         /// The file that says so.
         lock: PathBuf,
@@ -56,9 +56,9 @@ pub enum DaemonError {
     /// A file or socket.
     #[error("{doing} {}: {source}", path.display())]
     Io {
-        /// What was being done.
+        /// The action that failed.
         doing: &'static str,
-        /// To what.
+        /// The file or socket concerned.
         path: PathBuf,
         /// Why it failed.
         source: io::Error,
@@ -79,7 +79,8 @@ fn failed(doing: &'static str, path: &Path) -> impl FnOnce(io::Error) -> DaemonE
     move |source| DaemonError::Io { doing, path, source }
 }
 
-/// The daemon's claim on its socket and its folder; given up by the kernel when the process ends, however it does.
+/// The daemon's claim on its socket and its folder; given up by the kernel when the process ends, however it
+/// does.
 #[derive(Debug)]
 pub struct Claim {
     _files: [File; 2],
@@ -116,7 +117,8 @@ pub fn keep_files_private() {
     rustix::process::umask(Mode::RWXG | Mode::RWXO);
 }
 
-/// Lets the process have as many open files as it may: three for each pod, and 1024, the usual start, is not for many.
+/// Lets the process have as many open files as it may: three for each pod, and 1024, the usual start, is not
+/// for many.
 pub fn raise_open_files() {
     let limit = rustix::process::getrlimit(Resource::Nofile);
     let most = Rlimit { current: limit.maximum, maximum: limit.maximum };
@@ -125,9 +127,9 @@ pub fn raise_open_files() {
     }
 }
 
-/// Has all threads allocate from one arena, where glibc gives up to eight a processor and each keeps the most it ever held: with
-/// them the daemon took 12 KiB a pod for a hundred pods, and nothing of it was allocated in the end. To be called while there is
-/// one thread.
+/// Has all threads allocate from one arena, where glibc gives up to eight a processor and each keeps the most
+/// it ever held: with them the daemon took 12 KiB a pod for a hundred pods, and nothing of it was allocated
+/// in the end. To be called while there is one thread.
 pub fn allocate_from_one_arena() {
     #[cfg(target_env = "gnu")]
     {

@@ -1,9 +1,9 @@
-//! What file system is on a disk or in an image, by what is written there.
+//! Recognises the file system on a disk or in an image by its magic number.
 
 use std::{fs::File, io, os::unix::fs::FileExt, path::Path};
 
-/// Where, what, name. The guest's kernel need not have all of them; it says so. ext4's two bytes lie in EROFS' UUID, so that
-/// one goes first.
+/// Offset, magic number and name of each known file system. The guest's kernel need not have all of them; it
+/// says so. ext4's two bytes lie in EROFS' UUID, so EROFS goes first.
 const MAGIC: [(u64, &[u8], &str); 5] = [
     (1024, b"\xe2\xe1\xf5\xe0", "erofs"),
     (1080, b"\x53\xef", "ext4"),

@@ -8,10 +8,12 @@ use std::{
 
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
-/// Most that a guest may send over one connection, in bytes. Every connection is for one call, whose answers are a few hundred.
+/// Most that a guest may send over one connection, in bytes. Every connection is for one call, whose answers
+/// are a few hundred.
 const MOST: usize = 64 << 10;
 
-/// A stream from which not much more than [`MOST`] bytes are read: an answer without end costs neither memory nor time.
+/// A stream from which not much more than [`MOST`] bytes are read: an answer without end costs neither memory
+/// nor time.
 #[derive(Debug)]
 pub(crate) struct Frugal<S> {
     stream: S,

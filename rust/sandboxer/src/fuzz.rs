@@ -1,4 +1,5 @@
-//! What `tests/fuzz` feeds with hostile input, and cannot reach otherwise. Nobody else is to use it.
+//! Functions that `tests/fuzz` feeds with hostile input, and cannot reach otherwise. Nobody else is to use
+//! them.
 
 use kuasar_common::{
     api::sandbox::SyncClockPacket,
@@ -23,7 +24,7 @@ pub fn ready_line(line: &[u8]) -> Vec<String> {
     }
 }
 
-/// What a guest's clock is corrected by, in nanoseconds.
+/// Nanoseconds by which the daemon corrects a guest's clock.
 #[must_use]
 pub fn clock_correction(sent: i64, arrived: i64, answered: i64, received: i64) -> i64 {
     let answer =

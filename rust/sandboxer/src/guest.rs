@@ -32,13 +32,14 @@ use crate::{
     frugal::Frugal,
 };
 
-/// How often a guest is asked for its time before its clock is corrected: the best answer counts.
+/// Number of times that the daemon asks a guest for its time before it corrects the guest's clock: the best
+/// answer counts.
 const CLOCK_SAMPLES: usize = 3;
 
 /// Longest request that may be the first of a connection: what ttrpc puts around it has room beside it.
 const SHORT: usize = MAX_FIRST / 2;
 
-/// How long the answer to `CONNECT` is waited for when nobody needs it any more.
+/// Longest wait for the answer to `CONNECT` when nobody needs it any more.
 const CONNECT: Duration = Duration::from_secs(180);
 
 /// Longest answer of a hybrid socket to `CONNECT`.
@@ -58,7 +59,7 @@ pub enum GuestError {
     /// The agent said no.
     #[error("calling {method} of the guest's agent: {why}")]
     Refused {
-        /// What was called.
+        /// The method called.
         method: &'static str,
         /// The agent's answer.
         why: String,
@@ -66,23 +67,23 @@ pub enum GuestError {
     /// The connection broke.
     #[error("calling {method} of the guest's agent: {why}")]
     Call {
-        /// What was called.
+        /// The method called.
         method: &'static str,
-        /// What became of it.
+        /// The reason it failed.
         why: String,
     },
     /// It took too long.
     #[error("calling {method} of the guest's agent: no answer within {deadline:?}")]
     Deadline {
-        /// What was called.
+        /// The method called.
         method: &'static str,
-        /// How long it had.
+        /// The time that it had.
         deadline: Duration,
     },
 }
 
 impl GuestError {
-    /// Whether the guest has answered at all.
+    /// Returns true if the guest has answered at all.
     #[must_use]
     pub const fn is_answer(&self) -> bool {
         matches!(self, Self::Refused { .. })
@@ -180,8 +181,8 @@ impl Guest {
 
 /// Connects through a hybrid socket: it wants the port in a line, and confirms with one.
 ///
-/// Who gives up on this leaves it to go on in a task of its own: `vhost-device-vsock` 0.3.0 panics, and no connection of
-/// the pod works any more, when a caller hangs up before it was answered.
+/// A caller that gives up on this leaves it to go on in a task of its own: `vhost-device-vsock` 0.3.0 panics,
+/// and no connection of the pod works any more, when a caller hangs up before it was answered.
 async fn hybrid(path: &std::path::Path) -> io::Result<Socket> {
     let mut stream = UnixStream::connect(path).await?;
     let answer = async move {
@@ -201,7 +202,8 @@ async fn hybrid(path: &std::path::Path) -> io::Result<Socket> {
         }
         Ok(stream)
     };
-    // Nor does it wait for ever: each attempt at a guest that never answers would leave a task and a descriptor.
+    // Nor does it wait for ever: each attempt at a guest that never answers would leave a task and a
+    // descriptor.
     let answered =
         tokio::spawn(async { timeout(CONNECT, answer).await.unwrap_or(Err(io::ErrorKind::TimedOut.into())) });
     answered.await?.map(|stream| Socket::new(Frugal::new(stream)))

@@ -17,8 +17,8 @@ use tokio_stream::Stream;
 /// Out of descriptors, most likely: others have this long to close some.
 const PAUSE: Duration = Duration::from_millis(100);
 
-/// What a listener accepts, for ever. Where it cannot accept it pauses, while the servers that take these would ask again at once and
-/// without end.
+/// Endless stream of the connections that a listener accepts. It pauses when it cannot accept: the servers
+/// that take these connections would ask again at once and without end.
 #[derive(Debug)]
 pub(crate) struct Incoming {
     listener: UnixListener,

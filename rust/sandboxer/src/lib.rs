@@ -1,7 +1,8 @@
 //! containerd sandbox controller that runs every pod in a microVM.
 //!
-//! [`controller`] speaks gRPC with containerd, [`pod`] owns a pod's life, [`container`] what a container needs on the host,
-//! [`containerd`] asks containerd, [`guest`] talks to the agent; [`vmm`], [`network`] and [`process`] are below all of them.
+//! [`controller`] speaks gRPC with containerd, [`pod`] owns a pod's life, [`container`] what a container
+//! needs on the host, [`containerd`] asks containerd, [`guest`] talks to the agent; [`vmm`], [`network`] and
+//! [`process`] are below all of them.
 
 #![cfg_attr(test, allow(clippy::disallowed_methods, reason = "tests work in folders of their own"))]
 

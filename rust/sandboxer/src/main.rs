@@ -19,7 +19,8 @@ use vmm_sandboxer::{
     vmm,
 };
 
-/// For a mount that a request did not ask for and waits for; less than the relay waits for the daemon at a container's end.
+/// For a mount that a request did not ask for and waits for; less than the relay waits for the daemon at a
+/// container's end.
 const MOUNT_TIMEOUT: Duration = Duration::from_secs(20);
 /// For one pod after a restart; all of them are found again at the same time.
 const RECOVER_TIMEOUT: Duration = Duration::from_secs(10);

@@ -1,4 +1,4 @@
-//! What systemd is told: that the daemon is ready, and that it lives.
+//! Tells systemd that the daemon is ready, and that it lives.
 
 use std::time::Duration;
 
@@ -14,8 +14,9 @@ pub(crate) fn stopping() {
     tell(&[NotifyState::Stopping]);
 }
 
-/// Tells at half the interval that systemd asks for, for ever; never returns when it asks for none. A runtime that does not
-/// get to its tasks any more says nothing, and systemd starts another daemon: pods go on meanwhile.
+/// Tells at half the interval that systemd asks for, for ever; never returns when it asks for none. A runtime
+/// that does not get to its tasks any more says nothing, and systemd starts another daemon: pods go on
+/// meanwhile.
 pub(crate) async fn keep_alive() {
     let mut usec = 0;
     if !sd_notify::watchdog_enabled(false, &mut usec) || usec == 0 {

@@ -1,4 +1,5 @@
-//! The places that the daemon uses on the host: a folder for the pods and one for its socket, which nobody else can write to.
+//! The places that the daemon uses on the host: a folder for the pods and one for its socket, which nobody
+//! else can write to.
 
 use std::{
     fs::{self, DirBuilder, File, Metadata, OpenOptions, Permissions},
@@ -9,17 +10,18 @@ use std::{
 
 use crate::pod::folder;
 
-/// A file in the folder of the pods: everything in it that is not a pod's was there by somebody's will, and is left alone.
+/// A file in the folder of the pods: everything in it that is not a pod's was there by somebody's will, and
+/// is left alone.
 const MARKER: &str = ".kuasar";
 /// The lock, in the same folder.
 pub(crate) const LOCK: &str = ".lock";
 /// Mode of both folders.
 const MODE: u32 = 0o700;
-/// Where the sockets of all daemons lie unless told otherwise.
+/// Default folder of all daemons' sockets.
 const SOCKETS: &str = "/run/kuasar";
-/// Mode of the socket: who may connect may have any folder of the host mounted.
+/// Mode of the socket: any client that may connect may have any folder of the host mounted.
 pub(crate) const SOCKET_MODE: u32 = 0o600;
-/// How many of others' things are named.
+/// Number of foreign things that an error names.
 const NAMED: usize = 3;
 
 /// Why a place cannot be used.
@@ -28,9 +30,9 @@ pub enum PlaceError {
     /// Reading or making it.
     #[error("{doing} {}: {source}", path.display())]
     Io {
-        /// What was being done.
+        /// The action that failed.
         doing: &'static str,
-        /// To what.
+        /// The file or folder concerned.
         path: PathBuf,
         /// Why it failed.
         source: io::Error,
@@ -47,7 +49,7 @@ pub enum PlaceError {
         path: PathBuf,
         /// The folder at fault, the place itself or one above it.
         writable: PathBuf,
-        /// Whose it is or who may write.
+        /// Its owner, or the users that may write to it.
         why: String,
     },
     /// Something in it is not ours.
@@ -109,8 +111,8 @@ fn set_mode(dir: &Path) -> Result<(), PlaceError> {
     file.set_permissions(Permissions::from_mode(MODE)).map_err(failed("setting the mode of", dir))
 }
 
-/// Whoever may write to a folder on the way can put another one in the place of what is below it; where it is sticky, as `/tmp` is, only of
-/// what is theirs.
+/// Checks that no other user may write to a folder on the way. Such a user can put a folder of their own in
+/// the place of one below it; in a sticky folder, as `/tmp` is, only in the place of their own.
 fn check_safe(option: &'static str, dir: &Path) -> Result<(), PlaceError> {
     let real = fs::canonicalize(dir).map_err(failed("finding", dir))?;
     for folder in real.ancestors() {
@@ -134,7 +136,8 @@ fn open_to_others(found: &Metadata, itself: bool) -> Option<String> {
     open.then(|| format!("has mode {:04o} and group {gid}", mode & 0o7777))
 }
 
-/// Whether a folder that no daemon has taken yet may become one: it is empty, or has only what older daemons made.
+/// Checks that a folder that no daemon has taken yet may become a daemon's: it is empty, or has only what
+/// older daemons made.
 fn check_ours(dir: &Path) -> Result<(), PlaceError> {
     let mut foreign = Vec::new();
     for entry in fs::read_dir(dir).map_err(failed("listing", dir))? {

@@ -1,7 +1,8 @@
 //! Files that are replaced as a whole, also where there is no room left.
 //!
-//! Beside each lies a spare that holds the text of before. The new text is written over that, and the two change places: no byte and
-//! no inode more is needed, so the end of a pod can be written down on a disk that the pod has filled.
+//! Beside each lies a spare that holds the text of before. The new text is written over that, and the two
+//! change places: no byte and no inode more is needed, so the end of a pod can be written down on a disk that
+//! the pod has filled.
 
 use std::{
     fs::{self, File, OpenOptions},
@@ -17,7 +18,7 @@ use rustix::{
 
 use crate::crash;
 
-/// How much longer than this time's text the next one may be, in bytes, and still has its room.
+/// Bytes by which the next text may be longer than the present one, and still has its room.
 const GROWTH: u64 = 4096;
 
 /// The name under which the spare of a file lies.

@@ -50,7 +50,7 @@ use crate::{
     },
 };
 
-/// What the double does wrong.
+/// A fault of the double.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) enum Fault {
     /// Nothing.
@@ -80,13 +80,13 @@ pub(crate) struct FakeHypervisor {
     fault: Fault,
     /// Processes of every VM ever started.
     pub(crate) started: Mutex<Vec<Arc<Process>>>,
-    /// What SetupSandbox got.
+    /// Requests that SetupSandbox got.
     pub(crate) setups: Arc<Mutex<Vec<SetupSandboxRequest>>>,
-    /// How far guests' clocks are behind, in nanoseconds.
+    /// Nanoseconds by which guests' clocks are behind.
     pub(crate) behind: Arc<AtomicI64>,
-    /// How often VMs went on after a pause.
+    /// Number of times that VMs went on after a pause.
     pub(crate) resumptions: watch::Sender<u64>,
-    /// Guests hang up on whoever calls.
+    /// Guests hang up on every caller.
     pub(crate) hangs_up: Arc<AtomicBool>,
     /// Makes a guest give up.
     pub(crate) gives_up: Arc<Notify>,
@@ -473,7 +473,7 @@ impl Lab {
     }
 }
 
-/// Whether a process is there and not only waits to be collected.
+/// Returns true if a process is there and not only waits to be collected.
 fn runs(pid: u32) -> bool {
     fs::read_to_string(format!("/proc/{pid}/stat")).is_ok_and(|stat| !stat.contains(") Z"))
 }

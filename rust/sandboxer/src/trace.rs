@@ -1,7 +1,8 @@
-//! Where time goes: the daemon's spans as a file that Chrome (`chrome://tracing`) and Perfetto show.
+//! Writes the daemon's spans to a file that Chrome (`chrome://tracing`) and Perfetto show, to see where time
+//! goes.
 //!
-//! The file is a JSON array with one event a line. Its last bracket is never written, which both take for granted, so that
-//! what a daemon wrote before it was killed can be read.
+//! The file is a JSON array with one event a line. Neither viewer needs its last bracket, and the daemon
+//! never writes it: they can read the file of a daemon that was killed.
 
 use std::{
     fmt::{self, Write as _},
@@ -33,12 +34,12 @@ pub struct ChromeTrace {
 
 struct State {
     file: File,
-    /// In each lane, the spans that are open, outermost first. A lane shows one thing at a time and what that consists of;
-    /// what goes on beside it has a lane of its own.
+    /// In each lane, the spans that are open, outermost first. A lane shows one thing at a time and what that
+    /// consists of; what goes on beside it has a lane of its own.
     lanes: Vec<Vec<u64>>,
 }
 
-/// Where a span is shown, and whose it is.
+/// The lane that shows a span, and the pod that it belongs to.
 struct Place {
     lane: usize,
     pod: Option<Value>,
@@ -60,7 +61,7 @@ impl ChromeTrace {
         Ok(Self { began: Instant::now(), state })
     }
 
-    /// What it is to see: every span of the daemon's own, whatever the log is told.
+    /// Filter that passes every span of the daemon's own, whatever the log's filter is.
     #[must_use]
     pub fn filter() -> FilterFn {
         fn ours(metadata: &Metadata<'_>) -> bool {

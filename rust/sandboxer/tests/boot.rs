@@ -1,6 +1,6 @@
-//! Boots guests with QEMU. Needs `KUASAR_IMAGE`, a folder with `vmlinux`, `kuasar.img` and `kuasar.initrd`; without it the
-//! tests say "skipped". Programs come from `PATH`; `KUASAR_ACCEL=kvm` uses KVM instead of emulation, `KUASAR_VSOCK=vhost`
-//! the kernel's vsock instead of `vhost-device-vsock`.
+//! Boots guests with QEMU. Needs `KUASAR_IMAGE`, a folder with `vmlinux`, `kuasar.img` and `kuasar.initrd`;
+//! without it the tests say "skipped". Programs come from `PATH`; `KUASAR_ACCEL=kvm` uses KVM instead of
+//! emulation, `KUASAR_VSOCK=vhost` the kernel's vsock instead of `vhost-device-vsock`.
 
 #![allow(clippy::disallowed_methods, reason = "tests work in folders of their own")]
 #![allow(clippy::unwrap_used, clippy::panic, reason = "a test ends where it fails")]
@@ -217,7 +217,8 @@ impl Drop for Netns {
     }
 }
 
-/// Asks for a port at which nobody listens: only the guest's own refusal proves that frames go there and back.
+/// Asks for a port at which nobody listens: only the guest's own refusal proves that frames go there and
+/// back.
 fn knock(netns: &Path) -> io::Error {
     let netns = netns.to_owned();
     let knocking = std::thread::spawn(move || {

@@ -67,7 +67,7 @@ impl Drop for Daemon {
     }
 }
 
-/// What the daemon tells within a time, at most.
+/// The daemon's next notification, if one comes within a time.
 fn told(socket: &UnixDatagram, within: Duration) -> Option<String> {
     socket.set_read_timeout(Some(within)).unwrap();
     let mut buffer = [0; 256];
@@ -125,7 +125,7 @@ fn mode(path: &std::path::Path) -> u32 {
     fs::metadata(path).unwrap().permissions().mode() & 0o7777
 }
 
-/// Whoever may connect may have any folder of the host mounted.
+/// Any client that may connect may have any folder of the host mounted.
 #[test]
 fn nobody_else_may_use_what_it_makes_whatever_the_umask() {
     let lab = Lab::new();
@@ -198,7 +198,8 @@ fn the_unit_is_one_that_systemd_takes_and_keeps_what_pods_need() {
     ] {
         assert!(text.lines().any(|own| own == line), "{line} is not in the unit");
     }
-    // Each of these gives the service a mount namespace, and then its mounts do not reach the VMs of an earlier one.
+    // Each of these gives the service a mount namespace, and then its mounts do not reach the VMs of an
+    // earlier one.
     for option in [
         "ProtectSystem=",
         "ProtectHome=",

@@ -1,4 +1,5 @@
-//! The daemon's configuration: one TOML schema for every hypervisor (documented for operators in `docs/config.md`).
+//! The daemon's configuration: one TOML schema for every hypervisor (documented for operators in
+//! `docs/config.md`).
 
 mod nearest;
 
@@ -16,11 +17,12 @@ use crate::vmm::{
     VsockKind,
 };
 
-/// Where the daemon looks for its configuration.
+/// Default path of the daemon's configuration.
 pub const DEFAULT_PATH: &str = "/etc/kuasar/qemu.toml";
 
-/// Least memory of a guest in MiB, by measurement (docs/benchmarks.md): with 4 less, a pod still starts and runs a container
-/// and an exec, on one vCPU and either kernel; with 8 less it does not, on the larger kernel or from the initrd.
+/// Least memory of a guest in MiB, by measurement (docs/benchmarks.md): with 4 less, a pod still starts and
+/// runs a container and an exec, on one vCPU and either kernel; with 8 less it does not, on the larger kernel
+/// or from the initrd.
 const LEAST_MEMORY: u32 = 48;
 /// The same with the initrd as root: all its files are memory.
 const LEAST_MEMORY_INITRD: u32 = 60;
@@ -47,7 +49,7 @@ pub struct Config {
 #[derive(Clone, Debug, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct SandboxConfig {
-    /// Which VMM runs the pods.
+    /// The VMM that runs the pods.
     pub hypervisor: HypervisorKind,
     /// `tracing` filter: a level, or directives as in `RUST_LOG`.
     pub log_level: String,
@@ -83,7 +85,7 @@ impl Default for SandboxConfig {
     }
 }
 
-/// Which VMM.
+/// A VMM that the daemon can run.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum HypervisorKind {
@@ -156,7 +158,8 @@ pub struct HypervisorConfig {
     pub memory_in_mb: Option<u32>,
     /// MiB added to a pod's memory limit for the guest's kernel and agent.
     pub memory_overhead_in_mb: u32,
-    /// MiB of the pod's cgroup that VMM, companions and relay take beside the guest; without it, what was measured.
+    /// MiB of the pod's cgroup that VMM, companions and relay take beside the guest; without it, what was
+    /// measured.
     pub vmm_memory_in_mb: Option<u32>,
     /// The guest gives memory that it does not use any more back to the host.
     pub free_page_reporting: bool,
@@ -170,13 +173,13 @@ pub struct HypervisorConfig {
     pub initrd_path: PathBuf,
     /// Added to the kernel command line.
     pub kernel_params: String,
-    /// Where the guest's root comes from.
+    /// Source of the guest's root.
     pub root: Root,
     /// Lets dm-verity check the image block by block.
     pub verity: Option<Verity>,
-    /// How the pod's folder reaches the guest.
+    /// The share that carries the pod's folder to the guest.
     pub share_fs: ShareFs,
-    /// How host and guest talk.
+    /// The vsock device between host and guest.
     pub vsock: VsockKind,
     /// Keeps the VMM's own debug output in `log/vmm.log` and the guest's console verbose.
     pub debug: bool,
@@ -249,9 +252,9 @@ pub struct VirtiofsdConfig {
     pub path: PathBuf,
     /// Requests that may wait for the host at the same time.
     pub threads: u16,
-    /// What stands for a file that the guest remembers: a handle or a descriptor.
+    /// The file server's reference to a file that the guest remembers: a handle or a descriptor.
     pub inode_file_handles: InodeFileHandles,
-    /// What confines the process.
+    /// The confinement of the process.
     pub sandbox: FileServerSandbox,
     /// Containers may make nodes of devices in their root and in volumes.
     pub device_nodes: bool,
@@ -308,14 +311,14 @@ pub enum ConfigError {
         path: PathBuf,
         /// Dotted name of the key.
         key: &'static str,
-        /// What is wrong with its value.
+        /// The fault of its value.
         why: String,
     },
 }
 
 impl Config {
-    /// Reads and checks a file. Relative paths of artefacts are relative to the file's own folder, so that a folder made
-    /// by one build can be moved as a whole.
+    /// Reads and checks a file. Relative paths of artefacts are relative to the file's own folder, so that a
+    /// folder made by one build can be moved as a whole.
     ///
     /// # Errors
     /// When the file cannot be read, has an unknown key or a value that cannot work.
@@ -340,7 +343,7 @@ impl Config {
         Ok(config)
     }
 
-    /// What the hypervisor's driver needs of it.
+    /// The part of the configuration that the hypervisor's driver needs.
     #[must_use]
     pub fn vm(&self) -> VmConfig {
         let some = |path: &Path| (!path.as_os_str().is_empty()).then(|| path.to_owned());

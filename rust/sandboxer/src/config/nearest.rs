@@ -11,7 +11,8 @@ pub(super) fn explain(error: &str) -> String {
 
 fn suggestion(error: &str) -> Option<&str> {
     let from = error.find("unknown field `").or_else(|| error.find("unknown variant `"))?;
-    // Every second piece of a text cut at backticks was inside them: the culprit first, then what was expected.
+    // Every second piece of a text cut at backticks was inside them: the culprit first, then what was
+    // expected.
     let mut quoted = error.get(from..)?.split('`').skip(1).step_by(2);
     let unknown = quoted.next()?;
     quoted

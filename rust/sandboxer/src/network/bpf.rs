@@ -1,4 +1,5 @@
-//! As much of `bpf(2)` as port-forward needs: one map, one program, one link, and the instructions to write it with.
+//! As much of `bpf(2)` as port-forward needs: one map, one program, one link, and the instructions to write
+//! it with.
 
 use std::{
     io,
@@ -162,7 +163,8 @@ pub(super) fn socket_map(socket: &OwnedFd) -> io::Result<OwnedFd> {
         value: address(&raw const value),
         flags: 0,
     };
-    // SAFETY: `Update` has no padding, and what it points at has the sizes that the map was created with and is alive.
+    // SAFETY: `Update` has no padding, and what it points at has the sizes that the map was created with and
+    // is alive.
     unsafe { bpf(BPF_MAP_UPDATE_ELEM, &update) }?;
     Ok(map)
 }
@@ -195,7 +197,8 @@ pub(super) fn load_socket_lookup(program: &[Instruction]) -> io::Result<OwnedFd>
         interface: 0,
         attach_type: BPF_SK_LOOKUP,
     };
-    // SAFETY: `Load` has no padding; the instructions, of that number, and the license, which ends in 0, are alive.
+    // SAFETY: `Load` has no padding; the instructions, of that number, and the license, which ends in 0, are
+    // alive.
     unsafe { descriptor(BPF_PROG_LOAD, &load) }
 }
 
@@ -228,11 +231,11 @@ unsafe fn descriptor<T>(command: libc::c_int, attributes: &T) -> io::Result<Owne
 }
 
 /// # Safety
-/// `attributes` must be the first fields of the command's part of `union bpf_attr`, without padding, and addresses in it
-/// must be what the command expects there.
+/// `attributes` must be the first fields of the command's part of `union bpf_attr`, without padding, and
+/// addresses in it must be what the command expects there.
 unsafe fn bpf<T>(command: libc::c_int, attributes: &T) -> io::Result<RawFd> {
-    // SAFETY: the kernel reads `size` bytes of `attributes`, takes what is missing for zeroes, and follows addresses as
-    // the caller promises.
+    // SAFETY: the kernel reads `size` bytes of `attributes`, takes what is missing for zeroes, and follows
+    // addresses as the caller promises.
     let result =
         unsafe { libc::syscall(libc::SYS_bpf, command, std::ptr::from_ref(attributes), size_of::<T>()) };
     match RawFd::try_from(result) {

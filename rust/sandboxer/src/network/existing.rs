@@ -1,5 +1,6 @@
-//! Taps that CNI itself left in the pod's network namespace: the VM gets such a tap as it is. What the plugin put behind
-//! it, a bridge and that bridge's other ports or filters of `tc`, is the plugin's, and stays as it is, too.
+//! Taps that CNI itself left in the pod's network namespace: the VM gets such a tap as it is. What the plugin
+//! put behind it, a bridge and that bridge's other ports or filters of `tc`, is the plugin's, and stays as it
+//! is, too.
 
 use std::{collections::BTreeSet, fs, os::fd::OwnedFd};
 
@@ -9,15 +10,17 @@ use rtnetlink::packet_core::Nla;
 
 use super::{NetworkError, tap};
 
-/// `IFLA_TUN_TYPE` and `IFLA_TUN_MULTI_QUEUE` of `linux/if_link.h`, and `IFF_TAP` of `linux/if_tun.h` as the value of the first.
+/// `IFLA_TUN_TYPE` and `IFLA_TUN_MULTI_QUEUE` of `linux/if_link.h`, and `IFF_TAP` of `linux/if_tun.h` as the
+/// value of the first.
 const TYPE: u16 = 3;
 const MULTI_QUEUE: u16 = 7;
 const TAP: u8 = 2;
 
-/// `arp_ignore` of the whole namespace: 0 answers for every address of the namespace on every link, 1 for a link's own.
+/// `arp_ignore` of the whole namespace: 0 answers for every address of the namespace on every link, 1 for a
+/// link's own.
 pub(super) const ARP_IGNORE: &str = "/proc/sys/net/ipv4/conf/all/arp_ignore";
 
-/// What a link of the kernel's kind `tun` is.
+/// Features of a link of the kernel's kind `tun`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Tun {
     /// It carries ethernet frames, not packets.
@@ -50,7 +53,7 @@ pub(super) fn bridges(links: &[LinkMessage]) -> BTreeSet<u32> {
     links.iter().filter(|link| is_tun(link)).filter_map(controller).collect()
 }
 
-/// Whether a link is behind a tap: one of these bridges, or another port of one.
+/// Returns true if a link is behind a tap: one of these bridges, or another port of one.
 pub(super) fn is_behind(link: &LinkMessage, bridges: &BTreeSet<u32>) -> bool {
     bridges.contains(&link.header.index)
         || (!is_tun(link) && controller(link).is_some_and(|bridge| bridges.contains(&bridge)))
@@ -70,8 +73,8 @@ fn controller(link: &LinkMessage) -> Option<u32> {
     })
 }
 
-/// The hardware address of the guest's card on a tap: not the tap's own, at which the namespace's kernel (or the bridge)
-/// is, and the same after every start.
+/// The hardware address of the guest's card on a tap: not the tap's own, at which the namespace's kernel (or
+/// the bridge) is, and the same after every start.
 pub(super) fn guest_address(tap: &[u8]) -> Vec<u8> {
     let mut address = tap.to_owned();
     if let Some(first) = address.first_mut() {
@@ -95,8 +98,8 @@ pub(super) fn open(name: &str, many: bool, queues: u32) -> Result<Vec<OwnedFd>, 
     })
 }
 
-/// Whether the namespace's kernel answers for all its addresses. Those on a tap are the guest's, and the kernel, which has them
-/// as well so that CNI finds them, must not answer for them on a bridge.
+/// Returns true if the namespace's kernel answers for all its addresses. Those on a tap are the guest's.
+/// The kernel has them as well, so that CNI finds them, and must not answer for them on a bridge.
 pub(super) fn answers() -> Result<bool, NetworkError> {
     let now = fs::read_to_string(ARP_IGNORE).map_err(NetworkError::io(format!("reading {ARP_IGNORE}")))?;
     Ok(now.trim() == "0")

@@ -1,9 +1,11 @@
-//! Port-forward: containerd enters the pod's network namespace and dials `localhost`, where nothing listens, as the
-//! servers are in the VM. So every TCP connection to the loopback there, whatever its port, is given to one listener.
+//! Port-forward: containerd enters the pod's network namespace and dials `localhost`, where nothing listens,
+//! as the servers are in the VM. So every TCP connection to the loopback there, whatever its port, is given
+//! to one listener.
 //!
-//! It is a program of eBPF for socket lookup that gives it (Linux 5.9 and later): no packet filter, no connection
-//! tracking, and the accepted socket's own address says which port was meant. It is attached as long as its descriptor is
-//! open, which goes to the relay together with the listener: both end with the pod, whatever becomes of the daemon.
+//! It is a program of eBPF for socket lookup that gives it (Linux 5.9 and later): no packet filter, no
+//! connection tracking, and the accepted socket's own address says which port was meant. It is attached as
+//! long as its descriptor is open, which goes to the relay together with the listener: both end with the pod,
+//! whatever becomes of the daemon.
 
 use std::{
     fs::File,
@@ -27,7 +29,7 @@ const BACKLOG: i32 = 128;
 /// First byte of 127.0.0.0/8.
 const LOOPBACK_NET: i32 = 127;
 
-/// What the relay needs to forward ports.
+/// Descriptors that the relay needs to forward ports.
 #[derive(Debug)]
 pub struct Forward {
     /// Gets every TCP connection to the namespace's loopback.
@@ -82,7 +84,8 @@ fn listener() -> io::Result<OwnedFd> {
     Ok(socket)
 }
 
-/// `if (TCP && (127.0.0.0/8 || ::1)) assign(map[0]); return PASS;` Without an assignment the kernel looks on as usual.
+/// `if (TCP && (127.0.0.0/8 || ::1)) assign(map[0]); return PASS;` Without an assignment the kernel looks on
+/// as usual.
 fn lookup_program(map: i32) -> Vec<bpf::Instruction> {
     use bpf::{
         Instruction as I,

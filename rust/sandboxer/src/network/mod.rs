@@ -1,10 +1,11 @@
 //! The pod's network: from the links that CNI left in the pod's network namespace to network cards of the VM.
 //!
-//! Each veth stays where it is, name and addresses included, because CNI and pod statistics look for it there. A tap is
-//! put beside it and every frame that arrives at one is sent out of the other by `tc` (an ingress qdisc with a filter
-//! that matches everything and redirects). Taps vanish with the VMM that holds them; the rest vanishes with the namespace
-//! or by [`remove`]. A tap that CNI left there is opened as it is, and outlives the VMM; see [`existing`]. The namespace's
-//! loopback is what `kubectl port-forward` connects to; see [`forward`].
+//! Each veth stays where it is, name and addresses included, because CNI and pod statistics look for it
+//! there. A tap is put beside it and every frame that arrives at one is sent out of the other by `tc` (an
+//! ingress qdisc with a filter that matches everything and redirects). Taps vanish with the VMM that holds
+//! them; the rest vanishes with the namespace or by [`remove`]. A tap that CNI left there is opened as it is,
+//! and outlives the VMM; see [`existing`]. The namespace's loopback is what `kubectl port-forward` connects
+//! to; see [`forward`].
 
 mod bpf;
 mod existing;
@@ -34,10 +35,10 @@ use tokio::{sync::oneshot, time::timeout};
 
 use crate::vmm::Nic;
 
-/// How long the kernel may take to answer all that is asked here; it needs milliseconds.
+/// Longest time that the kernel may take to answer all requests made here; it needs milliseconds.
 const DEADLINE: Duration = Duration::from_secs(10);
 
-/// What the VM and its agent get to be the pod's network.
+/// The pod's network, as the VM and its agent get it.
 #[derive(Debug, Default)]
 pub struct PodNetwork {
     /// Network cards for [`crate::vmm::VmSpec::devices`].
@@ -58,7 +59,8 @@ pub struct PodNetwork {
     pub record: NetworkRecord,
 }
 
-/// What [`Plan::make`] makes in the pod's network namespace, so that it can be removed after a restart, too.
+/// Everything that [`Plan::make`] makes in the pod's network namespace, so that the daemon can remove it
+/// after a restart, too.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct NetworkRecord {
@@ -87,7 +89,7 @@ pub enum NetworkError {
     /// A request to the kernel failed.
     #[error("{doing}: {source}")]
     Netlink {
-        /// What was being done to what.
+        /// The action that failed, and its object.
         doing: String,
         /// The kernel's answer.
         source: Box<rtnetlink::Error>,
@@ -95,7 +97,7 @@ pub enum NetworkError {
     /// Another system call failed.
     #[error("{doing}: {source}")]
     Io {
-        /// What was being done to what.
+        /// The action that failed, and its object.
         doing: String,
         /// Why.
         source: io::Error,
@@ -133,15 +135,16 @@ impl Plan {
     /// Reads the pod's network namespace.
     ///
     /// # Errors
-    /// When it cannot be entered or read, or has a link, route or rule of a kind that cannot be given to a VM, or that
-    /// a VM would pass by.
+    /// When it cannot be entered or read, or has a link, route or rule of a kind that cannot be given to a
+    /// VM, or that a VM would pass by.
     #[tracing::instrument(name = "read network", level = "trace", skip_all)]
     pub async fn read(netns: &Path) -> Result<Self, NetworkError> {
         let path = netns.to_owned();
         within(netns, move |handle| async move { Self::read_here(&handle, path).await }).await
     }
 
-    /// What will have been made, for the pod's record: whoever comes after a daemon that died meanwhile goes by it.
+    /// Everything that [`Plan::make`] will make, for the pod's record: the successor of a daemon that died
+    /// meanwhile goes by it.
     #[must_use]
     pub const fn record(&self) -> &NetworkRecord {
         &self.record
@@ -285,8 +288,8 @@ async fn remove_here(handle: &rtnetlink::Handle, record: &NetworkRecord) -> Resu
     Ok(())
 }
 
-/// Runs `work` in a thread that is in the network namespace and ends afterwards: a thread of the runtime's pool must
-/// never change its namespace, because others use it next.
+/// Runs `work` in a thread that is in the network namespace and ends afterwards: a thread of the runtime's
+/// pool must never change its namespace, because others use it next.
 async fn within<T, F>(
     netns: &Path,
     work: impl FnOnce(rtnetlink::Handle) -> F + Send + 'static,

@@ -1,6 +1,6 @@
-//! nftables rules that CNI plugins left in the pod's network namespace. A VM's frames do not pass through that namespace's stack,
-//! so the guest's kernel gets the same rules: its links have the same names and addresses, and the programs that rules tell
-//! apart by user are there.
+//! nftables rules that CNI plugins left in the pod's network namespace. A VM's frames do not pass through
+//! that namespace's stack, so the guest's kernel gets the same rules: its links have the same names and
+//! addresses, and the programs that rules tell apart by user are there.
 
 use std::{collections::BTreeSet, io};
 
@@ -28,7 +28,7 @@ const CHAIN_POLICY: u16 = 5;
 const SET_FLAGS: u16 = 3;
 const SET_ID: u16 = 10;
 const ELEMENT_LIST: u16 = 3;
-/// Of a table that is switched off: `NFT_TABLE_F_DORMANT`. The other flags tie a table to whoever made it.
+/// Of a table that is switched off: `NFT_TABLE_F_DORMANT`. The other flags tie a table to its maker.
 const DORMANT: u32 = 1;
 /// Of a set of ranges: `NFT_SET_INTERVAL`.
 const INTERVAL: u32 = 4;
@@ -37,7 +37,8 @@ const DROP: [u8; 4] = [0; 4];
 /// With `NLA_F_NESTED`.
 const NESTED: u16 = 0x8000;
 
-/// What the guest's kernel takes of a message; the rest are numbers and counters of the host's.
+/// Returns true if the guest's kernel takes this attribute of a message; the rest are numbers and counters of
+/// the host's.
 fn is_kept(what: u16, attribute: u16) -> bool {
     let kept: &[u16] = match what {
         kind::TABLE => &[1, 2, 6],
@@ -53,8 +54,8 @@ fn is_kept(what: u16, attribute: u16) -> bool {
 /// A table: its family and its name.
 type Table = (u8, String);
 
-/// Reads the rules of the thread's network namespace. `bridged`: its links and bridges see the VM's frames, so that their rules
-/// hold where they are.
+/// Reads the rules of the thread's network namespace. `bridged`: its links and bridges see the VM's frames,
+/// so that their rules hold where they are.
 pub(super) fn read(bridged: bool) -> Result<Vec<NftablesMessage>, NetworkError> {
     let doing = NetworkError::io("reading the pod's nftables rules");
     let (chains, rules) = match ask(kind::CHAIN).and_then(|chains| Ok((chains, ask(kind::RULE)?))) {
@@ -105,7 +106,8 @@ fn table(message: &[u8]) -> Table {
     (family, text(attributes, TABLE))
 }
 
-/// Tables that do something: tables and chains alone do not, rules do, and chains that drop what no rule takes.
+/// Tables that do something: tables and chains alone do not, rules do, and chains that drop what no rule
+/// takes.
 fn effective(chains: &[Vec<u8>], rules: &[Vec<u8>], bridged: bool) -> Result<BTreeSet<Table>, NetworkError> {
     let mut tables = BTreeSet::new();
     let drops = |chain: &&Vec<u8>| attribute(split(chain).1, CHAIN_POLICY) == Some(&DROP);
@@ -151,7 +153,8 @@ const SOCKET_CGROUP: u32 = 3;
 const SOCKET_KEY: u16 = 1;
 const LOOPBACK: u32 = 1;
 
-/// Refuses a rule that tells links apart by number, or programs by a cgroup of the host's: the guest's are others.
+/// Refuses a rule that tells links apart by number, or programs by a cgroup of the host's: the guest's are
+/// others.
 fn refuse_numbers(message: &[u8]) -> Result<(), NetworkError> {
     let refuse = |what: &str, instead: &str| {
         Err(NetworkError::Unsupported(format!(
@@ -244,8 +247,8 @@ fn again(what: u16, message: &[u8]) -> NftablesMessage {
     NftablesMessage { kind: u32::from(what), body, ..NftablesMessage::default() }
 }
 
-/// The protocol that extensions of iptables ask for, as an attribute: the kernel wants it of whoever makes a rule, and does not
-/// list it. It is what the rule compares the packet's protocol with.
+/// The protocol that extensions of iptables ask for, as an attribute: the kernel wants it of the maker of a
+/// rule, and does not list it. It is what the rule compares the packet's protocol with.
 fn compat(rule: &[u8]) -> Vec<u8> {
     let all: Vec<_> = expressions(rule).collect();
     let mut attribute_of_rule = Vec::new();

@@ -1,4 +1,4 @@
-//! What CNI left in the pod's network namespace, in the agent's words.
+//! Reads the network that CNI left in the pod's network namespace, in the agent's words.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -111,8 +111,8 @@ async fn all<T>(
     }
 }
 
-/// `None` for links that carry nothing: loopback, and those that are down without an address, such as the tunnels that
-/// some kernels put into every namespace.
+/// `None` for links that carry nothing: loopback, and those that are down without an address, such as the
+/// tunnels that some kernels put into every namespace.
 fn link<'a>(
     message: &LinkMessage,
     addresses: impl Iterator<Item = &'a AddressMessage>,
@@ -185,7 +185,8 @@ fn address(message: &AddressMessage) -> Option<IPAddress> {
     if matches!(message.header.scope, AddressScope::Link | AddressScope::Host) {
         return None;
     }
-    // On IPv4 `Address` is the peer's where there is one, `Local` always ours; IPv6 has `Local` only with a peer.
+    // On IPv4 `Address` is the peer's where there is one, `Local` always ours; IPv6 has `Local` only with a
+    // peer.
     let local = message.attributes.iter().find_map(|attribute| match attribute {
         AddressAttribute::Local(address) => Some(*address),
         _ => None,

@@ -7,8 +7,8 @@ use super::NetworkError;
 /// `ETH_P_ALL` of `linux/if_ether.h`, in network byte order as `tc` wants it.
 const EVERY_PROTOCOL: u16 = 0x0003_u16.to_be();
 
-/// Redirects every frame between two links, given by name and index. On error the first is as it was; an ingress qdisc
-/// of someone else there is an error.
+/// Redirects every frame between two links, given by name and index. On error the first is as it was; an
+/// ingress qdisc of someone else there is an error.
 pub(super) async fn both_ways(
     handle: &rtnetlink::Handle,
     link: (&str, u32),
@@ -54,7 +54,7 @@ pub(super) async fn undo(handle: &rtnetlink::Handle, name: &str, index: u32) -> 
     removed.await.map_err(NetworkError::netlink(format!("ending the redirection of {name}")))
 }
 
-/// What is gone already need not be removed.
+/// Accepts that the object to remove is gone already.
 pub(super) fn unless_gone(result: Result<(), rtnetlink::Error>) -> Result<(), rtnetlink::Error> {
     match result {
         // EINVAL: the link has no ingress qdisc.

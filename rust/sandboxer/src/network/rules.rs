@@ -1,6 +1,6 @@
-//! Rules of the pod's network namespace that frames of a VM would pass by, and that a guest cannot be given: frames go from link to
-//! tap below the namespace's own packet filters, load balancers and IPsec policies. A pod whose plugins count on such rules must not
-//! run without them.
+//! Rules of the pod's network namespace that frames of a VM would pass by, and that a guest cannot be given:
+//! frames go from link to tap below the namespace's own packet filters, load balancers and IPsec policies. A
+//! pod whose plugins count on such rules must not run without them.
 
 use std::{fmt, fs, io};
 

@@ -1,7 +1,8 @@
-//! Sysctls that CNI plugins (`tuning` and others) have set in the pod's network namespace. A VM's packets do not pass through that
-//! namespace's stack, so the guest gets the same settings.
+//! Sysctls that CNI plugins (`tuning` and others) have set in the pod's network namespace. A VM's packets do
+//! not pass through that namespace's stack, so the guest gets the same settings.
 //!
-//! What was set is what differs from a namespace that is new: the kernel gives each the host's own defaults.
+//! A plugin has set those sysctls that differ from a new namespace's: the kernel gives each namespace the
+//! host's own defaults.
 
 use std::{
     collections::BTreeMap,
@@ -25,11 +26,12 @@ const MAX_CHANGED: usize = 256;
 
 /// Families of settings that every link has, between `ipv4` or `ipv6` and the link.
 const OF_LINKS: [&str; 2] = ["conf", "neigh"];
-/// What links have in common, and the link that every namespace has.
+/// Settings that links have in common, and the link that every namespace has.
 const DEFAULT: &str = "default";
 const COMMON: [&str; 3] = ["all", DEFAULT, "lo"];
 
-/// What is no setting: it counts, is the link's or a secret, or is made by the kernel when it is first used.
+/// Files that are no settings: each counts, is the link's or a secret, or is made by the kernel at its first
+/// use.
 const NO_SETTINGS: [&str; 5] =
     ["mtu", "stable_secret", "nf_conntrack_count", "tcp_fastopen_key", "mc_forwarding"];
 
@@ -68,7 +70,8 @@ fn fresh() -> io::Result<JoinHandle<io::Result<Settings>>> {
 
 fn differing(here: Settings, new: &Settings) -> Settings {
     let is_new = |path: &str, value: &String| {
-        // A link begins with what is default. A setting that a new namespace does not have came with the link's own kind.
+        // A link begins with what is default. A setting that a new namespace does not have came with the
+        // link's own kind.
         new.get(path).or_else(|| new.get(&of_default(path)?)).is_none_or(|new| new == value)
     };
     here.into_iter().filter(|(path, value)| !is_new(path, value)).collect()

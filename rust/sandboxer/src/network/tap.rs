@@ -19,8 +19,8 @@ nix::ioctl_write_ptr_bad!(
     libc::ifreq
 );
 
-/// Opens queues of a tap in the thread's network namespace; `many`: of one for several. One that is not there is created, and
-/// exists as long as one of its queues is open.
+/// Opens queues of a tap in the thread's network namespace; `many`: of one for several. One that is not there
+/// is created, and exists as long as one of its queues is open.
 pub(super) fn queues(name: &str, queues: u32, many: bool) -> io::Result<Vec<OwnedFd>> {
     (0..queues).map(|_| open_queue(name, many)).collect()
 }
@@ -35,7 +35,8 @@ fn open_queue(name: &str, many: bool) -> io::Result<OwnedFd> {
     for (to, from) in request.ifr_name.iter_mut().zip(name.bytes()) {
         *to = libc::c_char::from_ne_bytes([from]);
     }
-    // Frames with the virtio header in front carry checksum and segmentation offloads between guests and veth.
+    // Frames with the virtio header in front carry checksum and segmentation offloads between guests and
+    // veth.
     let mut flags = libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR;
     if many {
         flags |= libc::IFF_MULTI_QUEUE;
@@ -65,7 +66,8 @@ pub(super) async fn configure(handle: &rtnetlink::Handle, name: &str, mtu: u32) 
         });
     };
     let index = link.header.index;
-    // The host must not speak IPv6 into the guest by itself. Fails where the host has no IPv6, which is as good.
+    // The host must not speak IPv6 into the guest by itself. Fails where the host has no IPv6, which is as
+    // good.
     let silent = LinkAttribute::AfSpecUnspec(vec![AfSpecUnspec::Inet6(vec![AfSpecInet6::AddrGenMode(
         In6AddrGenMode::None,
     )])]);

@@ -17,7 +17,8 @@ use rtnetlink::NETNS_PATH;
 use super::*;
 use crate::testing::eventually;
 
-/// A namespace as CNI's bridge plugin leaves it: a veth `eth0` whose other end is in a namespace that plays the host.
+/// A namespace as CNI's bridge plugin leaves it: a veth `eth0` whose other end is in a namespace that plays
+/// the host.
 struct Netns {
     pod: String,
     host: String,
@@ -96,7 +97,7 @@ impl Drop for Netns {
     }
 }
 
-/// What a daemon that dies while it makes a network leaves is known by what it recorded before.
+/// A daemon that dies while it makes a network has recorded before everything that it leaves.
 #[tokio::test]
 async fn what_will_be_made_is_known_before() {
     let Some(netns) = Netns::with_eth0() else { return };
@@ -377,7 +378,8 @@ async fn one_listener_gets_whatever_is_connected_to_on_the_loopback() {
         let error = dial(&netns, address).unwrap_err();
         assert_eq!(error.kind(), io::ErrorKind::ConnectionRefused, "{address}");
     }
-    // With its last descriptor, all is as before; a program that another test is just starting has them all for a moment.
+    // With its last descriptor, all is as before; a program that another test is just starting has them all
+    // for a moment.
     drop(link);
     let refused = || dial(&netns, "127.0.0.1:80").err().map(|error| error.kind());
     for _ in 0..100 {

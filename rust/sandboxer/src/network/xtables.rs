@@ -8,7 +8,8 @@ use std::{
 use nix::libc;
 use rustix::net::{AddressFamily, SocketFlags, SocketType, socket_with};
 
-/// `struct ipt_getinfo` and `struct ip6t_getinfo`: a name, hooks, two offsets for each of five hooks, entries, bytes.
+/// `struct ipt_getinfo` and `struct ip6t_getinfo`: a name, hooks, two offsets for each of five hooks,
+/// entries, bytes.
 const INFO: usize = 84;
 const NAME: usize = 32;
 const HOOKS: usize = 32;
@@ -32,7 +33,7 @@ const ACCEPT: i32 = -2;
 struct Family {
     program: &'static str,
     names: &'static str,
-    /// How to look into them, if one can.
+    /// The way to look into them, if there is one.
     inside: Option<Inside>,
 }
 
@@ -58,8 +59,8 @@ const FAMILIES: [Family; 3] = [
     Family { program: "arptables", names: "/proc/thread-self/net/arp_tables_names", inside: None },
 ];
 
-/// The first table that is not as the kernel makes it: its program and its name. Listing a table makes it, so that it is there
-/// says nothing.
+/// The first table that is not as the kernel makes it: its program and its name. Listing a table makes it, so
+/// that it is there says nothing.
 pub(super) fn first_in_use() -> io::Result<Option<(&'static str, String)>> {
     for family in &FAMILIES {
         let names = match fs::read_to_string(family.names) {
@@ -80,7 +81,7 @@ pub(super) fn first_in_use() -> io::Result<Option<(&'static str, String)>> {
     Ok(None)
 }
 
-/// Whether a table has no entries but its hooks' policies, all of which accept.
+/// Returns true if a table has no entries but its hooks' policies, all of which accept.
 fn is_untouched(inside: Inside, table: &str) -> io::Result<bool> {
     let socket =
         socket_with(inside.family, SocketType::RAW, SocketFlags::CLOEXEC, Some(rustix::net::ipproto::RAW))?;

@@ -8,8 +8,8 @@ use seccompiler::{
     SeccompFilter, SeccompRule,
 };
 
-/// What a program needs that carries bytes between unix sockets and a guest's memory, from `execve(2)` on. Programs behind a
-/// shell script make processes as well, before they are what they are.
+/// System calls, from `execve(2)` on, that a program needs to carry bytes between unix sockets and a guest's
+/// memory. A shell script around such a program makes processes as well, before it executes the program.
 #[rustfmt::skip]
 const ALLOWED: &[libc::c_long] = &[
     libc::SYS_accept, libc::SYS_accept4, libc::SYS_bind, libc::SYS_brk, libc::SYS_clock_getres,
@@ -50,8 +50,8 @@ const TCGETS2: u64 = 0x802c_542a;
 /// `PR_SET_VMA` of `linux/prctl.h`: memory gets a name.
 const PR_SET_VMA: u64 = 0x5356_4d41;
 
-/// The filter for `vhost-device-vsock`. A call that is not allowed is one that the kernel does not have, and the library in
-/// the program falls back to an older one, or the program reports it.
+/// The filter for `vhost-device-vsock`. A call that is not allowed is one that the kernel does not have, and
+/// the library in the program falls back to an older one, or the program reports it.
 ///
 /// # Errors
 /// When the crate has no such filter for the host's architecture.

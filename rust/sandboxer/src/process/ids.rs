@@ -11,7 +11,8 @@ use std::{
 const LEAST: u32 = 65_536;
 /// The last id but one means "no change" to system calls, and the last nothing at all to some programs.
 const MOST: u32 = i32::MAX as u32;
-/// Fewer are not enough for a node's pods: kubelet has 110 unless told otherwise, and some end while others begin.
+/// Fewer are not enough for a node's pods: kubelet has 110 unless told otherwise, and some end while others
+/// begin.
 const FEWEST: u32 = 256;
 
 /// User ids that are given to pods; the group ids are the same numbers.
@@ -44,7 +45,8 @@ pub enum IdError {
 }
 
 impl Default for IdRange {
-    /// A part of the numbers that systemd's list of ids calls unused, far from what users and their containers are given.
+    /// A part of the numbers that systemd's list of ids calls unused, far from what users and their
+    /// containers are given.
     fn default() -> Self {
         Self { first: 1_900_000_000, last: 1_900_065_535 }
     }
@@ -94,7 +96,7 @@ struct Shared {
 #[derive(Debug, Default)]
 struct State {
     used: BTreeSet<u32>,
-    /// How many of the range were passed over last; an id is given out again as late as can be.
+    /// Index in the range of the id to try next: an id is given out again as late as can be.
     next: u32,
 }
 

@@ -1,8 +1,9 @@
-//! The file system of a confined process: a root of its own in memory, and below it read-only what the program executes.
+//! The file system of a confined process: a root of its own in memory, and below it read-only what the
+//! program executes.
 //!
-//! Nothing of the host's configuration, of its users or of other pods is there to be found, whoever may read it. Which
-//! libraries a program wants, nobody needs to know: it gets the folders in which distributions keep programs and their
-//! libraries, whole.
+//! Nothing of the host's configuration, of its users or of other pods is there to be found, whoever may read
+//! it. Which libraries a program wants, nobody needs to know: it gets the folders in which distributions keep
+//! programs and their libraries, whole.
 
 use std::{
     collections::BTreeSet,
@@ -20,7 +21,8 @@ use rustix::{
 
 use super::landlock::{self, Ruleset};
 
-/// Where distributions keep programs and libraries, and what finds them. What a host does not have is left out.
+/// Folders and files in which distributions keep programs and libraries, or by which they are found. The jail
+/// leaves out those that a host does not have.
 const SYSTEM: [&str; 10] = [
     "/usr",
     "/bin",
@@ -35,10 +37,11 @@ const SYSTEM: [&str; 10] = [
 ];
 /// Devices that any program may expect.
 const DEVICES: [&str; 5] = ["/dev/null", "/dev/zero", "/dev/full", "/dev/random", "/dev/urandom"];
-/// Where the new root is put together. Every host has it, and nothing that is mounted into the new root lies below it.
+/// Folder on which the daemon puts the new root together. Every host has it, and nothing that is mounted into
+/// the new root lies below it.
 const STAGE: &CStr = c"/proc";
 
-/// What a process sees of the file system, beside the programs and libraries of the host.
+/// The part of the file system that a process sees, beside the programs and libraries of the host.
 #[derive(Debug, Default)]
 pub struct Jail {
     writable: Vec<PathBuf>,
@@ -229,7 +232,8 @@ fn set_attributes(path: &CStr, attributes: u64, recursive: bool) -> io::Result<(
     if done == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
-/// The file of a program, without any link in its path: links may lead through folders that the new root does not have.
+/// The file of a program, without any link in its path: links may lead through folders that the new root does
+/// not have.
 pub(super) fn find(program: &Path) -> io::Result<PathBuf> {
     if program.components().count() > 1 {
         return fs::canonicalize(program);
@@ -242,7 +246,8 @@ pub(super) fn find(program: &Path) -> io::Result<PathBuf> {
     fs::canonicalize(found.ok_or(io::ErrorKind::NotFound)?)
 }
 
-/// The folder that a program was installed to, with what else was: `…` of `…/bin/program`, or else the program's own.
+/// The folder that a program was installed to, with what else was: `…` of `…/bin/program`, or else the
+/// program's own.
 fn home(program: &Path) -> &Path {
     let folder = program.parent().unwrap_or(Path::new("/"));
     match folder.file_name().and_then(OsStr::to_str) {

@@ -1,7 +1,7 @@
 //! Processes of the host that outlive the daemon: known by pid and start time, held by pidfd.
 //!
-//! They run in a session of their own and have no parent-death signal, so nothing that happens to the daemon ends them.
-//! An exit status is collected by pidfd; nothing here reaps children it does not know.
+//! They run in a session of their own and have no parent-death signal, so nothing that happens to the daemon
+//! ends them. An exit status is collected by pidfd; nothing here reaps children it does not know.
 
 mod filter;
 mod ids;
@@ -27,7 +27,8 @@ use tokio::{
     time::timeout,
 };
 
-/// How long a killed process may take to be gone; longer only when the kernel cannot end it (uninterruptible I/O).
+/// Longest time that a killed process may take to be gone; it takes longer only when the kernel cannot end it
+/// (uninterruptible I/O).
 const KILL_DEADLINE: Duration = Duration::from_secs(10);
 pub use self::{
     filter::vsock_device as vsock_device_filter,
@@ -51,9 +52,9 @@ pub struct ProcessRecord {
 #[derive(Debug, thiserror::Error)]
 #[error("{doing} {program}: {source}")]
 pub struct ProcessError {
-    /// What was being done.
+    /// The action that failed.
     pub doing: &'static str,
-    /// To what.
+    /// The program concerned.
     pub program: String,
     /// Why it failed.
     pub source: io::Error,
@@ -124,7 +125,8 @@ impl Process {
         }
     }
 
-    /// Waits for its end; returns its status as a shell shows it (128 + signal), or `None` when it is not our child.
+    /// Waits for its end; returns its status as a shell shows it (128 + signal), or `None` when it is not our
+    /// child.
     ///
     /// # Errors
     /// When the system refuses to watch it.
@@ -139,7 +141,8 @@ impl Process {
         collected.await.copied().map_err(|source| self.error("watching", source))
     }
 
-    /// Ends it: SIGTERM, and SIGKILL if it is still there after `grace` (at once when that is zero). Idempotent.
+    /// Ends it: SIGTERM, and SIGKILL if it is still there after `grace` (at once when that is zero).
+    /// Idempotent.
     ///
     /// # Errors
     /// When it cannot be signalled, or is not gone even after SIGKILL.
@@ -173,8 +176,8 @@ fn collect(pidfd: &OwnedFd) -> Option<u32> {
     u32::try_from(code).ok()
 }
 
-/// Field 22 of `/proc/<pid>/stat`. The second field may hold anything, parentheses and spaces included, so fields are
-/// counted from the last `)`.
+/// Field 22 of `/proc/<pid>/stat`. The second field may hold anything, parentheses and spaces included, so
+/// fields are counted from the last `)`.
 fn start_time(pid: u32) -> io::Result<u64> {
     let stat = fs::read(format!("/proc/{pid}/stat"))?;
     let stat = String::from_utf8_lossy(&stat);

@@ -19,13 +19,13 @@ use super::{
     landlock::Ruleset,
 };
 
-/// What a process may do once it executes.
+/// The rights of a process once it executes.
 #[derive(Debug, Default)]
 pub struct Rights {
     /// User and group id, without any other group. `None`: those of the daemon.
     pub id: Option<u32>,
-    /// Capabilities that it, and whatever it executes, may have. `None`: those of the daemon. One with an id that is not
-    /// root's has none at its start, whatever this says.
+    /// Capabilities that it, and whatever it executes, may have. `None`: those of the daemon. One with an id
+    /// that is not root's has none at its start, whatever this says.
     pub capabilities: Option<CapabilitySet>,
     /// Nothing that it executes gives it more than it has.
     pub no_new_privileges: bool,
@@ -172,7 +172,8 @@ impl Prepared {
         Ok(())
     }
 
-    /// Takes all that is not given, in an order in which each step still may do what it does. System calls only.
+    /// Takes all that is not given, in an order in which each step still may do what it does. System calls
+    /// only.
     pub(super) fn apply(&self, teller: &OwnedFd) -> io::Result<()> {
         self.at(teller, Step::Oom)?;
         self.set_oom_score()?;

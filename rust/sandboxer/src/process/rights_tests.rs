@@ -32,7 +32,7 @@ fn nothing() -> Rights {
     }
 }
 
-/// What a script says that runs with these rights.
+/// Output of a script that runs with these rights.
 async fn said(rights: Rights, script: &str) -> String {
     let dir = tempfile::tempdir().unwrap();
     let log = dir.path().join("log");

@@ -25,7 +25,8 @@ use super::{
 
 /// First descriptor that a child inherits beside its standard streams.
 const FIRST_FD: RawFd = 3;
-/// The variable of a child's environment that names the pod's folder, by which it is found when no record knows it.
+/// The variable of a child's environment that names the pod's folder, by which it is found when no record
+/// knows it.
 pub const POD_VARIABLE: &str = "KUASAR_POD_FOLDER";
 
 /// A process to be started.
@@ -105,7 +106,8 @@ impl Spawn {
     /// Starts it. Blocks until the program executes, a few milliseconds.
     ///
     /// # Errors
-    /// When the program, the namespace, a cgroup or the log cannot be opened, it cannot be confined, or not executed.
+    /// When the program, the namespace, a cgroup or the log cannot be opened, it cannot be confined, or not
+    /// executed.
     pub fn spawn(mut self) -> Result<Process, ProcessError> {
         let program = std::mem::take(&mut self.program);
         let fail = |doing| {
@@ -129,7 +131,8 @@ impl Spawn {
             command.env(POD_VARIABLE, folder);
         }
         let child = Child { netns, cgroups, prepared, teller };
-        // SAFETY: the closure runs between fork and exec and makes system calls only; it owns what it touches.
+        // SAFETY: the closure runs between fork and exec and makes system calls only; it owns what it
+        // touches.
         unsafe {
             command.pre_exec(move || child.become_confined());
         }
@@ -153,7 +156,8 @@ fn start(command: &mut Command) -> io::Result<u32> {
     command.spawn().map(|child| child.id())
 }
 
-/// What is forked after this `unshare(2)` is the first of a PID namespace. That holds for one thread, which then ends.
+/// Starts the command as the first process of a PID namespace: the first one that the thread forks after
+/// this `unshare(2)`. The call affects only this thread, which then ends.
 fn start_with_own_pids(mut command: Command) -> io::Result<u32> {
     let thread = std::thread::Builder::new().name("spawn".into()).spawn(move || {
         // SAFETY: the thread makes no other one, and shares nothing that this separates.
@@ -163,7 +167,7 @@ fn start_with_own_pids(mut command: Command) -> io::Result<u32> {
     thread.join().unwrap_or_else(|_| Err(io::Error::other("the thread that starts it failed")))
 }
 
-/// What happens between fork and exec.
+/// The child between fork and exec.
 struct Child {
     netns: Option<File>,
     cgroups: Vec<File>,

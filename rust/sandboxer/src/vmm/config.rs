@@ -1,4 +1,4 @@
-//! What all VMs of a daemon have in common, as the driver sees it.
+//! Configuration that all VMs of a daemon have in common, as the driver sees it.
 
 use std::path::PathBuf;
 
@@ -6,13 +6,13 @@ use serde::Deserialize;
 
 use super::root::Verity;
 
-/// Configuration of a hypervisor, the same for all of them. Paths are the host's; a program without `/` is searched in
-/// `PATH`.
+/// Configuration of a hypervisor, the same for all of them. Paths are the host's; a program without `/` is
+/// searched in `PATH`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct VmConfig {
     /// The VMM's program.
     pub path: PathBuf,
-    /// What executes the guest's instructions.
+    /// The accelerator: it executes the guest's instructions.
     pub accel: Accel,
     /// The machine that the guest sees.
     pub machine: Machine,
@@ -24,19 +24,19 @@ pub struct VmConfig {
     pub image: Option<PathBuf>,
     /// Initial RAM disk.
     pub initrd: Option<PathBuf>,
-    /// Where the guest's root file system comes from.
+    /// Source of the guest's root file system.
     pub root: Root,
-    /// What vouches for the image, if anything does.
+    /// The hash tree that vouches for the image, if there is one.
     pub verity: Option<Verity>,
     /// Appended to the kernel command line.
     pub kernel_params: String,
-    /// How the pod's shared folder gets into the guest.
+    /// The share that carries the pod's shared folder into the guest.
     pub share_fs: ShareFs,
     /// Program for [`ShareFs::Virtiofs`].
     pub virtiofsd: PathBuf,
     /// The manner in which it serves.
     pub file_server: FileServer,
-    /// How host and guest talk.
+    /// The vsock device between host and guest.
     pub vsock: VsockKind,
     /// Program for [`VsockKind::VhostUser`].
     pub vhost_device_vsock: PathBuf,
@@ -48,7 +48,7 @@ pub struct VmConfig {
     pub debug: bool,
 }
 
-/// What executes the guest's instructions.
+/// The accelerator: it executes the guest's instructions.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Accel {
@@ -97,7 +97,7 @@ impl Machine {
     }
 }
 
-/// Where the guest's root file system comes from.
+/// Source of the guest's root file system.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Root {
@@ -111,7 +111,7 @@ pub enum Root {
     Initrd,
 }
 
-/// How the pod's shared folder gets into the guest.
+/// The share that carries the pod's shared folder into the guest.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum ShareFs {
@@ -128,9 +128,9 @@ pub enum ShareFs {
 pub struct FileServer {
     /// Requests that may wait for the host at the same time.
     pub threads: u16,
-    /// What stands for a file that the guest remembers.
+    /// The file server's reference to a file that the guest remembers.
     pub inode_file_handles: InodeFileHandles,
-    /// What confines the process.
+    /// The confinement of the process.
     pub sandbox: FileServerSandbox,
     /// The guest may make nodes of devices.
     pub device_nodes: bool,
@@ -150,7 +150,7 @@ impl Default for FileServer {
     }
 }
 
-/// What stands, in the file server, for a file that the guest remembers.
+/// The file server's reference to a file that the guest remembers.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum InodeFileHandles {
@@ -161,7 +161,7 @@ pub enum InodeFileHandles {
     Never,
 }
 
-/// What confines the file server.
+/// The confinement of the file server.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum FileServerSandbox {
@@ -172,7 +172,7 @@ pub enum FileServerSandbox {
     Chroot,
 }
 
-/// How host and guest talk.
+/// The vsock device between host and guest.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum VsockKind {

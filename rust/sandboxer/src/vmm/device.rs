@@ -15,8 +15,8 @@ pub enum DeviceInfo {
         id: String,
         /// The host's path, for messages.
         path: PathBuf,
-        /// What the VMM gets: open for reading, and for writing unless `read_only`; a block device without the host's cache
-        /// (`O_DIRECT`).
+        /// The open file that the VMM gets: for reading, and for writing unless `read_only`; a block device
+        /// is open without the host's cache (`O_DIRECT`).
         file: OwnedFd,
         /// The guest cannot write.
         read_only: bool,
@@ -47,7 +47,8 @@ pub struct Nic {
     pub mtu: u32,
     /// One open tap queue each; the VMM inherits them.
     pub queues: Vec<OwnedFd>,
-    /// One open `/dev/vhost-net` for each queue, where the host has one: its kernel then moves the frames, and not the VMM.
+    /// One open `/dev/vhost-net` for each queue, where the host has one: its kernel then moves the frames,
+    /// and not the VMM.
     pub vhost: Vec<OwnedFd>,
 }
 
@@ -64,7 +65,7 @@ pub enum BusKind {
 /// A bus with its slots.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Bus {
-    /// What it is.
+    /// Its kind.
     pub kind: BusKind,
     /// The VMM's name of it.
     pub id: String,
@@ -96,13 +97,13 @@ impl Bus {
     }
 }
 
-/// Where the guest finds a device.
+/// Address at which the guest finds a device.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum DeviceAddress {
     /// Domain, bus, device and function as sysfs spells them.
     Pci(String),
-    /// By its serial: where it is, the guest decides, or there is no such place.
+    /// Its serial: the guest decides on its place, or it has none.
     Serial(String),
 }
 

@@ -1,16 +1,17 @@
-//! What goes wrong with VMs, said so that a person knows what to do.
+//! Errors of VMs, worded so that a person knows what to do.
 
 use std::{io, path::PathBuf, time::Duration};
 
 use crate::process::ProcessError;
 
-/// Why no VM can be started with this configuration. One sentence each: what was asked, why it cannot be, what to do.
+/// Why no VM can be started with this configuration. One sentence each: what was asked, why it cannot be,
+/// what to do.
 #[derive(Debug, thiserror::Error)]
 pub enum PreflightError {
     /// A file of the configuration is missing or unreadable.
     #[error("{what} {} cannot be read: {source}; set {key} to a readable file", path.display())]
     File {
-        /// What the file is.
+        /// The file's purpose.
         what: &'static str,
         /// Configuration key.
         key: &'static str,
@@ -30,7 +31,7 @@ pub enum VmError {
     /// A step of the start failed.
     #[error("starting the VM: {step}: {why}{log}")]
     Start {
-        /// What was being done.
+        /// The step that failed.
         step: &'static str,
         /// Why it failed.
         why: String,
@@ -40,7 +41,7 @@ pub enum VmError {
     /// Reading, writing or preparing something on the host.
     #[error("{doing}: {source}")]
     Io {
-        /// What was being done to what.
+        /// The action that failed, and its object.
         doing: String,
         /// Why it failed.
         source: io::Error,
@@ -59,9 +60,9 @@ pub enum VmError {
     /// Something did not happen in time.
     #[error("{doing}: nothing within {deadline:?}{log}")]
     Deadline {
-        /// What was being waited for.
+        /// The event that the daemon waited for.
         doing: &'static str,
-        /// How long.
+        /// The longest wait.
         deadline: Duration,
         /// Empty, or `; <log>: <last lines>`.
         log: String,
@@ -75,14 +76,14 @@ pub enum VmError {
 }
 
 impl VmError {
-    /// An I/O error with what was being done.
+    /// An I/O error with the action that failed.
     pub(crate) fn io(doing: impl Into<String>) -> impl FnOnce(io::Error) -> Self {
         let doing = doing.into();
         move |source| Self::Io { doing, source }
     }
 }
 
-/// How a process ended, for the end of a sentence; empty if nobody knows.
+/// The exit status of a process in words, for the end of a sentence; empty if nobody knows it.
 pub(crate) fn with_status(code: Option<u32>) -> String {
     match code {
         Some(code @ 129..=192) => format!(" with status {code} (signal {})", code.saturating_sub(128)),

@@ -14,24 +14,24 @@ use tokio::{io::AsyncReadExt, net::UnixStream};
 
 /// Size at which a guest's log is renamed to `<name>.old` and begun anew, in bytes.
 const LIMIT: u64 = 1 << 20;
-/// How much of a guest's console is copied in a second, in bytes: what it says beyond that waits in the guest.
+/// Bytes of a guest's console that the daemon copies in a second: output beyond that waits in the guest.
 const RATE: u32 = 256 << 10;
-/// How much may come at once, in bytes: a kernel's messages while it starts.
+/// Bytes that may come at once: a kernel's messages while it starts.
 const BURST: u32 = 512 << 10;
 /// Logs of the VM's processes.
 const PROCESS_LOGS: [&str; 3] = ["vmm.log", "virtiofsd.log", "vsock.log"];
-/// What of a log's end is quoted.
+/// Bytes of a log's end that an error quotes.
 const QUOTED_BYTES: u64 = 16 * 1024;
 const QUOTED_LINES: usize = 8;
 /// Longest part of a line that is quoted, in characters.
 const QUOTED_LINE: usize = 256;
-/// How a kernel says why it ends; registers and a stack follow, which say less.
+/// Begins the line in which a kernel says why it ends; registers and a stack follow, which say less.
 const PANIC: &str = "Kernel panic - not syncing";
 
-/// What such a panic says of a root that dm-verity checks.
+/// Marks such a panic as caused by damage to a root that dm-verity checks.
 const DAMAGED: &str = "dm-verity device corrupted";
 
-/// What to do about a kernel that ended because of its root, for the end of an error message; empty if it did not.
+/// Advice on a kernel that ended because of its root, for the end of an error message; empty if it did not.
 #[must_use]
 pub(super) fn advice(folder: &Path) -> &'static str {
     match last_lines(&folder.join("console.log")) {
@@ -43,8 +43,8 @@ pub(super) fn advice(folder: &Path) -> &'static str {
     }
 }
 
-/// `; <name>: "<last lines>"` for each log that says anything; for the end of an error message. Control characters are
-/// escaped: guests write some of these logs, and people read them on terminals.
+/// `; <name>: "<last lines>"` for each log that says anything; for the end of an error message. Control
+/// characters are escaped: guests write some of these logs, and people read them on terminals.
 #[must_use]
 pub(super) fn quote(folder: &Path, names: &[&str]) -> String {
     let mut text = String::new();
@@ -120,17 +120,19 @@ impl BoundedLog {
     }
 }
 
-/// Keeps the logs of a VM's processes bounded, in this folder: the host's processes write them, but a guest may know how to make them.
+/// Keeps the logs of a VM's processes bounded, in this folder: the host's processes write them, but a guest
+/// may know how to make them.
 pub(crate) fn bound_all(folder: &Path) {
     for name in PROCESS_LOGS {
         bound(&folder.join(name), LIMIT);
     }
 }
 
-/// How much may be read when: what a guest floods is its own to wait for, not the daemon's to copy.
+/// Pace at which the daemon reads a console: a guest that floods it has to wait, and the daemon does not copy
+/// faster.
 #[derive(Debug)]
 struct Pace {
-    /// Time by which all that was read is paid for.
+    /// Time by which everything read so far is paid for.
     paid: Instant,
 }
 
@@ -152,7 +154,7 @@ impl Pace {
     }
 }
 
-/// How long so many bytes take at the [`RATE`].
+/// Time that so many bytes take at the [`RATE`].
 fn time(bytes: u32) -> Duration {
     Duration::from_secs(1).saturating_mul(bytes).checked_div(RATE).unwrap_or_default()
 }

@@ -1,7 +1,7 @@
 //! Virtual machines: what a pod asks of a hypervisor, and what it gets.
 //!
-//! A hypervisor is one folder below this one that implements [`Hypervisor`] and [`Vm`], and one line where the
-//! configuration names it. Nothing outside that folder knows its command line or its control protocol.
+//! A hypervisor is one folder below this one that implements [`Hypervisor`] and [`Vm`], and one line where
+//! the configuration names it. Nothing outside that folder knows its command line or its control protocol.
 
 mod config;
 mod device;
@@ -53,7 +53,7 @@ pub fn new(config: &Config) -> Arc<dyn Hypervisor> {
     }
 }
 
-/// What one pod's VM is made of, beyond what the configuration says for all pods.
+/// Parts of one pod's VM, beyond those that the configuration gives all pods.
 #[derive(Debug)]
 pub struct VmSpec {
     /// The pod's id: only used in names and messages.
@@ -72,9 +72,10 @@ pub struct VmSpec {
     pub devices: Vec<DeviceInfo>,
     /// Appended to the guest's command line.
     pub kernel_params: String,
-    /// User and group id of the processes that need not be root's. `None`: the daemon's own, and nothing is confined.
+    /// User and group id of the processes that need not be root's. `None`: the daemon's own, and nothing is
+    /// confined.
     pub user: Option<u32>,
-    /// How readily the kernel ends its processes when memory runs out.
+    /// Readiness of the kernel to end its processes when memory runs out.
     pub oom_score_adj: i32,
 }
 
@@ -94,7 +95,7 @@ pub struct VmRecord {
     pub buses: Vec<Bus>,
 }
 
-/// How a VM ended.
+/// The end of a VM.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct VmExit {
     /// Exit status as a shell shows it (128 + signal for a killed process); `None` when it was not our child
@@ -110,15 +111,16 @@ pub trait Hypervisor: Send + Sync + fmt::Debug {
     /// Name in configuration and paths, e.g. `qemu`.
     fn name(&self) -> &'static str;
 
-    /// Checks that VMs can be started at all: programs, kernel, image, accelerator. Called when the daemon starts.
+    /// Checks that VMs can be started at all: programs, kernel, image, accelerator. Called when the daemon
+    /// starts.
     async fn preflight(&self) -> Result<(), PreflightError>;
 
     /// Starts a VM and its companions. Returns when all processes are there and the VM was told to run;
     /// the guest's agent is awaited by [`Vm::ready`]. On error nothing is left running.
     async fn start(&self, spec: VmSpec) -> Result<Arc<dyn Vm>, VmError>;
 
-    /// Finds a VM again that an earlier daemon started. `None`: it is not running any more, and its companions
-    /// were ended.
+    /// Finds a VM again that an earlier daemon started. `None`: it is not running any more, and its
+    /// companions were ended.
     async fn adopt(&self, record: VmRecord) -> Result<Option<Arc<dyn Vm>>, VmError>;
 }
 
@@ -131,17 +133,18 @@ pub trait Vm: Send + Sync + fmt::Debug {
     /// Readable when the VMM has ended.
     fn pidfd(&self) -> BorrowedFd<'_>;
 
-    /// Where the guest's vsock ports are reached.
+    /// Address of the guest's vsock ports.
     fn address(&self) -> GuestAddress;
 
-    /// What to write into the pod's record; changes with every hot-plug.
+    /// The VM's part of the pod's record; changes with every hot-plug.
     fn record(&self) -> VmRecord;
 
-    /// Waits until the guest's agent has called. Can be called once, and not on an adopted VM. Ends early, with the
-    /// log's last lines, when the VM ends or a companion does.
+    /// Waits until the guest's agent has called. Can be called once, and not on an adopted VM. Ends early,
+    /// with the log's last lines, when the VM ends or a companion does.
     async fn ready(&self, deadline: Duration) -> Result<ReadyGuest, VmError>;
 
-    /// Changes each time the VM goes on after a pause, by whoever's hand; closed at its end. `None`: nobody tells.
+    /// Changes each time the VM goes on after a pause, whoever resumed it; closed at its end. `None`: nobody
+    /// tells.
     fn resumptions(&self) -> Option<watch::Receiver<u64>> {
         None
     }
@@ -154,12 +157,12 @@ pub trait Vm: Send + Sync + fmt::Debug {
     /// Plugs a device into the running VM.
     async fn hot_attach(&self, device: DeviceInfo) -> Result<DeviceAddress, VmError>;
 
-    /// Whether [`Vm::hot_attach`] can work at all with this VM.
+    /// Returns true if [`Vm::hot_attach`] can work at all with this VM.
     fn can_hot_attach(&self) -> bool {
         false
     }
 
-    /// How many more it can take.
+    /// Number of further devices that it can take.
     fn free_slots(&self) -> usize {
         0
     }
@@ -167,11 +170,11 @@ pub trait Vm: Send + Sync + fmt::Debug {
     /// Unplugs a device by its id. A device that is not there is no error.
     async fn hot_detach(&self, id: &str) -> Result<(), VmError>;
 
-    /// Asks the VMM whether it still answers and the VM runs.
+    /// Checks that the VMM still answers and the VM runs.
     async fn ping(&self) -> Result<(), VmError>;
 
-    /// Ends the VM and its companions; returns when none of them is left. `force` skips asking the VMM to quit.
-    /// Idempotent.
+    /// Ends the VM and its companions; returns when none of them is left. `force` skips asking the VMM to
+    /// quit. Idempotent.
     async fn stop(&self, force: bool, deadline: Duration) -> Result<(), VmError>;
 
     /// Waits for the end of the VMM. Its companions have been ended when this returns. Any number of callers.

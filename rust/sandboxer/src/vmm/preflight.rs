@@ -1,4 +1,4 @@
-//! What can be known to be wrong before the first pod comes.
+//! Finds the faults that can be known before the first pod comes.
 
 use std::{
     fs::{self, File, OpenOptions},

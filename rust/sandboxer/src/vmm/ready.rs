@@ -1,6 +1,7 @@
 //! The agent's call that its VM is up, taken on the host (see `kuasar_common::handshake`).
 //!
-//! Everything read here was written by a guest: it is bounded, parsed without panic, and waited for with a deadline.
+//! Everything read here was written by a guest: it is bounded, parsed without panic, and waited for with a
+//! deadline.
 
 use std::{
     collections::HashMap,
@@ -27,11 +28,11 @@ use tokio_vsock::{VMADDR_CID_ANY, VsockAddr, VsockListener};
 
 /// As many daemons as can take the calls of guests on one kernel's vsock: one for each hypervisor, and some.
 const HUBS: u32 = 16;
-/// The highest port that the kernel gives to privileged processes only (`LAST_RESERVED_PORT`): no user of the host can take these
-/// before us.
+/// The highest port that the kernel gives to privileged processes only (`LAST_RESERVED_PORT`): no user of the
+/// host can take these before us.
 const PRIVILEGED: u32 = 1023;
 
-/// How long the guest may take to read one line that we wrote.
+/// Longest time that the guest may take to read one line that we wrote.
 const WRITE_DEADLINE: Duration = Duration::from_secs(5);
 
 trait Stream: AsyncRead + AsyncWrite + Send {}
@@ -97,7 +98,8 @@ impl ReadyListener {
         Self(Source::Hub { hub: hub.clone(), cid, connection })
     }
 
-    /// Waits for the agent's call, for ever: the caller has the deadline, because it also knows when the VM ended.
+    /// Waits for the agent's call, for ever: the caller has the deadline, because it also knows when the VM
+    /// ended.
     ///
     /// # Errors
     /// When the guest says anything but that it is ready.
@@ -128,7 +130,7 @@ impl Drop for ReadyListener {
 /// A guest whose agent has called; the connection stays open as long as the VM lives.
 #[derive(Debug)]
 pub struct ReadyGuest {
-    /// What the agent said.
+    /// The agent's call.
     pub ready: Ready,
     connection: Connection,
 }
@@ -201,8 +203,8 @@ fn lock(waiting: &Waiting) -> MutexGuard<'_, Waiters> {
     waiting.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// The host's side of the kernel's vsock: takes the calls of all guests and gives each to whom waits for it. It listens
-/// until the last clone is dropped.
+/// The host's side of the kernel's vsock: takes the calls of all guests and gives each to the task that waits
+/// for it. It listens until the last clone is dropped.
 #[derive(Clone, Debug)]
 pub struct VsockHub {
     port: u32,
@@ -220,8 +222,8 @@ impl Drop for AbortOnDrop {
 }
 
 impl VsockHub {
-    /// Listens on the first free port of the host that is for privileged processes, or, where this is none, of those that an agent
-    /// calls by itself and anybody may take; needs a tokio runtime.
+    /// Listens on the first free port of the host that is for privileged processes, or, where this is none,
+    /// of those that an agent calls by itself and anybody may take; needs a tokio runtime.
     ///
     /// # Errors
     /// When the kernel has no vsock, or all the ports are taken.
@@ -233,7 +235,7 @@ impl VsockHub {
         Ok(Self { port, waiting, _accepting: Arc::new(AbortOnDrop(accepting.abort_handle())) })
     }
 
-    /// What tells an agent, on its kernel's command line, where to call; nothing where it calls by itself.
+    /// Kernel parameter that tells an agent the port to call; empty if it calls that port by itself.
     #[must_use]
     pub fn parameter(&self) -> String {
         if self.port == PORT_READY { String::new() } else { format!("task.ready_port={}", self.port) }

@@ -16,18 +16,21 @@ const TASKS: u64 = 4096;
 const VMM_FILES: u64 = 4096;
 /// Descriptors of a vsock device: one for each connection with the guest.
 const VSOCK_FILES: u64 = 16_384;
-/// Most that a vsock device may write to a file, which is its log, in bytes. The daemon empties it long before.
+/// Most that a vsock device may write to a file, which is its log, in bytes. The daemon empties it long
+/// before.
 const VSOCK_LOG: u64 = 64 << 20;
 
-/// Makes and changes files on behalf of any user of the guest, as the guest's kernel has decided that they may.
+/// Makes and changes files on behalf of any user of the guest, as the guest's kernel has decided that they
+/// may.
 const FILES: CapabilitySet = CapabilitySet::CHOWN
     .union(CapabilitySet::DAC_OVERRIDE)
     .union(CapabilitySet::FOWNER)
     .union(CapabilitySet::FSETID)
     .union(CapabilitySet::MKNOD)
     .union(CapabilitySet::SETFCAP);
-/// virtiofsd: besides, it takes on the user of each request. With the rest it confines itself, and then gives that up: a root
-/// of its own, namespaces, more descriptors than usual, a smaller bounding set. Handles of files want DAC_READ_SEARCH.
+/// virtiofsd: besides, it takes on the user of each request. With the rest it confines itself, and then gives
+/// that up: a root of its own, namespaces, more descriptors than usual, a smaller bounding set. Handles of
+/// files want DAC_READ_SEARCH.
 const FILE_SERVER: CapabilitySet = FILES
     .union(CapabilitySet::SETUID)
     .union(CapabilitySet::SETGID)
@@ -36,8 +39,8 @@ const FILE_SERVER: CapabilitySet = FILES
     .union(CapabilitySet::SYS_ADMIN)
     .union(CapabilitySet::SYS_RESOURCE)
     .union(CapabilitySet::SETPCAP);
-/// The relay: it takes on a container's user when it connects to a socket of the host, and is root to the pod's own sockets
-/// and to containerd's pipes; it ends a VMM that is another user's.
+/// The relay: it takes on a container's user when it connects to a socket of the host, and is root to the
+/// pod's own sockets and to containerd's pipes; it ends a VMM that is another user's.
 const RELAY: CapabilitySet = CapabilitySet::SETUID
     .union(CapabilitySet::SETGID)
     .union(CapabilitySet::DAC_OVERRIDE)
@@ -110,7 +113,8 @@ pub(super) fn vsock_device(spec: &VmSpec, folder: &Path) -> Result<Rights, VmErr
     Ok(Rights { filter: Some(filter), ..rights })
 }
 
-/// virtiofsd's. It keeps the mount namespace of the host, or makes one that follows it: what is mounted later must arrive.
+/// virtiofsd's. It keeps the mount namespace of the host, or makes one that follows it: what is mounted later
+/// must arrive.
 pub(super) fn file_server(spec: &VmSpec) -> Rights {
     let namespaces = Namespaces { ipc: true, uts: true, ..Namespaces::default() };
     match spec.user {

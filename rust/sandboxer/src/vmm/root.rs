@@ -1,4 +1,5 @@
-//! The guest's root on the kernel's command line: which device, which file system, and the root hash that vouches for it.
+//! The guest's root on the kernel's command line: which device, which file system, and the root hash that
+//! vouches for it.
 
 use std::{fs::File, os::unix::fs::FileExt, path::Path};
 
@@ -6,7 +7,7 @@ use serde::Deserialize;
 
 use super::{Root, VmConfig};
 
-/// Where the file system begins in an image, bytes: see `kuasar-image`.
+/// Offset of the file system in an image, in bytes: see `kuasar-image`.
 const FS_OFFSET: u64 = 3 << 20;
 const BLOCK: u64 = 4096;
 
@@ -21,7 +22,7 @@ pub struct Verity {
 }
 
 impl Verity {
-    /// What is wrong with it, as the end of a sentence that begins with the name of the key.
+    /// Its fault, as the end of a sentence that begins with the name of the key.
     pub(crate) fn problem(&self) -> Option<(&'static str, String)> {
         let digits = self.root_hash.bytes().all(|byte| byte.is_ascii_hexdigit());
         if !digits || self.root_hash.len() != 64 {
@@ -32,7 +33,7 @@ impl Verity {
             .then(|| ("hypervisor.verity.data_blocks", "is 0, a root has at least one block".into()))
     }
 
-    /// Whether the superblock of a hash tree lies where this says it does.
+    /// Returns true if the superblock of a hash tree lies where this says it does.
     pub(super) fn is_in(&self, image: &Path) -> std::io::Result<bool> {
         let at = self.data_blocks.saturating_mul(BLOCK).saturating_add(FS_OFFSET);
         let mut magic = [0; 8];
@@ -43,8 +44,8 @@ impl Verity {
         }
     }
 
-    /// The device that the kernel itself makes before it mounts its root. A block that differs is a panic: a guest that
-    /// went on without it would do something else than it was made for.
+    /// The device that the kernel itself makes before it mounts its root. A block that differs is a panic: a
+    /// guest that went on without it would do something else than it was made for.
     fn device(&self, disk: &str) -> String {
         let Self { root_hash, data_blocks } = self;
         let (sectors, tree) = (data_blocks.saturating_mul(8), data_blocks.saturating_add(1));
@@ -71,7 +72,7 @@ pub fn words(config: &VmConfig) -> String {
     }
 }
 
-/// What an image's file system is; a guest says itself what it cannot mount.
+/// Name of an image's file system; ext4 if it is not known. A guest says itself what it cannot mount.
 fn file_system(image: &Path) -> &'static str {
     crate::file_system::of(image, FS_OFFSET).ok().flatten().unwrap_or("ext4")
 }

@@ -7,12 +7,12 @@ use tokio::{sync::watch, task::JoinSet};
 use super::{VmError, VmExit};
 use crate::process::{Process, ProcessRecord};
 
-/// How long a companion may take to end after SIGTERM; it has nothing left to do then.
+/// Longest time that a companion may take to end after SIGTERM; it has nothing left to do then.
 const COMPANION_GRACE: Duration = Duration::from_millis(500);
 /// When to look again at a process that could not be watched.
 const RETRY: Duration = Duration::from_secs(1);
 
-/// What became of a VM.
+/// The end of a VM, and its cause.
 #[derive(Clone, Debug)]
 pub(super) struct Outcome {
     pub(super) exit: VmExit,
@@ -108,8 +108,8 @@ async fn supervise(vmm: &Arc<Process>, companions: &BTreeMap<String, Arc<Process
     Outcome { exit: VmExit { code, at: SystemTime::now() }, because }
 }
 
-/// Waits for a process, whatever it takes: not being able to watch it, for want of descriptors perhaps, is no reason to
-/// take it for dead.
+/// Waits for a process, whatever it takes: not being able to watch it, for want of descriptors perhaps, is no
+/// reason to take it for dead.
 async fn end_of(process: &Process) -> Option<u32> {
     loop {
         match process.wait().await {

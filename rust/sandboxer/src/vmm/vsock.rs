@@ -1,4 +1,5 @@
-//! The two ways to a vsock that need the host's help: the kernel's `vhost-vsock`, and `vhost-device-vsock` in user space.
+//! The two ways to a vsock that need the host's help: the kernel's `vhost-vsock`, and `vhost-device-vsock` in
+//! user space.
 
 use std::{
     fs::{File, OpenOptions},
@@ -22,9 +23,9 @@ use tokio::{
 
 /// The kernel's device.
 pub(super) const VHOST_VSOCK: &str = "/dev/vhost-vsock";
-/// How many context ids are tried; among two thousand million, one is free at once.
+/// Number of context ids that the daemon tries; among two thousand million, one is free at once.
 const CID_TRIES: u32 = 64;
-/// How long `vhost-device-vsock` may take to listen; it needs milliseconds.
+/// Longest time that `vhost-device-vsock` may take to listen; it needs milliseconds.
 const LISTEN_DEADLINE: Duration = Duration::from_secs(10);
 
 nix::ioctl_write_ptr!(
@@ -35,7 +36,8 @@ nix::ioctl_write_ptr!(
     u64
 );
 
-/// Opens the kernel's device and takes a context id that no other guest of the host has: the kernel refuses those.
+/// Opens the kernel's device and takes a context id that no other guest of the host has: the kernel refuses
+/// those.
 pub(super) fn open_vhost() -> io::Result<(OwnedFd, u32)> {
     let device: File = OpenOptions::new().read(true).write(true).open(VHOST_VSOCK)?;
     let mut last = io::Error::from(io::ErrorKind::AddrInUse);

@@ -1,4 +1,4 @@
-//! What tests that boot a VM have in common: a configuration, a pod's folder, a VM in it.
+//! Common parts of tests that boot a VM: a configuration, a pod's folder, a VM in it.
 
 use std::{
     fs,
@@ -9,8 +9,8 @@ use vmm_sandboxer::vmm::{Accel, FileServer, Machine, Root, ShareFs, VmConfig, Vm
 
 pub(crate) const TOKEN: &str = "0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef";
 
-/// What the daemon's configuration would be. Programs come from `PATH`; `KUASAR_ACCEL=kvm` and `KUASAR_VSOCK=vhost` are for
-/// machines that have these.
+/// The driver's part of a daemon's configuration. Programs come from `PATH`; `KUASAR_ACCEL=kvm` and
+/// `KUASAR_VSOCK=vhost` are for machines that have these.
 pub(crate) fn config(
     machine: Machine,
     kernel: PathBuf,

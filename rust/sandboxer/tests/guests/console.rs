@@ -66,7 +66,8 @@ async fn a_person_gets_a_shell_if_it_was_asked_for() {
     let said = console(on.dir.path(), "").await;
     assert!(said.contains("console: the VM refuses: wrong token"), "{said}");
     fs::write(on.dir.path().join("token"), TOKEN).unwrap();
-    // The first size has been seen when the file is there; the shell reads the second command after the resize.
+    // The first size has been seen when the file is there; the shell reads the second command after the
+    // resize.
     let typed = "stty size; touch /run/kuasar/state/typed; read line\nresize.x\nstty size; \
         ip -brief link show lo; strace -V; ss -V; exit\n";
     let said = console(on.dir.path(), typed).await;

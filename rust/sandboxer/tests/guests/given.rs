@@ -1,4 +1,5 @@
-//! Hypervisors that the daemon has no driver for: their command lines, and the call of their guests. They want KVM.
+//! Hypervisors that the daemon has no driver for: their command lines, and the call of their guests. They
+//! want KVM.
 
 use std::{
     ffi::OsString,

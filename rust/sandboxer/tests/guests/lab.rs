@@ -18,14 +18,14 @@ use crate::{
 /// Emulation on a busy machine is slow, and slower where a machine is emulated to have KVM.
 pub(crate) const DEADLINE: Duration = Duration::from_secs(600);
 
-/// What is below `KUASAR_GUESTS`, or another variable for another hypervisor or architecture: `kernels/<name>/` and
-/// `roots/<kind>/`.
+/// The folder of `KUASAR_GUESTS`, or of another variable for another hypervisor or architecture, with
+/// `kernels/<name>/` and `roots/<kind>/`.
 pub(crate) struct Guests {
     folder: PathBuf,
     vmm: Vmm,
     /// The hypervisor's program, where it is the test that starts it.
     program: Option<PathBuf>,
-    /// Where guests of the kernel's vsock call.
+    /// Takes the calls of guests on the kernel's vsock.
     hub: Option<VsockHub>,
 }
 
@@ -35,7 +35,7 @@ pub(crate) struct RootKind {
     pub name: &'static str,
     pub root: Root,
     pub folder: &'static str,
-    /// What of the kernel's configuration it needs besides what every kernel here has.
+    /// Kernel option that it needs besides those that every kernel here has.
     pub needs: &'static str,
 }
 
@@ -144,7 +144,7 @@ impl Guests {
         fs::canonicalize(self.folder.join("roots").join(kind.folder).join(name)).unwrap()
     }
 
-    /// What the daemon's configuration would be.
+    /// The driver's part of a daemon's configuration.
     pub(crate) fn config(&self, kernel: &Kernel, kind: RootKind) -> VmConfig {
         let file = self.root(kind);
         let verity = verity(&file.with_file_name("verity.toml"));
@@ -198,7 +198,7 @@ pub(crate) async fn start(config: VmConfig) -> Booted {
 }
 
 impl Booted {
-    /// What the guest's agent says when it calls. The call must be kept: a guest that loses its host ends.
+    /// The call of the guest's agent. The caller must keep it: a guest that loses its host ends.
     pub(crate) async fn ready(&self) -> ReadyGuest {
         match self.called().await {
             Ok(mut guest) => {
@@ -249,7 +249,8 @@ impl Booted {
         Duration::from_nanos(nanoseconds.sum())
     }
 
-    /// KiB of a mapping of the VMM whose name contains `name`: its resident pages, or (`Pss`) its part of them.
+    /// KiB of a mapping of the VMM whose name contains `name`: its resident pages, or (`Pss`) its part of
+    /// them.
     pub(crate) fn mapped(&self, name: &str, field: &str) -> u64 {
         let smaps = fs::read_to_string(format!("/proc/{}/smaps", self.pid())).unwrap();
         let (mut sum, mut wanted) = (0, false);

@@ -1,6 +1,6 @@
-//! Boots every kernel with every kind of root. Needs `KUASAR_GUESTS`, what `nix build .#guests-qemu` makes; says "skipped"
-//! without; `KUASAR_GUESTS_AARCH64` is the same of the other architecture, `vmm.rs` has the variables of other hypervisors.
-//! `KUASAR_BLESS=1` writes docs/guest-matrix.md instead of comparing with it.
+//! Boots every kernel with every kind of root. Needs `KUASAR_GUESTS`, what `nix build .#guests-qemu` makes;
+//! says "skipped" without; `KUASAR_GUESTS_AARCH64` is the same of the other architecture, `vmm.rs` has the
+//! variables of other hypervisors. `KUASAR_BLESS=1` writes docs/guest-matrix.md instead of comparing with it.
 
 #![allow(clippy::disallowed_methods, reason = "tests work in folders of their own")]
 #![allow(clippy::unwrap_used, clippy::panic, reason = "a test ends where it fails")]
@@ -25,7 +25,8 @@ use vmm_sandboxer::vmm::{Machine, Root};
 
 /// Name of the memory that is the guest's, in `/proc/PID/smaps`.
 const GUEST_MEMORY: &str = "memfd:";
-/// How often each guest of QEMU is booted for a figure that is written down; in a machine that is emulated to have KVM, once.
+/// Number of times that the test boots each guest of QEMU for a figure that it writes down; in a machine that
+/// is emulated to have KVM, once.
 const BLESSED_BOOTS: usize = 3;
 
 fn named(roots: &[RootKind], name: &str) -> RootKind {
@@ -82,7 +83,8 @@ fn without_sizes(options: &str) -> String {
     options.split(',').filter(|word| !is_size(word)).collect::<Vec<_>>().join(",")
 }
 
-/// Whether the table has this combination. What a kernel is packed in says nothing of roots: one will do.
+/// Returns true if the table has this combination. A kernel's packing has no effect on roots: one root will
+/// do.
 fn wanted(kernel: &Kernel, kind: RootKind) -> bool {
     kernel.has(kind.needs) && (kernel.is_first || kind.name == ROOTS[0].name)
 }
@@ -174,8 +176,9 @@ async fn a_changed_byte_of_a_checked_root_stops_the_boot() {
     }
 }
 
-/// Changes one bit of the agent: of its first block, in the padding of the ELF header, which nothing but the tree knows. The
-/// root has two programs, and its files lie in the order of their names: `bin/runc`, `sbin/init`.
+/// Changes one bit of the agent: of its first block, in the padding of the ELF header, which nothing but the
+/// tree knows. The root has two programs, and its files lie in the order of their names: `bin/runc`,
+/// `sbin/init`.
 fn flip(image: &std::path::Path) {
     const FS: u64 = 3 << 20;
     let file = File::options().read(true).write(true).open(image).unwrap();

@@ -64,7 +64,7 @@ fn render(row: &Row) -> String {
     )
 }
 
-/// How the rows of a part begin.
+/// Beginning of the rows of a part.
 fn start(vmm: Vmm) -> String {
     format!("| {} | {} |", vmm.name(), vmm.architecture())
 }

@@ -2,7 +2,8 @@
 
 use super::*;
 
-/// Runs a command in the pod's namespace; `false` where this machine does not have the program or what it wants of the kernel.
+/// Runs a command in the pod's namespace; `false` where this machine does not have the program or what it
+/// wants of the kernel.
 fn inside(netns: &Netns, command: &str) -> bool {
     let args = ["netns", "exec", &netns.pod].into_iter().chain(command.split_whitespace());
     let output = Command::new("ip").args(args).output().unwrap();
@@ -44,7 +45,7 @@ async fn rules_that_a_guest_cannot_have_are_refused_by_name() {
     }
 }
 
-/// What programs that set rules leave is the same in another namespace, by their own account.
+/// Rules that programs set are the same in another namespace, by those programs' own account.
 #[tokio::test]
 async fn rules_are_made_again_elsewhere() {
     let (Some(netns), Some(other)) = (Netns::with_eth0(), Netns::with_eth0()) else { return };

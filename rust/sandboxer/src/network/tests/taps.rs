@@ -2,8 +2,8 @@
 
 use super::*;
 
-/// What CNI's plugin `tap` makes; with `bridge`, a port of a bridge in the pod's namespace, another port of which is what was
-/// `eth0`.
+/// A tap as CNI's plugin `tap` makes it. With `bridge`, it is a port of a bridge in the pod's namespace, and
+/// the former `eth0` is another port.
 fn with_tap(mode: &str, bridge: bool) -> Option<Netns> {
     let netns = if bridge { Netns::with_eth0() } else { Netns::new() }?;
     let pod = &netns.pod;

@@ -1,4 +1,4 @@
-//! What an operator reads when the configuration cannot work.
+//! Messages that an operator reads when the configuration cannot work.
 
 use std::fs;
 

@@ -12,7 +12,7 @@ use self::params::{
 };
 use crate::vmm::{Accel, Bus, BusKind, Machine, Root, ShareFs, VmConfig, VmError, VmSpec, root};
 
-/// What the names of block nodes begin with that are there from the boot on. No disk that comes later is called so.
+/// Prefix of the names of block nodes that are there from the boot on. No later disk has such a name.
 pub(super) const AT_BOOT: &str = "boot-";
 /// Granularity of the address space that is set aside for persistent memory, in MiB.
 const MAXMEM_ALIGN_MIB: u64 = 1024;
@@ -22,7 +22,7 @@ const MAXMEM_ALIGN_MIB: u64 = 1024;
 pub(super) struct Inherited {
     /// Listening: QMP.
     pub(super) qmp: RawFd,
-    /// Listening: QMP, for whoever follows its events.
+    /// Listening: QMP, for the daemon's connection that follows its events.
     pub(super) events: RawFd,
     /// Listening: the guest's console.
     pub(super) console: RawFd,
@@ -34,7 +34,7 @@ pub(super) struct Inherited {
     pub(super) files: Files,
 }
 
-/// What all VMs of a daemon read, opened by the daemon: QEMU finds no file by its path.
+/// Files that all VMs of a daemon read, opened by the daemon: QEMU finds no file by its path.
 #[derive(Debug)]
 pub(super) struct Files {
     /// The guest's kernel.
@@ -64,7 +64,8 @@ pub(super) enum Extra {
 }
 
 impl CommandLine {
-    /// Command line of a pod's VM, and its buses: one with all devices plugged in, and one for those that come later.
+    /// Command line of a pod's VM, and its buses: one with all devices plugged in, and one for those that
+    /// come later.
     ///
     /// # Errors
     /// When the bus has too few slots, or the image cannot be measured.
@@ -304,8 +305,8 @@ impl CommandLine {
     }
 }
 
-/// The path by which QEMU opens a descriptor's file once more, where it has no other way to be given one: kernels, initial
-/// RAM disks and files in memory are opened by path only.
+/// The path by which QEMU opens a descriptor's file once more, where it has no other way to be given one:
+/// kernels, initial RAM disks and files in memory are opened by path only.
 fn reopened(fd: RawFd) -> String {
     format!("/proc/self/fd/{fd}")
 }
@@ -322,7 +323,8 @@ fn machine_type(config: &VmConfig) -> MachineType {
     MachineType { kind: config.machine.name(), memory_backend: "ram", without }
 }
 
-/// The kernel's command line. A guest that panics or reboots ends its VMM: there is nothing to boot into again.
+/// The kernel's command line. A guest that panics or reboots ends its VMM: there is nothing to boot into
+/// again.
 fn append(config: &VmConfig, spec: &VmSpec) -> String {
     let root = root::words(config);
     let share = match config.share_fs {
@@ -333,19 +335,22 @@ fn append(config: &VmConfig, spec: &VmSpec) -> String {
     let (verbose, debug) = if config.debug { ("", "task.debug") } else { ("quiet", "") };
     let x86 = config.machine.architecture() == "x86_64";
     // noreplace-smp: else the kernel of a guest with one processor rewrites thousands of lock prefixes.
-    // jent_mod_init: a test of a thousand rounds, more than half of what mini's boot takes, for a source of random numbers that
-    // IPsec alone wants, and can do without. Mini for x86 has this word built in, which on aarch64 the line here would replace.
+    // jent_mod_init: a test of a thousand rounds, more than half of what mini's boot takes, for a source of
+    // random numbers that IPsec alone wants, and can do without. Mini for x86 has this word built in, which
+    // on aarch64 the line here would replace.
     let kernel = if x86 { "noreplace-smp" } else { "initcall_blacklist=jent_mod_init" };
     let clock = match (config.accel, spec.vcpus) {
         _ if !x86 => "",
         (Accel::Kvm, _) => "",
-        // An emulated clock is what it claims to be; finding that out takes the guest 40 ms. One processor can do without
-        // the timer of its APIC, whose speed takes a quarter of a second to find out; several need it for short sleeps.
+        // An emulated clock is what it claims to be; finding that out takes the guest 40 ms. One processor
+        // can do without the timer of its APIC, whose speed takes a quarter of a second to find out; several
+        // need it for short sleeps.
         (Accel::Tcg, 1) => "no_timer_check tsc=reliable nolapic_timer",
         (Accel::Tcg, _) => "no_timer_check tsc=reliable",
     };
-    // virtiofsd writes to the guest's memory behind QEMU's back, so emulation would go on executing its translations of
-    // what a page held before it was used again. A page that the guest itself has cleared has none.
+    // virtiofsd writes to the guest's memory behind QEMU's back, so emulation would go on executing its
+    // translations of what a page held before it was used again. A page that the guest itself has cleared has
+    // none.
     let clear = match (config.accel, config.share_fs) {
         (Accel::Tcg, ShareFs::Virtiofs) => "init_on_alloc=1",
         _ => "",
@@ -374,7 +379,7 @@ const fn connected(id: &'static str, fd: RawFd) -> Chardev {
     Chardev { kind: "socket", id, fd, server: None, wait: None }
 }
 
-/// Where devices are plugged in.
+/// Plugs devices into a bus.
 struct Plug {
     bus: Bus,
 }

@@ -1,14 +1,16 @@
-//! What an emulated guest is told about the host's clock.
+//! Tells an emulated guest about the host's clock.
 
 use std::time::{Duration, Instant};
 
-/// How long the counter is watched. 50 ms keep the error of two readings far below what a guest's clock tolerates.
+/// Time for which the daemon watches the counter. 50 ms keep the error of two readings far below what a
+/// guest's clock tolerates.
 const WATCHED: Duration = Duration::from_millis(50);
 
-/// Kernel parameter with the speed of the time stamp counter, which QEMU's emulation shows guests as the host has it.
+/// Kernel parameter with the speed of the time stamp counter, which QEMU's emulation shows guests as the host
+/// has it.
 ///
-/// Without it a guest measures the counter against an emulated timer, which fails on a busy host; the guest then counts
-/// ticks of 4 ms instead. Empty on machines without such a counter.
+/// Without it a guest measures the counter against an emulated timer, which fails on a busy host; the guest
+/// then counts ticks of 4 ms instead. Empty on machines without such a counter.
 pub(super) async fn parameter() -> String {
     let first = counter();
     let start = Instant::now();

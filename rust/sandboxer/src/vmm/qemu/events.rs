@@ -1,4 +1,5 @@
-//! What QEMU tells of by itself, over a control connection of its own: the one for commands is taken by whoever has one.
+//! Follows the events that QEMU reports by itself, over a control connection of their own: the one for
+//! commands belongs to the command that runs.
 
 use std::path::PathBuf;
 

@@ -43,16 +43,18 @@ const CONSOLE_SOCKET: &str = "console.sock";
 const EVENTS_SOCKET: &str = "events.sock";
 /// Logs that explain a failed start, the likeliest first.
 const LOGS: [&str; 4] = ["vmm.log", "virtiofsd.log", "vsock.log", "console.log"];
-/// How long QEMU may take to answer a command.
+/// Longest time that QEMU may take to answer a command.
 const QMP_DEADLINE: Duration = Duration::from_secs(5);
-/// How long it may take to answer the first one: it does so when its machine is built.
+/// Longest time that it may take to answer the first one: it does so when its machine is built.
 const START_DEADLINE: Duration = Duration::from_secs(20);
-/// How long it may take to say what is plugged in when the daemon is back. Far less than the daemon has to find a pod again: a
-/// QEMU that stands still, on a node that swaps, is no reason to give its pod up.
+/// Longest time that it may take to list the plugged devices when the daemon is back. Far less than the
+/// daemon has to find a pod again: a QEMU that stands still, on a node that swaps, is no reason to give its
+/// pod up.
 const STOCK_DEADLINE: Duration = Duration::from_secs(3);
 /// The first version that takes `/dev/kvm` as a descriptor.
 const MIN_VERSION: (u32, u32) = (8, 2);
-/// How long it may take to say its version: a moment, but for an emulated machine whose processors are all wanted.
+/// Longest time that it may take to say its version: a moment, but for an emulated machine whose processors
+/// are all wanted.
 const VERSION_DEADLINE: Duration = Duration::from_secs(30);
 
 /// Starts QEMU's VMs.

@@ -1,11 +1,12 @@
 //! Disks that come and go while the VM runs.
 //!
-//! They sit behind a bridge with a hot-plug controller (SHPC) that no guest of ours drives: a new disk is on the bus at
-//! once, and the agent has the guest's kernel look there; the agent has it let go of a disk before we take it away, and
-//! since the guest never switched the slot on, QEMU asks nobody. That takes no ACPI, no option of the guest's kernel, and
-//! none of the seconds for which a native PCIe slot waits for a person's hand.
+//! They sit behind a bridge with a hot-plug controller (SHPC) that no guest of ours drives: a new disk is on
+//! the bus at once, and the agent has the guest's kernel look there; the agent has it let go of a disk before
+//! we take it away, and since the guest never switched the slot on, QEMU asks nobody. That takes no ACPI, no
+//! option of the guest's kernel, and none of the seconds for which a native PCIe slot waits for a person's
+//! hand.
 //!
-//! What QEMU has is the truth: a daemon that died in the middle is followed by one that asks.
+//! QEMU's own list is the truth: the daemon that follows one that died in the middle asks for it.
 
 use std::{
     collections::BTreeMap,
@@ -30,16 +31,16 @@ use crate::vmm::{Bus, DeviceAddress, DeviceInfo, VmError};
 pub(super) const BUS: &str = "plug";
 /// Its slots: 1 to 31; the controller itself takes slot 0.
 pub(super) const SLOTS: u32 = 31;
-/// How long one disk may take to come or go.
+/// Longest time that one disk may take to come or go.
 const DEADLINE: Duration = Duration::from_secs(10);
-/// What a disk's device is called: its id with this behind.
+/// Suffix that makes the name of a disk's device from its id.
 const SUFFIX: &str = "-device";
-/// Where QEMU's object tree has devices with names.
+/// Path of the devices with names in QEMU's object tree.
 const PERIPHERAL: &str = "/machine/peripheral";
 /// Longest serial that virtio-blk has (`VIRTIO_BLK_ID_BYTES`).
 const MAX_SERIAL: usize = 20;
 
-/// How well it is known what is plugged in.
+/// The source of the daemon's list of plugged devices.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) enum Plugged {
     /// By this daemon, or QEMU has said so.
@@ -127,7 +128,8 @@ impl QemuVm {
         }
     }
 
-    /// Takes a disk away. One that is not there is no error; one that the VMM does not let go of keeps its slot.
+    /// Takes a disk away. One that is not there is no error; one that the VMM does not let go of keeps its
+    /// slot.
     pub(super) async fn unplug(&self, id: &str) -> Result<(), VmError> {
         let mut plugged = self.plugging.lock().await;
         if self.supervisor.outcome().is_none() {
@@ -176,7 +178,8 @@ struct Disk<'a> {
     read_only: bool,
 }
 
-/// Gives QEMU the open file, never its path: what was checked is what the guest gets, whatever comes to the path since.
+/// Gives QEMU the open file, never its path: what was checked is what the guest gets, whatever comes to the
+/// path since.
 async fn add(qemu: &mut Conversation, disk: &Disk<'_>, file: OwnedFd) -> Result<(), VmError> {
     let file = File::from(file);
     let kind =

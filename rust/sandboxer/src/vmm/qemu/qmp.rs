@@ -1,5 +1,5 @@
-//! QEMU's control protocol. One connection per conversation: QEMU serves one client at a time, commands are rare, and a
-//! daemon that was restarted needs nothing but the socket's path.
+//! QEMU's control protocol. One connection per conversation: QEMU serves one client at a time, commands are
+//! rare, and a daemon that was restarted needs nothing but the socket's path.
 
 use std::{
     io::{self, IoSlice},
@@ -72,8 +72,8 @@ impl Conversation {
         self.try_execute(command).await.map_err(|error| Self::failed::<C>(&error))
     }
 
-    /// Gives QEMU an open file; returns the number of the set that QEMU keeps it in. `/dev/fdset/<number>` is then its
-    /// path, for whoever opens it in the way that it was opened here.
+    /// Gives QEMU an open file; returns the number of the set that QEMU keeps it in. `/dev/fdset/<number>` is
+    /// then its path, for a reader that opens it in the way that it was opened here.
     ///
     /// # Errors
     /// When QEMU does not answer before the conversation's deadline, or refuses.
@@ -159,7 +159,7 @@ pub(super) async fn execute<C: QmpCommand>(
     Err(VmError::Command { command: C::NAME, why })
 }
 
-/// Whether the VM runs.
+/// Checks that the VM runs.
 ///
 /// # Errors
 /// When QEMU does not answer, or the VM is in another state.

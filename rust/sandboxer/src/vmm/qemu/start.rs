@@ -1,8 +1,8 @@
 //! Starting a VM: every process as soon as what it needs is there, none of them polled for.
 //!
-//! QEMU gets connections and listening sockets as descriptors, so it never waits for anybody: virtiofsd is given a socket
-//! that listens already, and we listen for QMP and console on QEMU's behalf. Only `vhost-device-vsock` insists on making
-//! its own socket; inotify tells when.
+//! QEMU gets connections and listening sockets as descriptors, so it never waits for anybody: virtiofsd is
+//! given a socket that listens already, and we listen for QMP and console on QEMU's behalf. Only
+//! `vhost-device-vsock` insists on making its own socket; inotify tells when.
 
 use std::{
     collections::BTreeMap,
@@ -45,7 +45,7 @@ use crate::{
 const VIRTIOFSD: &str = "virtiofsd";
 const VSOCK_DEVICE: &str = "vhost-device-vsock";
 
-/// What has been started so far; ended again when the start fails.
+/// Processes started so far; ended again when the start fails.
 #[derive(Default)]
 struct Started(BTreeMap<String, Process>);
 
@@ -210,8 +210,8 @@ fn file_server(how: &FileServer) -> Vec<String> {
         "--xattr".into(),
         // Only where the guest's kernel can.
         "--posix-acl=auto".into(),
-        // Whoever may mount in the guest has trusted attributes of its own there, which are none on the host: an overlay can
-        // have its upper folder in a volume.
+        // A user that may mount in the guest has trusted attributes of its own there, which are none on the
+        // host: an overlay can have its upper folder in a volume.
         "--xattrmap=:map:trusted.:user.virtiofs.:".into(),
     ];
     if !how.announce_submounts {
@@ -240,8 +240,8 @@ fn vsock_device_spawn(config: &VmConfig, spec: &VmSpec) -> Result<(SocketWatch, 
     Ok((watch, spawn))
 }
 
-/// Makes the folder in which `vhost-device-vsock` makes its sockets: it has no other, and the pod's own folder has much that
-/// is not its business. Where others look for the vsock, a link leads there.
+/// Makes the folder in which `vhost-device-vsock` makes its sockets: it has no other, and the pod's own
+/// folder has much that is not its business. Where others look for the vsock, a link leads there.
 fn vsock_folder(spec: &VmSpec) -> io::Result<PathBuf> {
     let (folder, link) = (spec.dir.join(VSOCK_FOLDER), spec.dir.join(VSOCK_SOCKET));
     for stale in [folder.join(VHOST_USER_SOCKET), folder.join(HYBRID_SOCKET), link.clone()] {
@@ -258,8 +258,9 @@ fn vsock_folder(spec: &VmSpec) -> io::Result<PathBuf> {
     Ok(folder)
 }
 
-/// Takes the folder away from `vhost-device-vsock` once its sockets are there. It goes on to reach what others made in it for
-/// the guest's calls, and makes and replaces nothing any more: whoever connects to a socket there is root.
+/// Takes the folder away from `vhost-device-vsock` once its sockets are there. It goes on to reach what
+/// others made in it for the guest's calls, and makes and replaces nothing any more: any client of a
+/// socket there is root.
 fn seal(folder: &Path, id: u32) -> io::Result<()> {
     chown(folder, Some(0), Some(id))?;
     fs::set_permissions(folder, fs::Permissions::from_mode(0o710))
@@ -267,13 +268,14 @@ fn seal(folder: &Path, id: u32) -> io::Result<()> {
 
 /// The folder of `vhost-device-vsock` in the pod's, and its sockets. Short: a socket's path has 107 bytes.
 const VSOCK_FOLDER: &str = "vs";
-/// Where it listens for whoever calls the guest; the guest's own calls go to this name with `_<port>` appended.
+/// Socket on which it listens for callers of the guest; the guest's own calls go to this name with `_<port>`
+/// appended.
 const HYBRID_SOCKET: &str = "s";
-/// Where it listens for QEMU.
+/// Socket on which it listens for QEMU.
 const VHOST_USER_SOCKET: &str = "vhost";
-/// What a guest may send before it waits, in bytes, and so the largest packet it makes. Linux (6.12.95, for one) puts
-/// packets of more than 32 KiB into several buffers, and `vhost-device-vsock` 0.3.0 drops those without a word: the
-/// connection stands still for ever.
+/// Bytes that a guest may send before it waits, and so the largest packet that it makes. Linux (6.12.95, for
+/// one) puts packets of more than 32 KiB into several buffers, and `vhost-device-vsock` 0.3.0 drops those
+/// without a word: the connection stands still for ever.
 const TX_BUFFER: u32 = 16 << 10;
 /// Behind a unix socket every guest may have the same.
 const GUEST_CID: u32 = 3;

@@ -45,7 +45,7 @@ pub(super) struct Name {
     pub(super) debug_threads: bool,
 }
 
-/// What a QEMU that a guest has taken over may not do any more.
+/// QEMU's sandbox: system calls that a QEMU that a guest has taken over may not make.
 #[derive(Debug, CmdLineParams)]
 pub(super) struct Sandbox {
     #[property(ignore_key, generator = "bool_to_on_off")]
@@ -62,7 +62,7 @@ pub(super) struct MachineType {
     #[property(ignore_key)]
     pub(super) kind: &'static str,
     pub(super) memory_backend: &'static str,
-    /// What a microVM has no use for, and the firmware would spend time on.
+    /// Options that leave out parts that a microVM has no use for, and the firmware would spend time on.
     #[property(ignore_key)]
     pub(super) without: &'static str,
 }
