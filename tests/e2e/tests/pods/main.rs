@@ -23,6 +23,7 @@ mod restart;
 mod rights;
 mod sandbox;
 mod security;
+mod sharing;
 mod sockets;
 mod task;
 mod tenants;
@@ -89,6 +90,10 @@ use sandbox::{
     a_pod_whose_record_cannot_be_read_is_removed, a_pods_cpus_are_counted_apart,
 };
 use security::a_container_sees_the_processes_of_its_target;
+use sharing::{
+    a_guest_cannot_lead_the_host_astray, a_volume_is_read_only_until_somebody_writes,
+    containers_share_a_volume_as_one, containers_share_a_volume_by_9p,
+};
 use sockets::{containers_talk_to_a_socket_of_the_host, sockets_are_served_while_the_daemon_is_away};
 use task::{
     a_paused_container_can_be_ended, independent_steps_go_on_side_by_side, limits_beyond_the_vm_are_refused,
@@ -203,6 +208,10 @@ fn main() -> ExitCode {
             a_volume_can_be_read_only_with_all_below,
             a_volume_in_memory_has_its_size,
             what_cannot_be_mounted_is_refused_by_name,
+            containers_share_a_volume_as_one,
+            a_volume_is_read_only_until_somebody_writes,
+            containers_share_a_volume_by_9p,
+            a_guest_cannot_lead_the_host_astray,
             containers_talk_to_a_socket_of_the_host,
             sockets_are_served_while_the_daemon_is_away,
             capabilities_of_files_hold,
