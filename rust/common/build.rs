@@ -19,8 +19,8 @@ fn main() -> Result<(), Box<dyn Error>> {
         .rust_protobuf_customize(ProtobufCustomize::default().gen_mod_rs(false))
         .customize(Customize { async_all: true, ..Default::default() })
         .run()?;
-    // `include!` takes no inner attributes, so generated files are cleared of them; the module that includes them
-    // silences the lints instead.
+    // `include!` takes no inner attributes, so generated files are cleared of them; the module that includes
+    // them silences the lints instead.
     for entry in fs::read_dir(&out)? {
         let path = entry?.path();
         let text = fs::read_to_string(&path)?;

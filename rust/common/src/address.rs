@@ -1,8 +1,9 @@
-//! Addresses of guests: `hvsock://<absolute path>[:port]` (hybrid sockets) and `vsock://<cid>[:port]` (the kernel's vsock).
+//! Addresses of guests: `hvsock://<absolute path>[:port]` (hybrid sockets) and `vsock://<cid>[:port]` (the
+//! kernel's vsock).
 
 use std::{fmt, path::PathBuf, str::FromStr};
 
-/// Where a guest's vsock ports are reached from the host.
+/// Address at which the host reaches a guest's vsock ports.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub enum GuestAddress {
     /// A unix socket that takes `CONNECT <port>\n`: Cloud Hypervisor's own, or `vhost-device-vsock`'s.

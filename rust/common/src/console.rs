@@ -1,8 +1,9 @@
 //! The debug console on guest port [`crate::constants::PORT_DEBUG`]: one shell on one terminal a connection.
 //!
-//! The host opens with a [`Hello`] line, answered by `OK\n` or `ERR <why>\n`. Then both sides send frames as on the stdio
-//! port (see [`crate::stdio`]), and length 0 is the end: from the host it hangs up, from the guest it says that the shell
-//! has ended. The guest's frames are the terminal's output; the host's start with a byte that says what follows.
+//! The host opens with a [`Hello`] line, answered by `OK\n` or `ERR <why>\n`. Then both sides send frames as
+//! on the stdio port (see [`crate::stdio`]), and length 0 is the end: from the host it hangs up, from the
+//! guest it says that the shell has ended. The guest's frames are the terminal's output; the host's start
+//! with a byte that says what follows.
 
 use serde::{Deserialize, Serialize};
 
@@ -24,7 +25,7 @@ pub struct Hello {
     pub columns: u16,
 }
 
-/// What a frame of the host says.
+/// A frame of the host, parsed.
 #[derive(Debug, PartialEq, Eq)]
 pub enum FromHost<'a> {
     /// Typed.

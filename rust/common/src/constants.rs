@@ -8,18 +8,19 @@ pub const PORT_DEBUG: u32 = 1025;
 pub const PORT_STDIO: u32 = 1026;
 /// vsock port in the guest of port-forward (see [`crate::forward`]).
 pub const PORT_FORWARD: u32 = 1027;
-/// vsock port of the host that the agent calls when it is ready (see [`crate::handshake`]). The last there is: that connection
-/// stays, and `vhost-device-vsock` 0.3.0, which counts the ports of the host's own connections up from 0, makes no more of them
-/// once it comes to one that is taken.
+/// vsock port of the host that the agent calls when it is ready (see [`crate::handshake`]). The last there
+/// is: that connection stays, and `vhost-device-vsock` 0.3.0, which counts the ports of the host's own
+/// connections up from 0, makes no more of them once it comes to one that is taken.
 pub const PORT_READY: u32 = u32::MAX - 1;
 /// The host's vsock address, as in `linux/vm_sockets.h` (`VMADDR_CID_HOST`).
 pub const CID_HOST: u32 = 2;
 
 /// virtiofs tag and 9p mount tag of the pod's shared folder.
 pub const SHARE_TAG: &str = "kuasar";
-/// Where the guest mounts the shared folder.
+/// Folder at which the guest mounts the shared folder.
 pub const GUEST_STATE_DIR: &str = "/run/kuasar/state";
-/// Sources of bind mounts that the agent puts a disk's node in the place of: this, a slash, and the host's number of the disk.
+/// Sources of bind mounts that the agent puts a disk's node in the place of: this, a slash, and the host's
+/// number of the disk.
 pub const GUEST_BLOCK_NODES: &str = "/dev/block";
 /// Name of the OCI runtime in the guest's image.
 pub const GUEST_RUNC: &str = "/bin/runc";
@@ -30,8 +31,9 @@ pub const TOKEN_METADATA: &str = "kuasar-token";
 /// Value of `stdin`, `stdout` and `stderr` in a Task request to the guest for a stream that is wanted.
 pub const STDIO_WANTED: &str = "vsock";
 
-/// What the relay adds to the guest's process ids for containerd. The sum is no process of the host's, whose ids end at
-/// [`GUEST_PID_LIMIT`]: who looks it up there, as `cAdvisor` or a person with `nsenter` do, finds none instead of somebody else's.
+/// Offset that the relay adds to the guest's process ids for containerd. The sum is no process of the host's,
+/// whose ids end at [`GUEST_PID_LIMIT`]: `cAdvisor`, or a person with `nsenter`, who looks it up there finds
+/// none instead of somebody else's.
 pub const GUEST_PID_BASE: u32 = 1 << 30;
 /// One more than any process id of Linux (`PID_MAX_LIMIT`).
 pub const GUEST_PID_LIMIT: u32 = 1 << 22;
@@ -49,8 +51,8 @@ pub mod pod_files {
     pub const TASK_SOCKET: &str = "task.sock";
     /// The daemon's endpoint for the relay.
     pub const HOST_SOCKET: &str = "host.sock";
-    /// The hybrid vsock's socket; guest-initiated connections go to this name with `_<port>` appended. Short, as that may have
-    /// ten digits.
+    /// The hybrid vsock's socket; guest-initiated connections go to this name with `_<port>` appended. Short,
+    /// as that may have ten digits.
     pub const VSOCK_SOCKET: &str = "vsock";
     /// The folder in which the daemon makes what containers need. No guest sees it.
     pub const WORK: &str = "work";

@@ -1,11 +1,12 @@
-//! Connections that are carried between host and guest, on the guest's port [`crate::constants::PORT_FORWARD`]: TCP
-//! connections to the pod's loopback (port-forward), and those of containers to sockets of the host that they have mounted
-//! (see [`crate::host_socket`]).
+//! Connections that are carried between host and guest, on the guest's port
+//! [`crate::constants::PORT_FORWARD`]: TCP connections to the pod's loopback (port-forward), and those of
+//! containers to sockets of the host that they have mounted (see [`crate::host_socket`]).
 //!
-//! One vsock connection each. The relay opens with a [`Hello`] line, answered by `OK\n` or `ERR <why>\n`. Then
-//! both sides send frames as on the stdio port (see [`crate::stdio`]); length 0 is a half-close. When both directions
-//! are at their end, the agent sends one more frame of length 0, and the relay closes: nothing is in flight then, whichever
-//! of the ways to a vsock it is. A connection that ends before that was reset, and so is the one that was carried.
+//! One vsock connection each. The relay opens with a [`Hello`] line, answered by `OK\n` or `ERR <why>\n`.
+//! Then both sides send frames as on the stdio port (see [`crate::stdio`]); length 0 is a half-close. When
+//! both directions are at their end, the agent sends one more frame of length 0, and the relay closes:
+//! nothing is in flight then, whichever of the ways to a vsock it is. A connection that ends before that was
+//! reset, and so is the one that was carried.
 
 use std::{
     io,
@@ -24,7 +25,7 @@ use crate::stdio::{FrameReader, HEADER, header};
 
 /// Bytes copied at once. A frame with its header is no more than every vsock takes in one piece.
 const CHUNK: usize = 16 * 1024 - HEADER;
-/// How long the other side may take to agree that all is over.
+/// Longest time that the other side may take to agree that all is over.
 const FAREWELL: Duration = Duration::from_secs(10);
 
 /// The first line of a connection.
@@ -35,12 +36,12 @@ pub struct Hello {
     /// TCP port in the guest; 0 if it is about a socket.
     #[serde(default, skip_serializing_if = "is_zero")]
     pub port: u16,
-    /// Whether `::1` was called. It is only what is tried first: containerd falls back from one to the other when it is
-    /// refused, and here it never is.
+    /// True if the caller asked for `::1`. The agent only tries it first: containerd falls back from one
+    /// address to the other when it is refused, and here it never is.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub v6: bool,
-    /// A socket of the host's in the guest, whose next connection is to be carried: its path there. Then `OK` comes when
-    /// there is one, followed by who it is of: a [`crate::host_socket::Peer`].
+    /// A socket of the host's in the guest, whose next connection is to be carried: its path there. Then `OK`
+    /// comes when there is one, followed by its peer, a [`crate::host_socket::Peer`].
     #[serde(default, skip_serializing_if = "String::is_empty")]
     pub socket: String,
 }
@@ -60,7 +61,7 @@ impl Hello {
     }
 }
 
-/// Who carries.
+/// The side that carries a connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Side {
     /// On the host; it closes.
@@ -72,7 +73,8 @@ pub enum Side {
 /// Carries a TCP connection over `conn` until both directions are at their end.
 ///
 /// # Errors
-/// When either connection breaks. The TCP connection is then set to be reset, as it would be without anything between.
+/// When either connection breaks. The TCP connection is then set to be reset, as it would be without anything
+/// between.
 pub async fn carry(mut tcp: TcpStream, conn: impl AsyncRead + AsyncWrite, side: Side) -> io::Result<()> {
     // Who types a letter waits for its echo.
     let _ = tcp.set_nodelay(true);
@@ -116,7 +118,7 @@ pub fn reset(tcp: TcpStream) {
     drop(tcp);
 }
 
-/// What a connection is read from without a buffer that waits for something to come.
+/// Reading half of a connection, without a buffer that waits for bytes to come.
 trait Source {
     fn readable(&self) -> impl Future<Output = io::Result<()>> + Send;
     fn try_read(&self, buffer: &mut [u8]) -> io::Result<usize>;

@@ -1,8 +1,9 @@
-//! What the agent and the daemon say on the connection that the agent opens when it is up.
+//! Messages of agent and daemon on the connection that the agent opens when it is up.
 //!
-//! One JSON object a line, at most [`MAX_LINE`] bytes each. The guest says [`ToHost::Ready`], the host answers
-//! [`ToGuest::Token`]; the connection stays open for the life of the VM and carries [`ToHost::Fatal`] if the agent has to
-//! give up. Everything that arrives at the host comes from a guest and is hostile until parsed.
+//! One JSON object a line, at most [`MAX_LINE`] bytes each. The guest says [`ToHost::Ready`], the host
+//! answers [`ToGuest::Token`]; the connection stays open for the life of the VM and carries [`ToHost::Fatal`]
+//! if the agent has to give up. Everything that arrives at the host comes from a guest and is hostile until
+//! parsed.
 
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 
@@ -19,7 +20,7 @@ pub enum ToHost {
     Fatal(Fatal),
 }
 
-/// Who is ready.
+/// The agent's report that it is ready.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Ready {
     /// Version of the agent.

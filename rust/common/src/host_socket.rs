@@ -1,9 +1,10 @@
 //! Sockets of the host that containers have mounted.
 //!
-//! A file server passes names, not connections. So the agent listens in the host's place, on a socket with the owner and mode of
-//! the host's, which is what is mounted in the container: the guest's kernel decides who may connect. The relay waits for the
-//! next connection on the guest's port [`crate::constants::PORT_FORWARD`], connects to the host's socket as the user who is
-//! connected in the guest, and carries the bytes.
+//! A file server passes names, not connections. So the agent listens in the host's place, on a socket with
+//! the owner and mode of the host's, which is what is mounted in the container: the guest's kernel decides
+//! who may connect. The relay waits for the next connection on the guest's port
+//! [`crate::constants::PORT_FORWARD`], connects to the host's socket as the user who is connected in the
+//! guest, and carries the bytes.
 
 use serde::{Deserialize, Serialize};
 
@@ -15,7 +16,7 @@ pub const MAX_GROUPS: usize = 256;
 /// The agent's answer when nothing more is to be waited for: the container is gone.
 pub const GONE: &str = "ERR gone";
 
-/// Who is connected to a socket in the guest.
+/// The connected peer of a socket in the guest.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Peer {
     /// Effective user id.
@@ -27,7 +28,7 @@ pub struct Peer {
     pub groups: Vec<u32>,
 }
 
-/// Whose a socket is, and who may connect to it.
+/// Owner, group and mode of a socket: the mode says who may connect to it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Access {
     /// Its owner.
@@ -54,7 +55,7 @@ impl Access {
     /// Reads the options of such a storage.
     ///
     /// # Errors
-    /// What is wrong with them.
+    /// When the options are wrong; the error says how.
     pub fn parse(options: &[String]) -> Result<Self, String> {
         let (mut uid, mut gid, mut mode) = (None, None, None);
         for option in options {

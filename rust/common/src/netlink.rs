@@ -1,5 +1,5 @@
-//! Messages and attributes of netlink families for which there is no library: those of netfilter and of IPsec. What the kernel
-//! is asked is about the thread's network namespace.
+//! Messages and attributes of netlink families for which there is no library: those of netfilter and of
+//! IPsec. What the kernel is asked is about the thread's network namespace.
 
 use std::{io, os::fd::OwnedFd, time::Duration};
 
@@ -12,13 +12,14 @@ use rustix::{
     },
 };
 
-/// The kernel answers at once; this is only so that a defect of it does not hold the daemon's thread for ever.
+/// The kernel answers at once; this is only so that a defect of it does not hold the daemon's thread for
+/// ever.
 const PATIENCE: Duration = Duration::from_secs(5);
 /// The kernel sends lists in pieces of at most this many bytes.
 const MAX_PIECE: usize = 64 * 1024;
 /// Most bytes of one list that are taken.
 const MAX_LIST: usize = 4 << 20;
-/// How often a list is asked for that changed while it was read.
+/// Number of attempts at a list that changes while it is read.
 const ATTEMPTS: usize = 5;
 
 /// `struct nlmsghdr` and `struct nlattr` of `linux/netlink.h`.
@@ -35,8 +36,8 @@ const DONE: u16 = 3;
 /// Without the flags "nested" and "big-endian".
 const TYPE_MASK: u16 = 0x3fff;
 
-/// Asks the kernel for a list: the messages, each without its header. A kernel that does not have what is asked for has an empty
-/// list.
+/// Asks the kernel for a list: the messages, each without its header. A kernel that does not have what is
+/// asked for has an empty list.
 ///
 /// # Errors
 /// The kernel's; or the list is too long, or changes all the time.
@@ -90,7 +91,7 @@ pub fn message(kind: u16, flags: u16, sequence: u32, body: &[u8]) -> Vec<u8> {
     message
 }
 
-/// What the kernel says to the message with a number: nothing more, or why not.
+/// The kernel's answer to the message with a number: done, or the error.
 pub struct Answer {
     /// The number.
     pub sequence: u32,
@@ -98,7 +99,7 @@ pub struct Answer {
     pub error: Option<io::Error>,
 }
 
-/// Receives what the kernel says to messages; lists are left out.
+/// Receives the kernel's answers to messages; lists are left out.
 ///
 /// # Errors
 /// When nothing comes.

@@ -81,7 +81,7 @@ pub fn expressions(rule: &[u8]) -> impl Iterator<Item = (String, &[u8])> {
         .map(|(_, expression)| (text(expression, 1), attribute(expression, 2).unwrap_or_default()))
 }
 
-/// What a message is about, as a person would say it.
+/// Describes the object of a message, as a person would.
 #[must_use]
 pub fn describe(kind: u16, body: &[u8]) -> String {
     let (number, attributes) = split(body);
@@ -102,7 +102,8 @@ pub fn describe(kind: u16, body: &[u8]) -> String {
 /// `NFNL_MSG_BATCH_BEGIN` and `NFNL_MSG_BATCH_END`: what is between them is done as one.
 const BEGIN: u16 = 0x10;
 const END: u16 = 0x11;
-/// What a batch is for, as the kernel reads it: `struct nfgenmsg` with the subsystem in network byte order.
+/// Subsystem that a batch is for, as the kernel reads it: `struct nfgenmsg` with the subsystem in network
+/// byte order.
 const FOR_NFTABLES: [u8; GENERIC] = [0, 0, 0, 10];
 /// `NLM_F_CREATE` and `NLM_F_APPEND`.
 const CREATE: u16 = 0x400;
@@ -129,7 +130,8 @@ pub enum MakeError {
     Differs(String),
 }
 
-/// Makes rules in the thread's network namespace, all or none of them, and looks whether they are as they were given.
+/// Makes rules in the thread's network namespace, all or none of them, and looks whether they are as they
+/// were given.
 ///
 /// # Errors
 /// When the kernel does not take them, or has made others of them.

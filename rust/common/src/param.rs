@@ -23,8 +23,8 @@ impl Property {
         Self { key: key.into(), value: value.into(), ignore_key }
     }
 
-    /// How it stands on the command line. None for a bare value that is empty: it would leave two commas side by
-    /// side, which QEMU reads as one comma within the value before.
+    /// Formats the property for the command line. None for a bare value that is empty: it would leave two
+    /// commas side by side, which QEMU reads as one comma within the value before.
     fn to_argument(&self) -> Option<String> {
         match (self.ignore_key, self.value.as_str()) {
             (true, "") => None,
@@ -55,8 +55,8 @@ impl Param {
         self.properties.iter().find(|p| p.key == key).map(|p| p.value.as_str())
     }
 
-    /// The two arguments it prints as, name first; none when it has nothing to say, since a program reads an empty
-    /// argument as a mistake.
+    /// The two arguments it prints as, name first; none when it has nothing to say, since a program reads an
+    /// empty argument as a mistake.
     fn to_arguments(&self, hyphen: &str) -> Option<[String; 2]> {
         let properties: Vec<_> = self.properties.iter().filter_map(Property::to_argument).collect();
         (!properties.is_empty()).then(|| [format!("{hyphen}{}", self.name), properties.join(",")])
@@ -105,8 +105,8 @@ pub fn vec_to_string<T: Display>(values: &[T]) -> String {
     values.iter().map(ToString::to_string).collect::<Vec<_>>().join(":")
 }
 
-/// Generator for the interrupt vectors of a multi-queue network device: one for each of both directions of every
-/// queue (a file descriptor each), one for configuration, one for control.
+/// Generator for the interrupt vectors of a multi-queue network device: one for each of both directions of
+/// every queue (a file descriptor each), one for configuration, one for control.
 #[must_use]
 pub fn fds_to_vectors<T>(fds: &[T]) -> String {
     (2 * fds.len() + 2).to_string()

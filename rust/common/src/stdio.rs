@@ -1,9 +1,10 @@
 //! Stdio streams between the relay and the agent, on guest port [`crate::constants::PORT_STDIO`].
 //!
-//! One connection a stream. It opens with a [`Hello`] line, answered by `OK\n` or `ERR <why>\n`; then frames follow in the
-//! stream's direction: a big-endian `u32` length (at most [`MAX_FRAME`]) and that many bytes. Length 0 is the end of the
-//! stream, after which the receiver closes. The end is a frame and not a half-close because the three ways to a vsock
-//! treat half-close, and a close with data in flight, differently.
+//! One connection a stream. It opens with a [`Hello`] line, answered by `OK\n` or `ERR <why>\n`; then frames
+//! follow in the stream's direction: a big-endian `u32` length (at most [`MAX_FRAME`]) and that many bytes.
+//! Length 0 is the end of the stream, after which the receiver closes. The end is a frame and not a
+//! half-close because the three ways to a vsock treat half-close, and a close with data in flight,
+//! differently.
 
 use std::io;
 
@@ -17,7 +18,7 @@ pub const HEADER: usize = 4;
 /// Most bytes that are read from a connection at once.
 const CHUNK: usize = 16 * 1024;
 
-/// Which of a process's streams.
+/// One of a process's streams.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Stream {
@@ -39,7 +40,7 @@ pub struct Hello {
     /// Exec id; empty for the container's own process.
     #[serde(default)]
     pub exec: String,
-    /// Which stream.
+    /// The stream of the process.
     pub stream: Stream,
 }
 
@@ -48,7 +49,8 @@ pub struct Hello {
 #[error("reading a stdio frame: {0} bytes announced, at most {MAX_FRAME} allowed")]
 pub struct FrameTooLong(pub u32);
 
-/// Header of a frame of `len` payload bytes; 0 ends the stream. Longer payloads are cut to [`MAX_FRAME`] by the caller.
+/// Header of a frame of `len` payload bytes; 0 ends the stream. Longer payloads are cut to [`MAX_FRAME`] by
+/// the caller.
 #[must_use]
 pub fn header(len: usize) -> [u8; HEADER] {
     u32::try_from(len.min(MAX_FRAME)).unwrap_or(0).to_be_bytes()
@@ -66,8 +68,8 @@ pub fn payload_len(header: [u8; HEADER]) -> Result<usize, FrameTooLong> {
     }
 }
 
-/// Takes frames apart as their bytes come, however these are cut: each byte is looked at once and moved once, whatever the
-/// frames' lengths.
+/// Takes frames apart as their bytes come, however these are cut: each byte is looked at once and moved once,
+/// whatever the frames' lengths.
 #[derive(Clone, Debug, Default)]
 pub struct Frames {
     head: [u8; HEADER],
@@ -78,7 +80,8 @@ pub struct Frames {
 }
 
 impl Frames {
-    /// Hands the payload in the stream's next bytes to `take`, piece by piece. `Some` at the stream's end: what lies behind it.
+    /// Hands the payload in the stream's next bytes to `take`, piece by piece. `Some` at the stream's end:
+    /// what lies behind it.
     ///
     /// # Errors
     /// When a frame announces more than [`MAX_FRAME`] bytes; what came before it was taken.
@@ -115,19 +118,19 @@ impl Frames {
         }
     }
 
-    /// Whether a frame's payload has yet to come, so that waiting for it holds nothing up.
+    /// Returns true if a frame's payload has yet to come, so that waiting for it holds nothing up.
     #[must_use]
     pub fn wants_payload(&self) -> bool {
         self.rest > 0
     }
 }
 
-/// What frames brought.
+/// Content of frames.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub struct Batch {
     /// Payload, of as many frames as came at once.
     pub payload: Vec<u8>,
-    /// At the end of the stream: how many bytes behind it were read, too.
+    /// At the end of the stream: number of bytes behind it that were read, too.
     pub end: Option<usize>,
 }
 

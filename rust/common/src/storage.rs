@@ -1,11 +1,13 @@
-//! What the guest mounts for a container: a list in the container's bundle, written by the host, done by the agent before the
-//! OCI runtime looks at the spec. The spec then names mount points of the list, as its root or as sources of bind mounts.
+//! Mounts of the guest for a container: a list in the container's bundle, which the host writes and the agent
+//! carries out before the OCI runtime looks at the spec. The spec then names mount points of the list, as its
+//! root or as sources of bind mounts.
 
 use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
-/// The list's file in a container's bundle: JSON, a list of [`Storage`]. A container without one has no storages.
+/// The list's file in a container's bundle: JSON, a list of [`Storage`]. A container without one has no
+/// storages.
 pub const FILE: &str = "storages.json";
 /// Longest such file, in bytes.
 pub const MAX_FILE: usize = 1 << 20;
@@ -16,11 +18,13 @@ pub const MOUNT_POINTS: &str = "/run/kuasar/storage";
 
 /// Names of drivers, as in [`Storage::driver`].
 pub mod driver {
-    /// A block device, from its PCI address or serial: source `pci:dddd:bb:dd.f`, `serial:<text>` or `name:<device>`.
+    /// A block device, from its PCI address or serial: source `pci:dddd:bb:dd.f`, `serial:<text>` or
+    /// `name:<device>`.
     pub const BLOCK: &str = "blk";
     /// A SCSI disk: source `scsi:<host or *>:<channel>:<target>:<lun>`.
     pub const SCSI: &str = "scsi";
-    /// Persistent memory: source `pmem:dddd:bb:dd.f` or `name:<device>`. Option `dax` leaves the page cache out.
+    /// Persistent memory: source `pmem:dddd:bb:dd.f` or `name:<device>`. Option `dax` leaves the page cache
+    /// out.
     pub const PMEM: &str = "pmem";
     /// A file or folder of the pod's shared folder: source is its path in there.
     pub const SHARE: &str = "share";
@@ -42,23 +46,26 @@ pub mod driver {
 pub struct Storage {
     /// One of [`driver`].
     pub driver: String,
-    /// What is mounted; the form depends on the driver.
+    /// Source of the mount; its form depends on the driver.
     #[serde(default, skip_serializing_if = "String::is_empty")]
     pub source: String,
     /// File system type; only for drivers that leave a choice.
     #[serde(default, skip_serializing_if = "String::is_empty")]
     pub fstype: String,
-    /// Words as in `fstab`: flags (`ro`, `rro`, `noexec`, …), propagation (`rshared`, …), what the file system knows.
+    /// Words as in `fstab`: flags (`ro`, `rro`, `noexec`, …), propagation (`rshared`, …), what the file
+    /// system knows.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub options: Vec<String>,
-    /// Where: a path below [`MOUNT_POINTS`]; made if it is not there. Empty for a device that is not mounted.
+    /// Path of the mount, below [`MOUNT_POINTS`]; the agent makes it if it is not there. Empty for a device
+    /// that is not mounted.
     #[serde(default, skip_serializing_if = "String::is_empty")]
     pub mount_point: String,
-    /// Not mounted: a device node for the container. This is the number, `major:minor`, under which the spec lists it, the
-    /// host's; the agent puts the guest's in its place.
+    /// Not mounted: a device node for the container. This is the number, `major:minor`, under which the spec
+    /// lists it, the host's; the agent puts the guest's in its place.
     #[serde(default, skip_serializing_if = "String::is_empty")]
     pub device: String,
-    /// One mount for all containers of the pod that list it, alike in every field. Otherwise it is this container's own.
+    /// One mount for all containers of the pod that list it, alike in every field. Otherwise it is this
+    /// container's own.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub pod: bool,
 }
@@ -75,9 +82,9 @@ pub enum StorageError {
     /// An entry cannot be done; the sentence names what of it.
     #[error("storage {which}: {why}")]
     Entry {
-        /// Which.
+        /// The entry.
         which: String,
-        /// What is wrong.
+        /// The fault in it.
         why: String,
     },
 }
@@ -141,7 +148,7 @@ impl fmt::Display for Storage {
     }
 }
 
-/// Whether a path is relative, has no empty part, and goes only down.
+/// Returns true if a path is relative, has no empty part, and goes only down.
 #[must_use]
 pub fn is_plain(path: &str) -> bool {
     path.split('/').all(|part| !matches!(part, "" | "." | ".."))

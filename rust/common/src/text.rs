@@ -3,8 +3,8 @@
 /// Longest text of a guest that is shown, in characters.
 pub const SHOWN: usize = 512;
 
-/// The beginning of a text, as it may be shown: no character moves a terminal's cursor, ends a line, hides, or turns the direction of
-/// others around (U+202E and its like). These are escaped as Rust escapes them.
+/// The beginning of a text, as it may be shown: no character moves a terminal's cursor, ends a line, hides,
+/// or turns the direction of others around (U+202E and its like). These are escaped as Rust escapes them.
 #[must_use]
 pub fn printable(text: &str) -> String {
     printable_within(text, SHOWN)

@@ -22,7 +22,7 @@ use crate::{is_test, rust_files};
 
 /// A module's path in its crate; the root's is empty.
 type Module = Vec<String>;
-/// How many re-exports a path is followed through.
+/// Most re-exports through which a path is followed.
 const DEPTH: usize = 8;
 
 /// Groups of files that import each other, each sorted, of a crate's `src`.
@@ -75,7 +75,7 @@ fn module_of(path: &Path) -> Module {
 /// Names that a file knows from elsewhere, and paths that it follows.
 #[derive(Default)]
 struct Names {
-    /// What `use` binds: name, path.
+    /// Names that `use` binds, with their paths.
     bound: BTreeMap<String, Vec<String>>,
     paths: BTreeSet<Vec<String>>,
 }

@@ -1,6 +1,8 @@
-//! Memory of many relays at once: idle, then each with a running container, then each after an exec and some output.
+//! Memory of many relays at once: idle, then each with a running container, then each after an exec and some
+//! output.
 //!
-//! `relay_memory PROGRAM [COUNT] [streams]`, over fifos or over streams; guests and daemons are not real. Prints kibibytes per relay, from `smaps_rollup`.
+//! `relay_memory PROGRAM [COUNT] [streams]`, over fifos or over streams; guests and daemons are not real.
+//! Prints kibibytes per relay, from `smaps_rollup`.
 
 #![allow(
     clippy::unwrap_used,

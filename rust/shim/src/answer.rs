@@ -26,7 +26,7 @@ pub(crate) fn encode(message: &impl Message) -> Answer {
     message.write_to_bytes().map_err(|e| get_status(Code::INTERNAL, format!("encoding a message: {e}")))
 }
 
-/// What containerd takes for "it is gone".
+/// Status that containerd takes for "it is gone".
 pub(crate) fn not_found(what: &str) -> Status {
     get_status(Code::NOT_FOUND, format!("{what}: not found"))
 }
@@ -49,7 +49,8 @@ pub(crate) fn host_pid(pid: u32) -> Option<u32> {
     (1..GUEST_PID_LIMIT).contains(&pid).then(|| pid.saturating_add(GUEST_PID_BASE))
 }
 
-/// A guest's text for people: short, and of characters that show. Others could forge lines of a log, or hide some.
+/// A guest's text for people: short, and of characters that show. Others could forge lines of a log, or hide
+/// some.
 #[must_use]
 pub fn quote(text: &str) -> String {
     let mut shown: String = text.chars().map(|c| if shows(c) { c } else { ' ' }).take(MAX_TEXT).collect();
@@ -59,7 +60,8 @@ pub fn quote(text: &str) -> String {
     shown
 }
 
-/// Neither a control character nor one that changes how others are shown: marks of direction, joiners, tags, line ends.
+/// Neither a control character nor one that changes how others are shown: marks of direction, joiners, tags,
+/// line ends.
 pub(crate) fn shows(c: char) -> bool {
     !c.is_control()
         && !matches!(c, '\u{ad}' | '\u{61c}' | '\u{180e}' | '\u{200b}'..='\u{200f}' | '\u{2028}'..='\u{202e}'

@@ -1,4 +1,5 @@
-//! The command line: containerd's, in the style of Go's `flag` package (`-id CID … delete`), and the daemon's (`serve`).
+//! The command line: containerd's, in the style of Go's `flag` package (`-id CID … delete`), and the daemon's
+//! (`serve`).
 
 use std::{collections::HashMap, path::PathBuf};
 
@@ -19,10 +20,10 @@ const VALUED: [&str; 11] = [
     "forward-fd",
 ];
 
-/// Where containerd listens unless told otherwise.
+/// containerd's socket, unless the command line names another.
 const CONTAINERD: &str = "/run/containerd/containerd.sock";
 
-/// What to do.
+/// Action that the command line asks for.
 #[derive(Debug, PartialEq, Eq)]
 pub enum Action {
     /// Serve one pod's Task endpoint.
@@ -49,7 +50,7 @@ pub enum Action {
 pub struct Serve {
     /// The pod's folder.
     pub pod_dir: PathBuf,
-    /// Where the guest's ports are reached.
+    /// Address of the guest's ports.
     pub guest: GuestAddress,
     /// containerd's gRPC socket; the one for events has its name and `.ttrpc`.
     pub containerd: PathBuf,

@@ -1,4 +1,4 @@
-//! How often something may happen: some at once, then one in a while.
+//! Limit on the rate of something: a number at once, then one in each interval.
 
 use std::time::Duration;
 

@@ -1,4 +1,4 @@
-//! Whether whoever made a call is still there.
+//! Tells whether the caller of a call is still there.
 
 use std::{
     sync::{
@@ -10,17 +10,18 @@ use std::{
 
 use tokio::time::Instant;
 
-/// How exactly the end of a caller's time is known.
+/// Precision to which the end of a caller's time is known.
 const ROUNDING: Duration = Duration::from_millis(50);
 
-/// Waits for a call's answer. ttrpc's server drops it early for one of two reasons: the caller's time is over, or its connection.
+/// Waits for a call's answer. ttrpc's server drops it early for one of two reasons: the caller's time is
+/// over, or its connection.
 pub(crate) struct Waiting {
     hung_up: Arc<AtomicBool>,
     end: Option<Instant>,
     answered: bool,
 }
 
-/// What the call's work can know of its caller.
+/// View of a call's caller, for the work that serves the call.
 pub(crate) struct Caller(Arc<AtomicBool>);
 
 impl Waiting {
@@ -47,8 +48,8 @@ impl Drop for Waiting {
 }
 
 impl Caller {
-    /// Whether its connection ended before there was an answer. One whose time was over is still there: containerd then says
-    /// what is to become of what it asked for.
+    /// Returns true if the caller's connection ended before there was an answer. A caller whose time was over
+    /// is still there: containerd then says what is to become of its request.
     pub(crate) fn hung_up(&self) -> bool {
         self.0.load(Ordering::Relaxed)
     }

@@ -29,7 +29,8 @@ use crate::{
     task::{EXIT_KILLED, Relay, WORK_LIMIT, at_least, done, work},
 };
 
-/// Where containerd says in which of its namespaces a call is made, and the one that Kubernetes' containers are in.
+/// Metadata key under which containerd names its namespace of a call, and the namespace of Kubernetes'
+/// containers.
 pub(crate) const NAMESPACE_METADATA: &str = "containerd-namespace-ttrpc";
 const DEFAULT_NAMESPACE: &str = "k8s.io";
 /// Exit status of a process whose own is not known.
@@ -94,7 +95,8 @@ impl Relay {
                 let why = "whoever asked for it hung up before it was there, so it is taken back";
                 Err(get_status(Code::ABORTED, format!("{doing}: {why}")))
             }
-            // Nothing is waited for from here to the end, so that whoever asks next finds either all of it or none.
+            // Nothing is waited for from here to the end, so that whoever asks next finds either all of it or
+            // none.
             Ok(pid) => {
                 *lock(&container.sockets) = Served::start(sockets, &self.guest);
                 let watcher =
@@ -112,8 +114,9 @@ impl Relay {
         }
     }
 
-    /// What host and stdio have to do before the guest: the container's bundle there, the sockets of the host that it has
-    /// mounted, and its stdio. On an error nothing of it stays.
+    /// Does the host's part and stdio's part of Create, which come before the guest's: the container's bundle
+    /// on the host, the sockets of the host that it has mounted, and its stdio. On an error nothing of it
+    /// stays.
     async fn prepare(
         self: &Arc<Self>,
         doing: &str,

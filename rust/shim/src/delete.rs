@@ -22,7 +22,7 @@ use crate::{
     task::{EXIT_KILLED, Relay, WORK_LIMIT, at_least, work},
 };
 
-/// How often the daemon may fail to release before it is left to it.
+/// Number of times that the daemon may fail to release before the relay leaves the release to it.
 const REFUSALS: u32 = 5;
 /// Pause between attempts to tell the daemon of a release: the first, and the longest.
 const RETRY: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(10));

@@ -1,8 +1,8 @@
 //! The end of output in a fifo that nobody has open to read: containerd is away.
 //!
-//! A fifo without descriptors loses what is in it, and with it the last words of a container that ends meanwhile. So a
-//! writing end stays open until somebody has opened the fifo to read. No event tells of that; but an `open` for writing
-//! returns in this moment, and waits in a thread of its own.
+//! A fifo without descriptors loses what is in it, and with it the last words of a container that ends
+//! meanwhile. So a writing end stays open until somebody has opened the fifo to read. No event tells of that;
+//! but an `open` for writing returns in this moment, and waits in a thread of its own.
 
 use std::{
     fs::File,
@@ -14,7 +14,8 @@ use std::{
 use rustix::io::{Errno, ioctl_fionread};
 use tokio::{net::unix::pipe, task::spawn_blocking};
 
-/// Returns when somebody reads the fifo, or when nothing is in it. Dropping the future gives the rest of it up.
+/// Returns when somebody reads the fifo, or when nothing is in it. Dropping the future gives the rest of it
+/// up.
 pub(crate) async fn until_read(pipe: pipe::Sender) -> io::Result<()> {
     if ioctl_fionread(&pipe)? == 0 {
         return Ok(());

@@ -1,7 +1,7 @@
-//! A container's figures: what the guest says of them, as the messages that containerd knows and no others.
+//! A container's figures from the guest, as the messages that containerd knows and no others.
 //!
-//! containerd and the kubelet list the figures of all containers at once, and fail all of them for one that they cannot
-//! decode or write as JSON.
+//! containerd and the kubelet list the figures of all containers at once, and fail all of them for one that
+//! they cannot decode or write as JSON.
 
 use containerd_shim_protos::{
     api::StatsResponse,

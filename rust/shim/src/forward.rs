@@ -1,8 +1,9 @@
-//! Port-forward: whatever is connected to in the pod's network namespace, on the loopback, is carried to the guest's.
+//! Port-forward: whatever is connected to in the pod's network namespace, on the loopback, is carried to the
+//! guest's.
 //!
-//! containerd enters the namespace and dials `localhost`. The daemon has put a listener there that the kernel gives every
-//! such connection, whatever its port, and handed it down together with what keeps the kernel doing so: it ends with this
-//! process, and needs no daemon until then.
+//! containerd enters the namespace and dials `localhost`. The daemon has put a listener there that the kernel
+//! gives every such connection, whatever its port, and handed it down together with what keeps the kernel
+//! doing so: it ends with this process, and needs no daemon until then.
 
 use std::{io, sync::Arc, time::Duration};
 
@@ -24,7 +25,7 @@ use crate::{
 
 /// Connections that may be open at the same time; more wait in the kernel's queue.
 const MAX_OPEN: usize = 256;
-/// How long a guest may take to answer a connection's first line; it has to connect in the pod.
+/// Longest time that a guest may take to answer a connection's first line; it has to connect in the pod.
 const HELLO_LIMIT: Duration = Duration::from_secs(40);
 /// Pause after a connection could not be accepted, for want of descriptors.
 const PAUSE: Duration = Duration::from_millis(100);

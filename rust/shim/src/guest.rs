@@ -46,7 +46,7 @@ pub(crate) const TASK_SERVICE: &str = "containerd.task.v3.Task";
 pub(crate) const PROBE_LIMIT: Duration = Duration::from_millis(1800);
 /// Longest wait for one connection to a guest's port, handshake included.
 const DIAL_LIMIT: Duration = Duration::from_secs(10);
-/// How long a guest whose VM nobody watches may be unreachable before it counts as dead.
+/// Longest time that a guest whose VM nobody watches may be unreachable before it counts as dead.
 const LOST_LIMIT: Duration = Duration::from_secs(5);
 /// Pauses between attempts to connect again.
 const RETRY: (Duration, Duration) = (Duration::from_millis(50), Duration::from_secs(1));
@@ -91,7 +91,7 @@ pub(crate) struct Call {
     /// The caller's metadata.
     pub(crate) metadata: Vec<KeyValue>,
     pub(crate) limit: Option<Duration>,
-    /// Whether it may be sent once more after a broken connection.
+    /// True if the call may be sent once more after a broken connection.
     pub(crate) repeatable: bool,
 }
 
@@ -105,7 +105,7 @@ pub(crate) struct Guest {
     silent: AtomicBool,
 }
 
-/// Where its ports are.
+/// Address of the guest's ports.
 enum Address {
     Hybrid(Hybrid),
     Vsock(u32),
@@ -137,8 +137,8 @@ impl Guest {
         timeout(DIAL_LIMIT, dialled).await.unwrap_or(Err(DialError::Timeout { port }))
     }
 
-    /// Calls a service of the guest's and returns the payload of its answer. Ends with the VM and at the call's limit; a
-    /// connection that broke is made anew as long as the VM lives.
+    /// Calls a service of the guest's and returns the payload of its answer. Ends with the VM and at the
+    /// call's limit; a connection that broke is made anew as long as the VM lives.
     pub(crate) async fn call(&self, call: Call) -> Result<Vec<u8>, CallError> {
         if self.vm.is_dead() {
             return Err(CallError::Dead);
@@ -158,8 +158,8 @@ impl Guest {
         }
     }
 
-    /// A call that is not worth waiting for a silent guest: of all such calls only the first one does, and then one that
-    /// stays open until the guest answers.
+    /// A call that is not worth waiting for a silent guest: of all such calls only the first one does, and
+    /// then one that stays open until the guest answers.
     pub(crate) async fn probe(self: &Arc<Self>, call: Call) -> Result<Vec<u8>, CallError> {
         if self.silent.load(Ordering::Relaxed) {
             return Err(CallError::Timeout(call.limit.unwrap_or(PROBE_LIMIT)));
@@ -178,7 +178,7 @@ impl Guest {
         answer
     }
 
-    /// Whether the guest is hung.
+    /// Returns true if the guest is hung.
     pub(crate) async fn is_silent(self: &Arc<Self>) -> bool {
         matches!(self.probe(check(Some(PROBE_LIMIT))).await, Err(CallError::Timeout(_)))
     }
@@ -202,7 +202,8 @@ impl Guest {
         }
     }
 
-    /// Sends a request. The first one of a connection shows the token, and the guest takes only a short one for that.
+    /// Sends a request. The first one of a connection shows the token, and the guest takes only a short one
+    /// for that.
     async fn send(&self, client: &Client, request: &Request) -> ttrpc::Result<Response> {
         if usize::try_from(request.compute_size()).is_ok_and(|length| length > MAX_FIRST) {
             client.request(self.request(check(Some(DIAL_LIMIT)))).await?;
@@ -215,7 +216,8 @@ impl Guest {
         metadata.retain(|pair| pair.key != TOKEN_METADATA);
         let (key, value) = (TOKEN_METADATA.to_owned(), self.token.clone());
         metadata.push(KeyValue { key, value, ..Default::default() });
-        // The guest gives up a little later than this side, so that it is always this side that words the error.
+        // The guest gives up a little later than this side, so that it is always this side that words the
+        // error.
         let limit = call.limit.map_or(0, |limit| (limit + Duration::from_secs(1)).as_nanos());
         Request {
             service: call.service.to_owned(),
@@ -264,7 +266,8 @@ fn check(limit: Option<Duration>) -> Call {
     Call { service: SANDBOX_SERVICE, method: "Check", payload, metadata, limit, repeatable: true }
 }
 
-/// Sends the line that a connection to one of the agent's ports begins with, and reads the one that answers it.
+/// Sends the line that a connection to one of the agent's ports begins with, and reads the one that answers
+/// it.
 pub(crate) async fn ask(conn: &mut Conn, first_line: &[u8], limit: Duration) -> io::Result<Vec<u8>> {
     let talk = async {
         conn.write_all(first_line).await?;

@@ -1,4 +1,5 @@
-//! What the relay asks of the daemon. The daemon may be down or restarting; nothing else of the relay depends on it.
+//! The relay's requests to the daemon. The daemon may be down or restarting; nothing else of the relay
+//! depends on it.
 
 use std::{
     path::{Path, PathBuf},
@@ -19,11 +20,11 @@ use ttrpc::{
     proto::Status,
 };
 
-/// How long a new container waits for the daemon.
+/// Longest time that a new container waits for the daemon.
 const PREPARE_LIMIT: Duration = Duration::from_secs(60);
-/// How long the end of a container waits for a daemon that answers.
+/// Longest time that the end of a container waits for a daemon that answers.
 const RELEASE_LIMIT: Duration = Duration::from_secs(30);
-/// How long the end of a container waits for a daemon that is down.
+/// Longest time that the end of a container waits for a daemon that is down.
 const RELEASE_CONNECT_LIMIT: Duration = Duration::from_secs(2);
 /// Pauses between attempts to reach the daemon.
 const RETRY: (Duration, Duration) = (Duration::from_millis(50), Duration::from_secs(1));

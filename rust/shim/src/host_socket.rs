@@ -1,5 +1,5 @@
-//! Sockets of the host that containers have mounted: waits for connections in the guest, and carries each to the host's
-//! socket (see [`kuasar_common::host_socket`]).
+//! Sockets of the host that containers have mounted: waits for connections in the guest, and carries each to
+//! the host's socket (see [`kuasar_common::host_socket`]).
 
 mod connect;
 mod credentials;
@@ -35,11 +35,11 @@ use crate::{
 
 /// Connections of one mount that may be open at the same time; more wait in the guest.
 const MAX_OPEN: usize = 128;
-/// How long the guest may take to read a line.
+/// Longest time that the guest may take to read a line.
 const HELLO_LIMIT: Duration = Duration::from_secs(10);
 /// Pauses after the guest could not be asked.
 const RETRY: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(5));
-/// How long connections of a container that is gone may take for what is still on its way.
+/// Longest time that connections of a container that is gone may take for bytes that are still on their way.
 const LAST_BYTES: Duration = Duration::from_secs(10);
 /// `asm-generic/fcntl.h`: a descriptor of the file that does not open it.
 const O_PATH: i32 = 0o10_000_000;

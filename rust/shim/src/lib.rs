@@ -1,11 +1,12 @@
 //! The parts of the relay between containerd's Task API and one pod's microVM.
 //!
-//! One small process per pod, which outlives the daemon: containerd connects to a Task endpoint once per container and
-//! never again, so whoever serves it must live as long as the pod. It passes calls on to the agent in the guest, copies
-//! stdio, and asks the daemon for what a container needs of the host. It holds no policy and reads no OCI configuration.
+//! One small process per pod, which outlives the daemon: containerd connects to a Task endpoint once per
+//! container and never again, so the process that serves it must live as long as the pod. It passes calls on
+//! to the agent in the guest, copies stdio, and asks the daemon for a container's needs of the host. It holds
+//! no policy and reads no OCI configuration.
 //!
-//! Nothing of a guest's is passed on as it came: answers, events, figures and errors are values of known types about this
-//! pod, built anew from what could be understood.
+//! Nothing of a guest's is passed on as it came: answers, events, figures and errors are values of known
+//! types about this pod, built anew from what could be understood.
 //!
 //! Public is what the program needs, and what the fuzz targets reach.
 

@@ -1,4 +1,4 @@
-//! How far a process has come towards its end, as its waiters and its streams need to know.
+//! Progress of a process towards its end, for its waiters and its streams.
 
 use std::{
     sync::Arc,
@@ -8,12 +8,13 @@ use std::{
 use protobuf::well_known_types::timestamp::Timestamp;
 use tokio::{sync::watch, time::sleep};
 
-/// How long a stream of an exited process waits for a guest that says nothing: exit is reported independent of output.
+/// Longest time that a stream of an exited process waits for a guest that says nothing: the relay reports the
+/// exit independently of the output.
 const SILENT_AFTER_EXIT: Duration = Duration::from_secs(10);
 /// The same, of a process that was deleted or whose VM is gone.
 const SILENT_AT_END: Duration = Duration::from_secs(2);
 
-/// How a process ended.
+/// Exit of a process.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Exit {
     pub(crate) status: u32,
@@ -63,7 +64,7 @@ impl Life {
         self.0.borrow().closing
     }
 
-    /// How it ended, if it did.
+    /// Returns the exit of the process, if it ended.
     pub(crate) fn exit(&self) -> Option<Exit> {
         self.0.borrow().exit
     }

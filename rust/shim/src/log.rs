@@ -12,7 +12,8 @@ use std::{
 
 use crate::answer::shows;
 
-/// Most bytes that one relay logs in its life, about 30 000 containers: a guest must not be able to fill the disk.
+/// Most bytes that one relay logs in its life, about 30 000 containers: a guest must not be able to fill the
+/// disk.
 const LIMIT: usize = 4 << 20;
 /// Longest text of a line, in bytes. Errors may quote a guest.
 const LINE_LIMIT: usize = 1024;
@@ -48,8 +49,8 @@ macro_rules! log {
 }
 pub(crate) use log;
 
-/// RFC 3339 text of a Unix time, by the usual day count from 1 March of year 0: a calendar crate would be most of this
-/// program.
+/// RFC 3339 text of a Unix time, by the usual day count from 1 March of year 0: a calendar crate would be
+/// most of this program.
 fn utc(seconds: u64) -> String {
     let (days, rest) = (seconds / 86_400 + 719_468, seconds % 86_400);
     let (era, day_of_era) = (days / 146_097, days % 146_097);

@@ -1,4 +1,5 @@
-//! Relay between containerd's Task API and one pod's microVM: the program. Its parts are in the library beside it.
+//! Relay between containerd's Task API and one pod's microVM: the program. Its parts are in the library
+//! beside it.
 
 use std::{fmt::Display, io::Write, process::ExitCode};
 

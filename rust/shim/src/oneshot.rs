@@ -14,7 +14,7 @@ use crate::task::EXIT_KILLED;
 /// Name and version of this program.
 pub const VERSION: &str = concat!("containerd-shim-kuasar-vmm-v1 ", env!("CARGO_PKG_VERSION"));
 
-/// What `-h` prints.
+/// Text that `-h` prints.
 pub const USAGE: &str = "\
 Relay between containerd's Task API and one pod's microVM.
 
@@ -25,8 +25,8 @@ Relay between containerd's Task API and one pod's microVM.
   -v                    print the version
 ";
 
-/// Answer to `delete`: containerd found the container's endpoint gone, so the container is, too. Nothing is cleaned up
-/// here; the pod belongs to the daemon, and the VM may well be alive with other containers in it.
+/// Answer to `delete`: containerd found the container's endpoint gone, so the container is, too. Nothing is
+/// cleaned up here; the pod belongs to the daemon, and the VM may well be alive with other containers in it.
 ///
 /// # Errors
 /// When it cannot be encoded.
@@ -39,10 +39,11 @@ pub fn delete() -> protobuf::Result<Vec<u8>> {
     response.write_to_bytes()
 }
 
-/// Key of `RuntimeInfo`'s annotations: mounts that containerd 2.2 and later leaves to the runtime. (From 2.4 on there is
-/// another way to say so, in the answer to `start`, which this program never gives.)
+/// Key of `RuntimeInfo`'s annotations: mounts that containerd 2.2 and later leaves to the runtime. (From 2.4
+/// on there is another way to say so, in the answer to `start`, which this program never gives.)
 const ALLOWED_MOUNTS: &str = "containerd.io/runtime-allow-mounts";
-/// Images as layers, and what is made of them. Making a file system in a new image (`mkfs`) is left to containerd.
+/// Images as layers, and what is made of them. Making a file system in a new image (`mkfs`) is left to
+/// containerd.
 const OUR_MOUNTS: &str = "erofs,format/*,mkdir/*";
 
 /// Answer to `-info`.

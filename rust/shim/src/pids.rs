@@ -14,7 +14,8 @@ const MAX_PROCESSES: usize = 4096;
 /// Type of what is said of a process that Exec added.
 const DETAILS: &str = "containerd.runc.v1.ProcessDetails";
 
-/// The guest's answer to Pids made anew; nothing if it makes no sense, or names none. `known` knows the container's execs.
+/// The guest's answer to Pids made anew; nothing if it makes no sense, or names none. `known` knows the
+/// container's execs.
 #[must_use]
 pub fn pids(payload: &[u8], known: impl Fn(&str) -> bool) -> Option<Vec<u8>> {
     if payload.len() > MAX_ANSWER {

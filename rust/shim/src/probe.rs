@@ -24,7 +24,7 @@ use crate::{
     stdio::Sink,
 };
 
-/// What lets a guest's events through, in a pod with one container and one exec.
+/// Filter of a guest's events, in a pod with one container and one exec.
 pub struct Events {
     pod: Registry,
     since: SystemTime,
@@ -45,10 +45,11 @@ impl Events {
         Self { pod, since: SystemTime::now() - Duration::from_secs(60) }
     }
 
-    /// What containerd would get for a guest's answer to `GetEvents`, encoded; nothing if that answer makes no sense.
+    /// Filters a guest's answer to `GetEvents` and returns the event for containerd, encoded; nothing if that
+    /// answer makes no sense.
     ///
     /// # Errors
-    /// Why it would get nothing.
+    /// Why containerd would get nothing.
     pub fn pass(&self, answer: &[u8]) -> Option<Result<Vec<u8>, Refused>> {
         let event = sandbox::Envelope::parse_from_bytes(answer).ok()?;
         let passed = admit(&event, &self.pod, self.since);
@@ -56,7 +57,8 @@ impl Events {
     }
 }
 
-/// Everything that a process's output is after it went through the relay, as frames; the guest says `raw` and hangs up.
+/// Everything that a process's output is after it went through the relay, as frames; the guest says `raw` and
+/// hangs up.
 pub async fn output(raw: &[u8]) -> Vec<u8> {
     let (ours, mut theirs): (DuplexStream, DuplexStream) = duplex(64 * 1024);
     let copy = async {

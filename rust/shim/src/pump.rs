@@ -1,4 +1,5 @@
-//! Copying bytes between containerd's side of a stream and the guest's, frame by frame, until the stream's end.
+//! Copying bytes between containerd's side of a stream and the guest's, frame by frame, until the stream's
+//! end.
 
 mod source;
 
@@ -22,8 +23,8 @@ use crate::{
     stdio::{Port, Sink, StdioError},
 };
 
-/// Bytes copied at once. Allocated when there is something to copy, and freed after: most streams are quiet most of the
-/// time, and there are many.
+/// Bytes copied at once. Allocated when there is something to copy, and freed after: most streams are quiet
+/// most of the time, and there are many.
 const CHUNK: usize = 16 * 1024;
 /// Pauses between attempts to connect again.
 const RETRY: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(1));
@@ -161,7 +162,8 @@ async fn input_frames(source: &mut Source, conn: &mut Conn, close: &Notify, unse
     }
 }
 
-/// Connects a broken stream again (the guest kept what it has not sent), until nothing is to be expected any more.
+/// Connects a broken stream again (the guest kept what it has not sent), until nothing is to be expected any
+/// more.
 async fn again(port: &Port, life: &Life, why: &io::Error) -> Option<Conn> {
     if life.is_closing() {
         return None;

@@ -26,7 +26,8 @@ use crate::{
 
 /// Processes that are deleted and still remembered, for events of theirs that are on the way.
 const PAST: usize = 32;
-/// Events of a container that may come as often as the guest has them: so many at once, and one more in so many seconds.
+/// Events of a container that may come as often as the guest has them: so many at once, and one more in so
+/// many seconds.
 const REPEATED: (u32, Duration) = (16, Duration::from_secs(1));
 
 /// Locks; what a panicking holder left behind is still the best there is.
@@ -34,7 +35,7 @@ pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// How far a process has come, exit aside.
+/// Phase of a process's life, exit aside.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Phase {
     /// Not there yet for anyone but its creator.
@@ -79,7 +80,7 @@ impl Process {
         self.told.fetch_or(kind, Ordering::Relaxed) & kind == 0
     }
 
-    /// Whether containerd was told.
+    /// Returns true if containerd was told.
     pub(crate) fn was_told(&self, kind: u8) -> bool {
         self.told.load(Ordering::Relaxed) & kind != 0
     }
@@ -121,7 +122,7 @@ impl Process {
         std::mem::take(&mut lock(&self.state).stdio).finish();
     }
 
-    /// It is deleted; whoever still waits for it is told that it was killed.
+    /// Marks the process as deleted; a caller that still waits for it is told that it was killed.
     pub(crate) fn deleted(&self, status: u32) {
         self.life.end(status);
         self.close();
@@ -201,8 +202,8 @@ impl Container {
         }
     }
 
-    /// Whether nobody will ever know of it: containerd, which writes down a task when it is created, hung up before. If it
-    /// looked at its tasks meanwhile, this one was not there.
+    /// Returns true if nobody will ever know of the container: containerd, which writes down a task when it
+    /// is created, hung up before. If it looked at its tasks meanwhile, this one was not there.
     pub(crate) fn is_abandoned(&self) -> bool {
         self.init.phase() == Phase::Creating && self.creator.hung_up()
     }
@@ -260,7 +261,7 @@ pub(crate) struct Subject {
 #[derive(Default)]
 pub(crate) struct Registry {
     live: Mutex<HashMap<String, Arc<Container>>>,
-    /// What was deleted last, the newest behind.
+    /// Processes deleted last, the newest behind.
     past: Mutex<VecDeque<Subject>>,
 }
 
@@ -298,8 +299,8 @@ impl Registry {
         past.push_back(Subject { container, exec: exec.to_owned(), process });
     }
 
-    /// The process that an event of a kind is about, if this pod has it or had it lately: of several with these ids the oldest
-    /// of which that has not been told.
+    /// The process that an event of a kind is about, if this pod has it or had it lately: of several with
+    /// these ids the oldest of which that has not been told.
     pub(crate) fn subject(&self, id: &str, exec: &str, kind: u8) -> Option<Subject> {
         let untold = |subject: &&Subject| {
             subject.container.id == id && subject.exec == exec && !subject.process.was_told(kind)
@@ -312,7 +313,7 @@ impl Registry {
         Some(Subject { container, exec: exec.to_owned(), process })
     }
 
-    /// Whether it is still this very container.
+    /// Returns true if it is still this very container.
     pub(crate) fn holds(&self, container: &Arc<Container>) -> bool {
         self.get(&container.id).is_some_and(|found| Arc::ptr_eq(&found, container))
     }

@@ -1,4 +1,4 @@
-//! What this process may do: less than it was started with, as a guest's bytes are what it works on.
+//! Rights of this process: fewer than it was started with, as it works on a guest's bytes.
 
 use rustix::{
     io::Errno,
@@ -11,15 +11,15 @@ use rustix::{
 
 use crate::log::log;
 
-/// To connect to mounted sockets, and to write to them, as the user in the container; to reach sockets that belong to the
-/// user of a VMM, and to end one.
+/// To connect to mounted sockets, and to write to them, as the user in the container; to reach sockets that
+/// belong to the user of a VMM, and to end one.
 const KEPT: CapabilitySet = CapabilitySet::SETUID
     .union(CapabilitySet::SETGID)
     .union(CapabilitySet::DAC_OVERRIDE)
     .union(CapabilitySet::KILL);
 
-/// Gives up what is not needed, for good and for all threads that come: to be called while there is one. What cannot be given
-/// up is said, and no reason not to serve: the pod would be worse off without a relay.
+/// Gives up what is not needed, for good and for all threads that come: to be called while there is one. What
+/// cannot be given up is said, and no reason not to serve: the pod would be worse off without a relay.
 pub(crate) fn give_up() {
     let given_up = [
         ("gaining privileges", set_no_new_privs(true)),

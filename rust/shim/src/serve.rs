@@ -167,14 +167,15 @@ fn inherited(
     // An `OwnedFd` of a closed descriptor would be undefined behaviour: ask the kernel by path first.
     fs::symlink_metadata(format!("/proc/self/fd/{fd}"))
         .map_err(|_| failed(io::Error::new(io::ErrorKind::NotFound, "it is not open")))?;
-    // SAFETY: the descriptor is open, numbered 3 or more, and was inherited for this use: nothing else here has it, as
-    // nothing was opened yet that is still open.
+    // SAFETY: the descriptor is open, numbered 3 or more, and was inherited for this use: nothing else here
+    // has it, as nothing was opened yet that is still open.
     let fd = unsafe { OwnedFd::from_raw_fd(fd) };
     check(&fd).map_err(failed)?;
     Ok(fd)
 }
 
-/// Containers and execs take up to seven descriptors each; the usual soft limit of 1024 is for programs that `select`.
+/// Containers and execs take up to seven descriptors each; the usual soft limit of 1024 is for programs that
+/// `select`.
 fn raise_descriptor_limit() {
     let mut limit = getrlimit(Resource::Nofile);
     limit.current = limit.maximum;

@@ -1,9 +1,10 @@
-//! Stdio of one process: containerd's fifos, streams or files on one side, stream connections to the guest on the other.
+//! Stdio of one process: containerd's fifos, streams or files on one side, stream connections to the guest on
+//! the other.
 //!
-//! A fifo is opened for reading *and* writing, which on Linux is the same as holding both ends: an absent or restarted
-//! reader gives no EPIPE, a writer that went away no EOF, and what nobody reads waits in the pipe and then in the guest.
-//! Only an exec's input ends with its writer, too: no client comes back to an exec, and `ctr` may never say CloseIO.
-//! Streams (see [`crate::streams`]) behave the same.
+//! A fifo is opened for reading *and* writing, which on Linux is the same as holding both ends: an absent or
+//! restarted reader gives no EPIPE, a writer that went away no EOF, and what nobody reads waits in the pipe
+//! and then in the guest. Only an exec's input ends with its writer, too: no client comes back to an exec,
+//! and `ctr` may never say CloseIO. Streams (see [`crate::streams`]) behave the same.
 
 use std::{
     fs::{File, OpenOptions},
@@ -35,9 +36,9 @@ use crate::{
     streams::{Names, Outputs, Streams},
 };
 
-/// How long the streams of a deleted process may still take, whatever its reader does.
+/// Longest time that the streams of a deleted process may still take, whatever their reader does.
 const LINGER: Duration = Duration::from_secs(30);
-/// How long a guest may take to answer a stream's first line.
+/// Longest time that a guest may take to answer a stream's first line.
 const HELLO_LIMIT: Duration = Duration::from_secs(10);
 
 /// Why stdio could not be set up.
@@ -58,7 +59,7 @@ pub(crate) enum StdioError {
     Refused { stream: Stream, why: String },
 }
 
-/// What containerd wants connected, as received.
+/// Streams that containerd wants connected, as received.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Wanted {
     pub(crate) stdin: String,
@@ -80,13 +81,13 @@ impl Wanted {
     }
 }
 
-/// What opening containerd's side of stdio takes.
+/// Opens containerd's side of stdio.
 pub(crate) struct Opener<'a> {
     pub(crate) streams: &'a Arc<Streams>,
     pub(crate) outputs: &'a Outputs,
     /// The streams that were claimed.
     pub(crate) names: &'a mut Names,
-    /// Whether it is for an exec, and not for a container's own process.
+    /// True if the stdio is an exec's, and not that of a container's own process.
     pub(crate) exec: bool,
 }
 
@@ -114,7 +115,7 @@ impl Opener<'_> {
     }
 }
 
-/// Where output goes.
+/// Destination of output.
 pub(crate) enum Sink {
     Pipe(pipe::Sender),
     /// One of containerd's streams; takes frames.

@@ -1,7 +1,8 @@
 //! containerd's streams (`io_type = "streaming"`): which connection belongs to which stream of which process.
 //!
-//! containerd opens a stream before its process exists, opens it again after a restart, also when the process is over, and
-//! may leave one for ever whose process never comes. One task a stream holds all of that together.
+//! containerd opens a stream before its process exists, opens it again after a restart, also when the process
+//! is over, and may leave one for ever whose process never comes. One task a stream holds all of that
+//! together.
 
 use std::{
     collections::HashMap,
@@ -31,7 +32,8 @@ use crate::{log::log, registry::lock};
 
 /// Streams that may be open at the same time.
 const MAX_STREAMS: usize = 4096;
-/// How long a stream waits for its process: it is opened when a container is created, which a person may start later.
+/// Longest time that a stream waits for its process: it is opened when a container is created, which a person
+/// may start later.
 const PROCESS_DEADLINE: Duration = Duration::from_secs(3600);
 /// The same, of an input that is at its end already.
 const ENDED_DEADLINE: Duration = Duration::from_secs(300);
@@ -40,7 +42,7 @@ const QUEUE: usize = 2;
 /// Bytes between a bridge and its process.
 const BUFFER: usize = 8 * 1024;
 
-/// Whose a stream is.
+/// A process's claim to a stream.
 struct Claim {
     stream: Stream,
     process: DuplexStream,
@@ -58,7 +60,7 @@ struct Entry {
 #[derive(Default)]
 pub(crate) struct Streams(Mutex<HashMap<String, Entry>>);
 
-/// How many outputs of a process containerd has not read to their ends.
+/// Number of a process's outputs that containerd has not read to their ends.
 #[derive(Clone)]
 pub(crate) struct Outputs(watch::Sender<usize>);
 
@@ -88,7 +90,8 @@ impl Drop for Open {
     }
 }
 
-/// The streams of a process. They are forgotten when this is dropped: whoever has one open may read on, nobody else comes.
+/// The streams of a process. They are forgotten when this is dropped: a client that has one open may read on,
+/// nobody else comes.
 #[derive(Default)]
 pub(crate) struct Names(Vec<(Arc<Streams>, String)>);
 
@@ -133,9 +136,9 @@ impl Streams {
         Ok(())
     }
 
-    /// Claims a stream for a process and notes it in `names`. Returned is the process's end of it, which speaks the frames
-    /// of the stdio port; when that is dropped, an output is at its end. `lasting` streams are opened again after a restart
-    /// of containerd's, which those of an exec never are.
+    /// Claims a stream for a process and notes it in `names`. Returned is the process's end of it, which
+    /// speaks the frames of the stdio port; when that is dropped, an output is at its end. `lasting` streams
+    /// are opened again after a restart of containerd's, which those of an exec never are.
     pub(crate) fn claim(
         self: &Arc<Self>,
         id: &str,
@@ -186,7 +189,8 @@ impl Streams {
             bridge::run(stream, process, client, &mut clients, policy).await;
         }
         drop(open);
-        // containerd opens the streams of what it finds after a restart, and waits for their ends before it deletes.
+        // containerd opens the streams of what it finds after a restart, and waits for their ends before it
+        // deletes.
         while let Some(late) = clients.recv().await {
             bridge::end(late).await;
         }
@@ -207,8 +211,8 @@ fn new_entry() -> (Entry, mpsc::Receiver<Wire>, oneshot::Receiver<Claim>) {
     (Entry { clients, claim: Some(claim) }, incoming, claimed)
 }
 
-/// Waits for a stream's process. Nothing if it never comes: its client is gone, or has waited too long. Otherwise also the
-/// client, and whether that has ended its input already.
+/// Waits for a stream's process. Nothing if it never comes: its client is gone, or has waited too long.
+/// Otherwise also the client, and whether that has ended its input already.
 async fn unclaimed(
     id: &str,
     mut client: Option<Wire>,

@@ -40,10 +40,10 @@ pub(crate) const EXIT_KILLED: u32 = 137;
 pub(crate) const WORK_LIMIT: Duration = Duration::from_secs(120);
 /// Limit of other calls that bring none.
 const CALL_LIMIT: Duration = Duration::from_secs(60);
-/// How long a guest may take to send a signal before it is asked whether it is there at all.
+/// Longest time that a guest may take to send a signal before the relay asks it whether it is there at all.
 const KILL_LIMIT: Duration = Duration::from_secs(10);
 const SIGKILL: u32 = 9;
-/// How long an exit waits for containerd to read the process's streams to their ends.
+/// Longest time that an exit waits for containerd to read the process's streams to their ends.
 const READ_LIMIT: Duration = Duration::from_secs(4);
 
 /// Every method of the Task service.
@@ -140,8 +140,8 @@ impl Relay {
                 let (shim_pid, task_pid) = (std::process::id(), container.init.pid());
                 encode(&ConnectResponse { shim_pid, task_pid, ..Default::default() })
             }),
-            // containerd sends it after failed creates, at restarts and, some day, after each Delete. Only the sandbox's
-            // end ends a relay.
+            // containerd sends it after failed creates, at restarts and, some day, after each Delete. Only
+            // the sandbox's end ends a relay.
             "Shutdown" => Ok(Vec::new()),
             "Checkpoint" => self.named(&request.payload).and_then(|container| {
                 let why = "its microVM has no CRIU; stop it and start another";
@@ -172,7 +172,8 @@ impl Relay {
         }
     }
 
-    /// Passes a call on as it is, within the caller's time. Such calls have no answer but that they were done.
+    /// Passes a call on as it is, within the caller's time. Such calls have no answer but that they were
+    /// done.
     async fn forward(&self, method: &'static str, request: Request) -> Answer {
         let limit = caller_s(&request).unwrap_or(CALL_LIMIT);
         let Request { payload, metadata, .. } = request;
@@ -205,7 +206,8 @@ impl Relay {
         encode(&WaitResponse { exit_status: exit.status, exited_at, ..Default::default() })
     }
 
-    /// Starts a process. If the guest cannot, containerd waits for the end of its streams before it deletes it.
+    /// Starts a process. If the guest cannot, containerd waits for the end of its streams before it deletes
+    /// it.
     async fn start(&self, request: Request) -> Answer {
         let (container, process, exec) = self.process(&request.payload)?;
         let what = name(&container, &exec);
@@ -246,7 +248,8 @@ impl Relay {
             Err(CallError::Dead) => Err(finished()),
             Err(e @ CallError::Timeout(_)) if self.guest.is_silent().await => {
                 if !last {
-                    // An error would end containerd's StopContainer; without one, SIGKILL follows after the grace period.
+                    // An error would end containerd's StopContainer; without one, SIGKILL follows after the
+                    // grace period.
                     log!("{doing}: {e}, nor does it answer anything else: SIGKILL will end its VM");
                     return Ok(Vec::new());
                 }
@@ -276,7 +279,8 @@ impl Relay {
         encode(&pids::one(container.init.pid()))
     }
 
-    /// The guest's figures, or the last good ones, or none: an error would cost containerd the figures of the whole node.
+    /// The guest's figures, or the last good ones, or none: an error would cost containerd the figures of the
+    /// whole node.
     async fn stats(&self, request: Request) -> Answer {
         let container = self.named(&request.payload)?;
         let call = Call { limit: Some(probe(&request)), repeatable: true, ..work("Stats", request) };

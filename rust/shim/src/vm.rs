@@ -14,7 +14,7 @@ use crate::log::log;
 pub(crate) struct Vm {
     dead: watch::Sender<bool>,
     pidfd: Option<Arc<AsyncFd<OwnedFd>>>,
-    /// Whether the kernel tells of its death. If not, a guest that cannot be reached any more counts as dead.
+    /// True if the kernel tells of its death. If not, a guest that cannot be reached any more counts as dead.
     pub(crate) watched: bool,
 }
 
@@ -40,7 +40,7 @@ impl Vm {
         Ok(vm)
     }
 
-    /// Whether the VM is known to be dead.
+    /// Returns true if the VM is known to be dead.
     pub(crate) fn is_dead(&self) -> bool {
         *self.dead.borrow()
     }

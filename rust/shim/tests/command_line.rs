@@ -1,4 +1,4 @@
-//! What containerd gets from the one-shot actions.
+//! Output of the one-shot actions for containerd.
 
 #![allow(
     clippy::unwrap_used,

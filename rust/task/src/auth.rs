@@ -1,4 +1,4 @@
-//! The pod's token: whoever calls the agent must know it.
+//! The pod's token, which every caller of the agent must know.
 
 use std::{
     collections::HashMap,

@@ -45,7 +45,7 @@ pub enum BootError {
     Mount {
         /// Its type.
         fs: &'static str,
-        /// Where.
+        /// Its mount point.
         target: &'static str,
         /// The kernel's answer.
         source: io::Error,

@@ -1,4 +1,4 @@
-//! The debug console: a shell of the VM on a terminal, for whoever knows the pod's token (see
+//! The debug console: a shell of the VM on a terminal, for a caller that knows the pod's token (see
 //! [`kuasar_common::console`]). It exists only if the kernel command line names the shell.
 
 use std::{

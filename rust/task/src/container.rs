@@ -160,7 +160,7 @@ impl Container {
     }
 
     /// Publishes that the kernel killed something in it for want of memory, unless that is known already.
-    /// What was killed between two looks is one event.
+    /// All kills between two looks are one event.
     pub fn check_memory(&self, events: &Events) {
         let Some(kills) = self.cgroup.get().and_then(Cgroup::oom_kills) else { return };
         if self.oom_kills.fetch_max(kills, Ordering::Relaxed) < kills {

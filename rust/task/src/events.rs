@@ -1,7 +1,7 @@
 //! Events of containers, in containerd's form, kept for the host to fetch.
 //!
-//! Whoever publishes never waits: a full queue drops its oldest event. Events are numbered, so that the host
-//! sees the gap and reads the state of all containers again.
+//! A publisher never waits: a full queue drops its oldest event. Events are numbered, so that the host sees
+//! the gap and reads the state of all containers again.
 
 use std::{
     collections::VecDeque,

@@ -1,5 +1,5 @@
-//! Character devices in a container's spec: the guest's own, if its kernel has them. The host lets through what means the same
-//! on every machine, and only the guest knows which of it there is.
+//! Character devices in a container's spec: the guest's own, if its kernel has them. The host lets through
+//! what means the same on every machine, and only the guest knows which of it there is.
 
 use std::{
     fs,
@@ -11,17 +11,18 @@ use serde_json::{Value, json};
 
 use crate::error::TaskError;
 
-/// Nodes that everybody may open: whoever has them in a container, that is. The kernel makes them for root alone, and udev, which the
-/// guest does not have, opens them on other machines.
+/// Nodes that everybody may open: whoever has them in a container, that is. The kernel makes them for root
+/// alone, and udev, which the guest does not have, opens them on other machines.
 const FOR_ALL: [&str; 2] = ["/dev/fuse", "/dev/net/tun"];
 
-/// Devices that a container gets which may use all, with their numbers (`Documentation/admin-guide/devices.txt`): what runs privileged
-/// expects them.
+/// Devices that a container gets which may use all, with their numbers
+/// (`Documentation/admin-guide/devices.txt`): what runs privileged expects them.
 const FOR_PRIVILEGED: [(&str, u64, u64); 3] =
     [("/dev/fuse", 10, 229), ("/dev/net/tun", 10, 200), ("/dev/loop-control", 10, 237)];
 
-/// Adds to a container that may use all devices those of the guest's own that privileged programs look for, so far as its kernel has
-/// them and the spec has nothing in their place. `sys` is where the kernel shows its devices.
+/// Adds to a container that may use all devices those of the guest's own that privileged programs look for,
+/// so far as its kernel has them and the spec has nothing in their place. `sys` is where the kernel shows its
+/// devices.
 pub fn give(spec: &mut Value, sys: &Path) {
     if !may_use_all(spec) {
         return;
@@ -66,7 +67,8 @@ fn may_use_all(spec: &Value) -> bool {
     })
 }
 
-/// Checks that the guest has every character device that a spec lists or binds. `sys` is where the kernel shows its devices.
+/// Checks that the guest has every character device that a spec lists or binds. `sys` is where the kernel
+/// shows its devices.
 ///
 /// # Errors
 /// For the first that it has not; the message names it.

@@ -1,4 +1,4 @@
-//! How a process comes to life: streams, the OCI runtime, its pid, and who sees it end.
+//! Launch of a process: its streams, the OCI runtime, its pid, and the watch for its end.
 
 use std::{
     fs,
@@ -24,7 +24,7 @@ use crate::{
     tasks::{Context, write},
 };
 
-/// What a process is launched with.
+/// Streams that a process is launched with.
 enum Streams {
     Pipes(Pipes),
     Terminal(ConsoleSocket),
@@ -57,8 +57,8 @@ pub(crate) async fn create(context: &Context, container: &Arc<Container>) -> Res
     connect(init, streams).await
 }
 
-/// Removes a container: what runs in it, what the runtime keeps of it, what the agent does. If the runtime does not do its
-/// part, the agent does: a container that cannot be deleted would stay for ever.
+/// Removes a container: what runs in it, what the runtime keeps of it, what the agent does. If the runtime
+/// does not do its part, the agent does: a container that cannot be deleted would stay for ever.
 pub(crate) async fn remove(context: &Context, container: &Container) -> Result<(), TaskError> {
     context.oom.forget(container);
     let cgroup = container.cgroup.get();
@@ -128,9 +128,9 @@ async fn enter_volumes(context: &Context, container: &Container, spec: &Value) -
     blocking(doing, enter).await
 }
 
-/// Has the kernel ask the share's server what is at a path. For a second it goes by what it knows, which may be the folder of
-/// a container of the same id that is gone; a link that is not to be over anything is the one question that it never answers by
-/// itself. Nothing is made: there are no links between file systems.
+/// Has the kernel ask the share's server what is at a path. For a second it goes by what it knows, which may
+/// be the folder of a container of the same id that is gone; a link that is not to be over anything is the
+/// one question that it never answers by itself. Nothing is made: there are no links between file systems.
 fn look_anew(path: &Path) {
     let _ = fs::hard_link("/proc/version", path);
 }
@@ -184,8 +184,8 @@ fn console_path(streams: &Streams) -> Option<&Path> {
     }
 }
 
-/// The pid that the runtime wrote, once it has succeeded. If it was killed after it had written one, that process is, too:
-/// nobody would know it.
+/// The pid that the runtime wrote, once it has succeeded. If it was killed after it had written one, that
+/// process is, too: nobody would know it.
 fn settle(container: &Container, done: Result<(), RuncError>, pid_file: &Path) -> Result<i32, TaskError> {
     let text = fs::read_to_string(pid_file);
     let _ = fs::remove_file(pid_file);

@@ -107,7 +107,7 @@ impl Process {
         *self.phase.lock().unwrap_or_else(PoisonError::into_inner) == Phase::Starting
     }
 
-    /// True for the first who asks: they announce its exit.
+    /// Returns true for the first caller, which announces the exit.
     #[must_use]
     pub fn announce(&self) -> bool {
         !self.announced.swap(true, Ordering::Relaxed)

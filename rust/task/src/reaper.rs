@@ -1,9 +1,9 @@
 //! The one place that waits for children.
 //!
-//! PID 1 inherits every orphan of the VM, so `waitpid(-1)` is called here and nowhere else, and exits are
-//! handed to whoever registered the pid. A container's process becomes known only when the runtime that made
-//! it has ended, and may have exited before: while a [`Spawning`] guard lives, exits of unknown pids are kept
-//! for it.
+//! PID 1 inherits every orphan of the VM, so `waitpid(-1)` is called here and nowhere else, and each exit is
+//! handed to the code that registered its pid. A container's process becomes known only when the runtime that
+//! made it has ended, and may have exited before: while a [`Spawning`] guard lives, exits of unknown pids are
+//! kept for it.
 
 use std::{
     collections::HashMap,

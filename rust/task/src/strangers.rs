@@ -1,5 +1,6 @@
-//! Connections that have not shown the pod's token yet. Whoever may open a vsock on the host can open them,
-//! so each may take little, for a short time, and no number of them keeps out one that knows the token.
+//! Connections that have not shown the pod's token yet. Every process that may open a vsock on the host can
+//! open them, so each may take little, for a short time, and no number of them keeps out one that knows the
+//! token.
 
 use std::{
     collections::VecDeque,

@@ -11,7 +11,7 @@ use std::{
 
 use vmm_task::cgroup;
 
-/// Where a new cgroup can be made: below the test's own.
+/// Makes a new cgroup below the test's own.
 fn hierarchy() -> Result<PathBuf, String> {
     let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap();
     let of_v2 = |line: &&str| line.contains(" - cgroup2 ");

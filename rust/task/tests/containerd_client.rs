@@ -1,5 +1,5 @@
-//! containerd's own streaming client against the agent's server: a Go program of containerd's packages, built here if Go is
-//! there and its modules can be had.
+//! containerd's own streaming client against the agent's server: a Go program of containerd's packages, built
+//! here if Go is there and its modules can be had.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing)]
 
@@ -50,7 +50,8 @@ async fn client(dir: &Path) -> Result<PathBuf, String> {
     Ok(program)
 }
 
-/// Serves a socket as whoever passes containerd's streams on: it adds the token, which containerd does not have.
+/// Serves a socket as a program that passes containerd's streams on does: it adds the token, which
+/// containerd does not have.
 fn serve(listener: UnixListener, streaming: Arc<Streaming>) {
     tokio::spawn(async move {
         while let Ok((mut connection, _)) = listener.accept().await {

@@ -1,4 +1,5 @@
-//! The device monitor with uevents that the test sends and a sysfs that it makes, and once with the real kernel's.
+//! The device monitor with uevents that the test sends and a sysfs that it makes, and once with the real
+//! kernel's.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing)]
 
@@ -279,7 +280,8 @@ async fn the_kernel_is_heard() {
         tokio::spawn(async move { devices.wait(&"name:vdb".parse().unwrap(), LONG).await.unwrap() })
     };
     tokio::task::yield_now().await;
-    // It comes to the made-up sysfs without a word, so that only an event of the real kernel's can make it be seen.
+    // It comes to the made-up sysfs without a word, so that only an event of the real kernel's can make it be
+    // seen.
     let disk = dir.path().join("devices/vdb");
     fs::create_dir_all(&disk).unwrap();
     fs::write(disk.join("dev"), "254:16\n").unwrap();
@@ -298,7 +300,8 @@ async fn the_kernel_is_heard() {
     assert_eq!(found.unwrap().name, "vdb");
 }
 
-/// A socket that is too small for what is sent has lost something, which is a reason to look again. Needs root.
+/// A socket that is too small for what is sent has lost something, which is a reason to look again. Needs
+/// root.
 #[tokio::test]
 async fn lost_events_are_made_up_for() {
     let guest = Guest::new();

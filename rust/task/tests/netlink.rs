@@ -84,7 +84,8 @@ fn a_pod_s_network_is_made() {
         "{shown}"
     );
 
-    // A gateway outside the link's network is reached through a route that comes later in the list, and a neighbour.
+    // A gateway outside the link's network is reached through a route that comes later in the list, and a
+    // neighbour.
     let neighbour = api::Neighbour {
         address: "169.254.1.1".into(),
         device: "b".into(),
@@ -201,7 +202,7 @@ fn what_cannot_be_done_is_said() {
     assert!(error.starts_with("adding the route to 0.0.0.0/0 on a: Network is unreachable"), "{error}");
 }
 
-/// What a pod's network is told while it runs: other names, another size, fewer addresses, other routes.
+/// Changes of a pod's network while it runs: other names, another size, fewer addresses, other routes.
 #[test]
 fn updates_while_running() {
     if !namespace() {

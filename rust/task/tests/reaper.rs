@@ -25,7 +25,8 @@ const BATCH: u32 = 500;
 
 /// A child that ends with the lowest byte of `n`.
 fn fork(n: u32) -> i32 {
-    // SAFETY: the child does nothing but end, which is safe whatever other threads of this program were about.
+    // SAFETY: the child does nothing but end, which is safe whatever other threads of this program were
+    // about.
     match unsafe { nix::unistd::fork() }.unwrap() {
         nix::unistd::ForkResult::Parent { child } => child.as_raw(),
         // SAFETY: it ends the process, which is all there is to it.
@@ -63,7 +64,8 @@ async fn no_exit_is_lost() {
     assert_eq!(exited.borrow().unwrap().code, 7);
     drop(guard);
 
-    // Very many short lives, every one with its own code. Half of them are known at once, the others when they have ended.
+    // Very many short lives, every one with its own code. Half of them are known at once, the others when
+    // they have ended.
     for batch in 0..MANY / BATCH {
         let guard = reaper.spawning();
         let (mut waiting, mut unknown) = (Vec::new(), Vec::new());

@@ -1,5 +1,5 @@
-//! What a stranger costs, who may open a vsock to the agent and does not know the pod's token: little, for a short time, and
-//! nobody who knows the token his turn.
+//! Cost of a stranger, who may open a vsock to the agent and does not know the pod's token: little, for a
+//! short time, and never the turn of a caller that knows the token.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing)]
 

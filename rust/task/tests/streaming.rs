@@ -174,7 +174,7 @@ fn write(mut process: Connection, bytes: Vec<u8>) -> tokio::task::JoinHandle<Con
     })
 }
 
-/// What comes to the process, up to the end of it.
+/// Reads the process's input, up to its end.
 async fn input_of(process: &mut Connection) -> Vec<u8> {
     let mut input = Vec::new();
     loop {
@@ -225,7 +225,8 @@ async fn a_client_that_takes_over_misses_nothing() {
     let mut first = lab.open("c1-stdout").await;
     let bytes = pattern(400_000);
     let writer = write(joined(&mut slot).await, bytes.clone());
-    // It grants as it reads, as containerd's does: five grants say that 3 * WINDOW were read, whatever became of the rest.
+    // It grants as it reads, as containerd's does: five grants say that 3 * WINDOW were read, whatever became
+    // of the rest.
     for n in 0..5 {
         first.grant(WINDOW).await;
         assert_eq!(first.hear_bytes(WINDOW).await, bytes[n * WINDOW..(n + 1) * WINDOW]);
@@ -289,7 +290,8 @@ async fn input_of_a_client_that_sends_it_and_leaves_is_whole() {
     let mut client = lab.open("e1-stdin").await;
     let mut process = joined(&mut slot).await;
     assert_eq!(client.hear().await, Heard::Window(65536));
-    // As containerd's does from 2.3 on: what its window allows, the end, and away, whatever it is sent meanwhile.
+    // As containerd's does from 2.3 on: what its window allows, the end, and away, whatever it is sent
+    // meanwhile.
     let bytes = pattern(WINDOW);
     for part in bytes.chunks(10_000) {
         client.data(part).await;

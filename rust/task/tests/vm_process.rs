@@ -1,4 +1,5 @@
-//! Processes outside containers. The reaper collects every child, so this is a program of its own with one test.
+//! Processes outside containers. The reaper collects every child, so this is a program of its own with one
+//! test.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing)]
 

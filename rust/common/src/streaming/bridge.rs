@@ -1,9 +1,9 @@
 //! One stream between whichever client has it open and the process whose it is.
 //!
-//! The bridge outlives its clients: when one breaks off, what it may not have read is kept for the next. containerd's
-//! reader grants 64 KiB whenever less than that is left to it, so what is more than two grants back has been read; and so
-//! has what left the connection some time ago. The rest is sent again, since a repeated byte can be seen and a lost one
-//! cannot.
+//! The bridge outlives its clients: when one breaks off, what it may not have read is kept for the next.
+//! containerd's reader grants 64 KiB whenever less than that is left to it, so what is more than two grants
+//! back has been read; and so has what left the connection some time ago. The rest is sent again, since a
+//! repeated byte can be seen and a lost one cannot.
 
 use std::{collections::VecDeque, io, time::Duration};
 
@@ -22,26 +22,27 @@ pub const WINDOW: usize = 64 * 1024;
 const MAX_DATA: usize = 32 * 1024;
 /// Bytes read from a process at a time.
 const CHUNK: usize = 16 * 1024;
-/// How long a client may take to close an ended stream.
+/// Longest time that a client may take to close an ended stream.
 pub const END_DEADLINE: Duration = Duration::from_secs(10);
-/// How long after a client took the last byte out of its connection it counts as read. containerd hands bytes on at once;
-/// without this, every restart of it would repeat the last lines of every log.
+/// Time after which the last byte that a client took out of its connection counts as read. containerd hands
+/// bytes on at once; without this, every restart of it would repeat the last lines of every log.
 const SETTLE: Duration = Duration::from_secs(2);
-/// How long a client whose place another takes may be silent before what it sent counts as complete.
+/// Longest silence of a client whose place another takes, before the bytes that it sent count as complete.
 const LEAVING: Duration = Duration::from_millis(500);
-/// How long a stream that nobody can open any more is still served to whoever has it open.
+/// Longest time that a stream which nobody can open any more still serves the client that has it open.
 const LINGER: Duration = Duration::from_secs(30);
 
-/// What differs between those who run bridges.
+/// Choices in which the users of bridges differ.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Policy {
-    /// How long an ended output waits for a client to read the rest of it; for ever unless given.
+    /// Longest time that an ended output waits for a client to read the rest of it; for ever unless given.
     pub rest: Option<Duration>,
-    /// Whether the input ends when its client leaves without a word.
+    /// True if the input ends when its client leaves without closing it.
     pub ends_with_client: bool,
 }
 
-/// Runs one stream until it has ended, or until no more clients can come. `process` speaks the frames of the stdio port.
+/// Runs one stream until it has ended, or until no more clients can come. `process` speaks the frames of the
+/// stdio port.
 pub async fn run<P: AsyncRead + AsyncWrite + Unpin>(
     stream: Stream,
     process: P,
@@ -72,7 +73,8 @@ struct Output<'a, P> {
     /// Room for what comes from the process, frames with their headers.
     raw: Vec<u8>,
     frames: Frames,
-    /// Bytes that no client is known to have read. They go at its front, which costs the same however much is behind.
+    /// Bytes that no client is known to have read. They go at its front, which costs the same however much is
+    /// behind.
     kept: VecDeque<u8>,
     ended: bool,
     /// When a client is given up, once no other can come.
@@ -194,8 +196,8 @@ async fn finish(wire: Wire) -> Next {
     if end(wire).await { Next::Done } else { Next::Lost }
 }
 
-/// Ends a client's stream: the end is said, and the connection closed when the client has said so, too, or does not for long.
-/// False if it broke off instead.
+/// Ends a client's stream: the end is said, and the connection closed when the client has said so, too, or
+/// does not for long. False if it broke off instead.
 pub async fn end(mut wire: Wire) -> bool {
     if wire.end().await.is_err() {
         return false;
@@ -239,8 +241,8 @@ impl<P: AsyncWrite + Unpin> Input<'_, P> {
     }
 
     async fn serve(&mut self, mut wire: Wire) -> Next {
-        // That a client is gone shows in what it says, never in what it does not take: it may send all it has and its last
-        // word, as far as its window reaches, and leave.
+        // That a client is gone shows in what it says, never in what it does not take: it may send all it has
+        // and its last word, as far as its window reaches, and leave.
         let _ = wire.window(WINDOW).await;
         let mut newer = None;
         loop {

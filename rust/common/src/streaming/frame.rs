@@ -9,8 +9,8 @@ pub const HEADER: usize = 10;
 /// Longest message that is taken, in bytes, as in ttrpc.
 pub const MAX_MESSAGE: usize = 4 << 20;
 
-/// Longest first message of a connection to a guest's agent, in bytes: it shows the pod's token, and before that little is taken
-/// of anybody. A longer call comes after a short one.
+/// Longest first message of a connection to a guest's agent, in bytes: it shows the pod's token, and before
+/// that little is taken of anybody. A longer call comes after a short one.
 pub const MAX_FIRST: usize = 64 << 10;
 
 /// Type of a frame that opens a stream.
@@ -60,7 +60,8 @@ pub async fn read(from: &mut (impl AsyncRead + Unpin)) -> io::Result<Option<Fram
     read_at_most(from, MAX_MESSAGE).await
 }
 
-/// Reads a frame with a message of at most `most` bytes; `None` at the end of the connection between two frames.
+/// Reads a frame with a message of at most `most` bytes; `None` at the end of the connection between two
+/// frames.
 ///
 /// # Errors
 /// When the connection breaks within a frame, or a message is longer.

@@ -1,7 +1,9 @@
-//! containerd's `Streaming` service, as a server sees it: frames, one stream's connection, and the bridge to a process.
+//! containerd's `Streaming` service, as a server sees it: frames, one stream's connection, and the bridge to
+//! a process.
 //!
-//! Written by hand, frame by frame: ttrpc's own server cannot close one direction of a stream, nor the connection of one
-//! that has ended, which containerd up to 2.2 leaves to the server. One connection is one stream.
+//! Written by hand, frame by frame: ttrpc's own server cannot close one direction of a stream, nor the
+//! connection of one that has ended, which containerd up to 2.2 leaves to the server. One connection is one
+//! stream.
 
 pub mod bridge;
 pub mod frame;

@@ -17,7 +17,7 @@ use super::{
     wire::asks_for_a_stream,
 };
 
-/// What a connection was opened for.
+/// Purpose of a connection.
 pub enum Purpose<S> {
     /// Calls; for ttrpc's own server, to which it looks untouched.
     Calls(Rewound<S>),

@@ -30,7 +30,7 @@ const WINDOW_TYPE: &str = "containerd.types.transfer.WindowUpdate";
 const INIT_TYPE: &str = "containerd.services.streaming.v1.StreamInit";
 const EMPTY_TYPE: &str = "google.protobuf.Empty";
 
-/// What a client says once its stream is open.
+/// A client's message once its stream is open.
 #[derive(Debug, PartialEq, Eq)]
 pub enum Said {
     /// Bytes of the stream.
@@ -46,7 +46,7 @@ pub type Reader = Box<dyn AsyncRead + Send + Unpin>;
 
 /// The sending half of a connection.
 pub trait Writer: AsyncWrite + Send + Unpin {
-    /// Whether the other side has taken everything out of the connection, as far as that can be seen.
+    /// Returns true if the other side has taken everything out of the connection, as far as that can be seen.
     fn is_drained(&self) -> bool {
         true
     }
@@ -55,7 +55,7 @@ pub trait Writer: AsyncWrite + Send + Unpin {
 /// Nothing is seen behind a split connection's half.
 impl<T: AsyncWrite + Send> Writer for tokio::io::WriteHalf<T> {}
 
-/// The sending side of a connection, and what the other side says.
+/// The sending side of a connection, and the messages of the other side.
 pub struct Wire {
     stream: u32,
     writer: Box<dyn Writer>,
@@ -72,8 +72,8 @@ impl Drop for Wire {
 }
 
 impl Wire {
-    /// Opens the stream that `request`, the connection's first frame, asks for; its id is the second part of the result.
-    /// `allow` says why a caller may not have it.
+    /// Opens the stream that `request`, the connection's first frame, asks for; its id is the second part of
+    /// the result. `allow` says why a caller may not have it.
     ///
     /// # Errors
     /// When the client asks for something else, or breaks off.
@@ -128,12 +128,12 @@ impl Wire {
         self.writer.flush().await
     }
 
-    /// What the client says next; `None` when the connection is gone. Cancelling loses nothing.
+    /// Returns the client's next message; `None` when the connection is gone. Cancelling loses nothing.
     pub async fn said(&mut self) -> Option<Said> {
         self.said.recv().await
     }
 
-    /// Remembers a window for whoever serves the client later.
+    /// Remembers a window for the bridge that serves the client later.
     pub fn keep_window(&mut self, bytes: usize) {
         self.early = self.early.saturating_add(bytes);
     }
@@ -143,7 +143,8 @@ impl Wire {
         std::mem::take(&mut self.early)
     }
 
-    /// Whether the client has taken everything that was sent out of the connection, as far as that can be seen.
+    /// Returns true if the client has taken everything that was sent out of the connection, as far as that
+    /// can be seen.
     #[must_use]
     pub fn is_drained(&self) -> bool {
         self.writer.is_drained()
@@ -157,7 +158,7 @@ impl Wire {
     }
 }
 
-/// Whether a frame asks for the streaming service.
+/// Returns true if a frame asks for the streaming service.
 #[must_use]
 pub fn asks_for_a_stream(frame: &Frame) -> bool {
     frame.kind == REQUEST
@@ -195,7 +196,7 @@ async fn listen(mut reader: Reader, stream: u32, said: mpsc::Sender<Said>) {
     }
 }
 
-/// What a frame says; `None` for nonsense.
+/// Parses a frame's messages; `None` for nonsense.
 #[must_use]
 pub fn understand(frame: &Frame, stream: u32) -> Option<[Option<Said>; 2]> {
     if frame.stream != stream || frame.kind != DATA {

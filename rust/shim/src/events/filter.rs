@@ -1,8 +1,9 @@
-//! What the relay lets containerd know of a guest's events: those of a few kinds, about this pod's own processes, each made
-//! anew from what the relay knows of the process. Of the guest's remain that it happened, and an exit status.
+//! The filter of a guest's events. The relay tells containerd of a few kinds, about this pod's own processes.
+//! It makes each event anew from its own knowledge of the process: of the guest's event remain that it
+//! happened, and an exit status.
 //!
-//! containerd acts on the payload's type and on the ids in it, whatever the topic says and whoever sends it: a guest whose
-//! events were passed on as they are could end any container of the node.
+//! containerd acts on the payload's type and on the ids in it, whatever the topic and the sender: a guest
+//! whose events the relay passed on unchanged could end any container of the node.
 
 use std::time::{Duration, SystemTime};
 
@@ -100,7 +101,7 @@ impl Kind {
     }
 }
 
-/// What is taken from the guest's payload.
+/// Fields that the relay takes from the guest's payload.
 #[derive(Default)]
 struct Said {
     container: String,

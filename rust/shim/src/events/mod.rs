@@ -1,6 +1,6 @@
-//! Tells containerd what happens to containers in the guest: it learns of nothing by itself, and kubelet's reason
-//! OOMKilled comes from an event alone. The guest keeps events until they are asked for by number, so a containerd that
-//! restarts misses none. What is told is made anew (see [`filter`]).
+//! Tells containerd of events of containers in the guest: it learns of nothing by itself, and kubelet's
+//! reason OOMKilled comes from an event alone. The guest keeps events until they are asked for by number, so
+//! a containerd that restarts misses none. What is told is made anew (see [`filter`]).
 
 pub(crate) mod filter;
 
@@ -36,8 +36,8 @@ const FORWARD_LIMIT: Duration = Duration::from_secs(10);
 /// Pauses between attempts to reach containerd, or a guest that refuses.
 const RETRY: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(5));
 
-/// How often the guest is asked for events: so many times at once, and once more in this time. Nothing is lost behind it,
-/// as the guest keeps what it was not asked for.
+/// Rate at which the relay asks the guest for events: so many times at once, and once more in this time.
+/// Nothing is lost behind it, as the guest keeps events that nobody has asked for.
 const ASKING: (u32, Duration) = (500, Duration::from_millis(5));
 /// More events than this are never between two that a guest kept, however long nobody asked.
 const MAX_GAP: u64 = 1 << 32;
@@ -102,8 +102,8 @@ pub(crate) async fn forward(relay: &Relay, containerd: &Path) {
     }
 }
 
-/// The number to go on after, and how many events are missing before it, if the event is newer than the last. Whoever
-/// believed a number that cannot be would ask for nothing that comes after, for ever.
+/// Returns the number to go on after, and the number of events missing before it, if the event is newer than
+/// the last. A relay that believed an impossible number would ask for nothing that comes after, for ever.
 fn follows(after: u64, sequence: u64) -> Option<(u64, u64)> {
     match sequence.checked_sub(after)?.checked_sub(1)? {
         gap if gap > MAX_GAP => Some((after.checked_add(1)?, 0)),
@@ -148,7 +148,8 @@ struct Containerd {
 }
 
 impl Containerd {
-    /// Delivers an event, however long containerd is away. One that it refuses is dropped: it would refuse it again.
+    /// Delivers an event, however long containerd is away. One that it refuses is dropped: it would refuse it
+    /// again.
     async fn deliver(&mut self, event: Envelope) {
         let topic = event.topic.clone();
         let request = ForwardRequest { envelope: MessageField::some(event), ..Default::default() };

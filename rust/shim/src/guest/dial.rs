@@ -8,7 +8,7 @@ use super::read_line;
 
 /// Longest `OK …` line of a hybrid socket, in bytes.
 const OK_LINE: usize = 64;
-/// How long an answer is waited for after whoever asked gave up.
+/// Longest time that an attempt waits for its answer, also after its caller gave up.
 const ANSWER_LIMIT: Duration = Duration::from_secs(300);
 /// Connections that may wait for an answer at the same time.
 const MAX_WAITING: usize = 64;
@@ -29,9 +29,10 @@ impl Hybrid {
         &self.path
     }
 
-    /// Who gives up on this leaves it to go on in a task of its own: `vhost-device-vsock` 0.3.0 panics, and no connection of
-    /// the pod works any more, when a caller hangs up before it was answered. Not for ever, and not as many as a guest
-    /// likes: one that answers nobody would have a task and a descriptor of each attempt.
+    /// Connects to a port. A caller that gives up leaves the attempt to go on in a task of its own:
+    /// `vhost-device-vsock` 0.3.0 panics, and no connection of the pod works any more, when a caller hangs up
+    /// before it was answered. Attempts do not go on for ever, nor as many as a guest likes: a guest that
+    /// answers nobody would have a task and a descriptor of each attempt.
     pub(super) async fn dial(&self, port: u32) -> io::Result<UnixStream> {
         let permit = Arc::clone(&self.waiting).try_acquire_owned().map_err(|_| {
             io::Error::other(format!("{MAX_WAITING} connections wait for the guest's answer already"))

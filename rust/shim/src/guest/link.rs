@@ -16,8 +16,8 @@ use ttrpc::asynchronous::{Client, transport::Socket};
 
 use super::Conn;
 
-/// Longest answer of a guest to a call, in bytes. ttrpc's own limit is 4 MiB, of which a pod's relay would have to keep one
-/// for each call that waits.
+/// Longest answer of a guest to a call, in bytes. ttrpc's own limit is 4 MiB, of which a pod's relay would
+/// have to keep one for each call that waits.
 pub const MAX_ANSWER: usize = 256 * 1024;
 
 /// The client of that connection.

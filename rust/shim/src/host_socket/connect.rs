@@ -16,7 +16,7 @@ use rustix::net::{
 };
 use tokio::{net::UnixStream, sync::oneshot};
 
-/// How long a service may take to have room for a connection.
+/// Longest time that a service may take to have room for a connection.
 const LIMIT: Duration = Duration::from_secs(10);
 /// Of the thread: it makes system calls.
 const STACK: usize = 64 << 10;
@@ -32,8 +32,9 @@ pub(super) enum ConnectError {
     Thread(io::Error),
 }
 
-/// Connects to the socket that a file is, as the one who is connected to it in the guest. That its permissions allow it, the
-/// guest's kernel has found by all that a user may have; this one looks again, by user and groups.
+/// Connects to the socket that a file is, as the one who is connected to it in the guest. That its
+/// permissions allow it, the guest's kernel has found by all that a user may have; this one looks again, by
+/// user and groups.
 pub(super) async fn connect(socket: &Arc<File>, peer: Peer) -> Result<UnixStream, ConnectError> {
     let (answer, connected) = oneshot::channel();
     let socket = Arc::clone(socket);
@@ -89,8 +90,9 @@ unsafe extern "C" {
 /// Leaves an id as it is.
 const KEEP: u32 = u32::MAX;
 
-/// Makes this thread act as a user, with nothing left of what root may. By the system calls themselves, as libc's own functions
-/// change all threads. Real and saved ids stay root's: a user of the same number on the host must not be able to signal it.
+/// Makes this thread act as a user, with nothing left of what root may. By the system calls themselves, as
+/// libc's own functions change all threads. Real and saved ids stay root's: a user of the same number on the
+/// host must not be able to signal it.
 fn become_user(uid: u32, gid: u32, groups: &[u32]) -> io::Result<()> {
     if uid == KEEP || gid == KEEP || groups.len() > MAX_GROUPS {
         return Err(io::ErrorKind::InvalidInput.into());

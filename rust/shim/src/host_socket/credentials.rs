@@ -1,7 +1,7 @@
 //! Bytes for a service of the host, in the name of who is connected in the guest.
 //!
-//! A service that sets `SO_PASSCRED` learns from the kernel who wrote each piece. Unless that is said, it is this process, and
-//! with it root.
+//! A service that sets `SO_PASSCRED` learns from the kernel who wrote each piece. Unless that is said, it is
+//! this process, and with it root.
 
 use std::{
     io::{self, IoSlice},

@@ -1,4 +1,4 @@
-//! Where input comes from.
+//! Sources of input.
 
 use std::{io, time::Duration};
 
@@ -11,7 +11,8 @@ use tokio::{
 
 use super::CHUNK;
 
-/// How long CloseIO, which comes on another connection, waits for what was sent on the stream before it.
+/// Longest time that CloseIO, which comes on another connection, waits for bytes sent on the stream before
+/// it.
 const SETTLE: Duration = Duration::from_secs(1);
 
 /// containerd's side of a process's input.
@@ -24,7 +25,7 @@ pub(crate) enum Source {
     },
 }
 
-/// What a source holds right now.
+/// Content of a source right now.
 pub(super) enum Next {
     /// Bytes, as a frame.
     Frame(Vec<u8>),
@@ -59,8 +60,8 @@ impl Source {
         }
     }
 
-    /// What there is right now. When `closing`, a fifo itself is asked: tokio's readiness may not yet know of bytes that
-    /// were written before containerd closed.
+    /// Returns the source's content right now. When `closing`, it asks a fifo itself: tokio's readiness may
+    /// not yet know of bytes that were written before containerd closed.
     pub(super) fn next(&mut self, closing: bool) -> io::Result<Next> {
         match self {
             Self::Fifo(pipe) => next_of_fifo(pipe, closing),

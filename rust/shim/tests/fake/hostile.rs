@@ -10,7 +10,7 @@ use ttrpc::{
 
 use super::Guest;
 
-/// What a call gets in place of its answer.
+/// Reply that a call gets in place of its answer.
 #[derive(Clone, Debug)]
 pub enum Lie {
     /// These bytes.

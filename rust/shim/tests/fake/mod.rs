@@ -43,13 +43,13 @@ use ttrpc::{
 };
 
 pub const TOKEN: &str = "0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef";
-/// What containerd is told for the guest's processes 0, 100, 200 and so on.
+/// Offset of the ids that the relay tells containerd for the guest's processes 0, 100, 200 and so on.
 pub const PID: u32 = GUEST_PID_BASE;
 const PATIENCE: Duration = Duration::from_secs(30);
 
 pub type Key = (String, String);
 
-/// What a fake guest knows and did.
+/// State of a fake guest, and a record of its calls.
 #[derive(Default)]
 pub struct Guest {
     pub processes: Mutex<HashMap<Key, watch::Sender<Option<u32>>>>,
@@ -65,15 +65,15 @@ pub struct Guest {
     pub start_error: Mutex<Option<String>>,
     /// Connections that wait for one to a socket, and their first lines.
     pub waiting: Mutex<Vec<(forward::Hello, UnixStream)>>,
-    /// What is said to stream connections instead of `OK`.
+    /// Answer to stream connections instead of `OK`.
     pub stream_error: Mutex<Option<String>>,
     /// Stats, Pids, Kill and Check do not answer for as long as this is so.
     pub hangs: watch::Sender<bool>,
-    /// What happened in it; the number of each is its place, counted from 1, unless it brings one.
+    /// Events of the guest; the number of each is its place, counted from 1, unless it brings one.
     pub events: watch::Sender<Vec<sandbox::Envelope>>,
-    /// What is answered instead of the truth.
+    /// Answers instead of the truth.
     pub lies: Mutex<hostile::Lies>,
-    /// What whoever connects to the port for calls is sent first.
+    /// Bytes that the guest sends first to each client of its port for calls.
     pub garbage: Mutex<Vec<u8>>,
     /// Ends with a change, and all connections with it.
     cut: watch::Sender<u32>,
@@ -407,7 +407,7 @@ impl sandbox_ttrpc::SandboxService for SandboxService {
     }
 }
 
-/// What a fake daemon was asked.
+/// Requests to a fake daemon, and its answers.
 #[derive(Default)]
 pub struct Daemon {
     pub prepared: Mutex<Vec<host::PrepareRequest>>,

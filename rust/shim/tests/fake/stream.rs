@@ -15,10 +15,10 @@ use ttrpc::Request;
 
 use super::soon;
 
-/// What a reader lets itself be sent at a time.
+/// Bytes that a reader grants its peer at a time.
 pub const WINDOW: usize = 64 * 1024;
 
-/// What containerd's CRI plugin does with a stream.
+/// A stream's client, which acts as containerd's CRI plugin does.
 pub struct Client(UnixStream);
 
 #[derive(Debug, PartialEq)]
@@ -99,7 +99,8 @@ impl Client {
         }
     }
 
-    /// Reads to the end as containerd does, letting itself be sent another window whenever less than one is left.
+    /// Reads to the end as containerd does, letting itself be sent another window whenever less than one is
+    /// left.
     pub async fn read_to_end(&mut self, mut window: usize, pause: Duration) -> Vec<u8> {
         let mut all = Vec::new();
         loop {

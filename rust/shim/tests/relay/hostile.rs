@@ -1,5 +1,5 @@
-//! A guest that lies on purpose, one lie after the other: containerd and the pod's other calls must not notice more than that
-//! an answer is missing.
+//! A guest that lies on purpose, one lie after the other: containerd and the pod's other calls must not
+//! notice more than that an answer is missing.
 
 use std::{
     sync::Arc,
@@ -66,7 +66,8 @@ async fn events_about_others_go_no_further() {
     ] {
         pod.guest.happens(lie);
     }
-    // In a namespace that is none of containerd's, or somebody else's; at a time that cannot be; with pids of the host's.
+    // In a namespace that is none of containerd's, or somebody else's; at a time that cannot be; with pids of
+    // the host's.
     let mut elsewhere = events::exited(CID, "e1");
     (elsewhere.namespace, elsewhere.timestamp_ns) = ("moby".into(), i64::MAX);
     pod.guest.happens(elsewhere);

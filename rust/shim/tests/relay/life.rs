@@ -153,7 +153,8 @@ async fn an_expired_deadline_does_not_cancel_create() {
     assert_eq!(*pod.daemon.released.lock().unwrap(), [CID]);
 }
 
-/// The answer may have arrived or not: a restarted containerd finds the container, and says what becomes of it.
+/// The answer may have arrived or not: a restarted containerd finds the container, and says what becomes of
+/// it.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn an_answered_create_is_never_taken_back() {
     let pod = Pod::new().await;
@@ -198,7 +199,7 @@ async fn events_reach_containerd_whatever_was_away() {
     assert!(log.contains("containerd refuses the event /tasks/resumed: no"), "{log}");
 }
 
-/// What a guest's bytes could make of the relay, were they to take it over.
+/// Rights that a guest's bytes would have, were they to take over the relay.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn the_relay_has_no_more_rights_than_it_needs() {
     let pod = Pod::running().await;

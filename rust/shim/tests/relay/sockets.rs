@@ -77,7 +77,7 @@ async fn connections_are_carried_one_waits_and_all_end_with_the_container() {
     pod.fds_settle_at(before).await;
 }
 
-/// What `SO_PASSCRED` says of the next bytes.
+/// Reads the next bytes, and the writer that `SO_PASSCRED` names for them.
 fn writer_of(socket: &impl AsFd) -> rustix::io::Result<(Vec<u8>, Option<UCred>)> {
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmCredentials(1))];
     let mut control = RecvAncillaryBuffer::new(&mut space);

@@ -177,7 +177,8 @@ async fn streams_of_what_never_was_are_closed_with_their_client() {
     let pod = Pod::new().await;
     let before = pod.open_fds();
     for _ in 0..50 {
-        // As 2.1 does it for a container that is removed before it starts: it says so, and leaves the connection open.
+        // As 2.1 does it for a container that is removed before it starts: it says so, and leaves the
+        // connection open.
         let mut stdin = Client::open(pod.dir.path(), "x-stdin").await;
         let mut stdout = Client::reader(pod.dir.path(), "x-stdout").await;
         stdin.close_send().await;

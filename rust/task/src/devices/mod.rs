@@ -1,8 +1,8 @@
 //! Disks that come and go while the guest runs.
 //!
-//! What there is, sysfs says; nothing of it is remembered here, so nothing can be out of date when a slot is
-//! used again. The kernel's uevents only tell that looking again is worth while: whoever waits for a device
-//! has subscribed before the first look, and is forgotten when it gives up.
+//! Sysfs says which disks there are; the agent remembers nothing of it, so nothing can be out of date when a
+//! slot is used again. The kernel's uevents only tell that looking again is worth while: a caller that waits
+//! for a device has subscribed before its first look, and is forgotten when it gives up.
 
 mod matcher;
 mod sysfs;

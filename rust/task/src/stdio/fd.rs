@@ -50,9 +50,9 @@ impl Fd {
         self.fd.get_ref()
     }
 
-    /// Does something with a pipe in a thread that may be held up: whoever splices into a pipe or out of it
-    /// has it locked for as long as the other end of the splice keeps them waiting (splice(2)), and then not
-    /// even FIONREAD returns at once.
+    /// Does something with a pipe in a thread that may be held up: a process that splices into a pipe or out
+    /// of it has it locked for as long as the other end of the splice keeps it waiting (splice(2)), and
+    /// then not even FIONREAD returns at once.
     fn apart<T: Send + 'static>(&self, work: impl FnOnce(&OwnedFd) -> T + Send + 'static) -> JoinHandle<T> {
         let fd = Arc::clone(&self.fd);
         spawn_blocking(move || work(fd.get_ref()))

@@ -207,8 +207,9 @@ impl ProcessIo {
         }
     }
 
-    /// Waits until whoever reads the output of an ended process has all of it: what is told of its end is
-    /// told after its last byte. Who takes nothing is not waited for long, and who is not there not at all.
+    /// Waits until the reader of an ended process's output has all of it: the agent tells of the end after
+    /// its last byte. It does not wait long for a reader that takes nothing, and not at all for one that is
+    /// not there.
     pub fn delivered(&self) -> impl Future<Output = ()> + Send + use<> {
         let mut readers = self.readers.subscribe();
         async move {

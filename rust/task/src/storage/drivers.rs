@@ -129,7 +129,7 @@ pub(super) async fn unmount(storages: &Storages, target: &Path, mounted: &Mounte
     }
 }
 
-/// Without a deadline: whoever waits has one, and what the kernel has begun is followed to its end.
+/// Without a deadline: the caller has one, and what the kernel has begun is followed to its end.
 async fn in_thread<T: Send + 'static>(
     work: impl FnOnce() -> Result<T, TaskError> + Send + 'static,
 ) -> Result<T, TaskError> {

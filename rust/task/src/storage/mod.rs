@@ -1,9 +1,10 @@
-//! What a container needs mounted before its runtime starts: block devices, parts of the share, memory, overlays.
+//! Mounts that a container needs before its runtime starts: block devices, parts of the share, memory,
+//! overlays.
 //!
-//! A mount is known by where it is, and by what exactly is mounted there for whom. It is made when the first container
-//! asks for it and taken away with the last. The file system of a device is mounted once, out of sight, and each storage
-//! that shows it is a bind mount of that with attributes of its own: so the same volume can be read-only for one
-//! container and writable for another.
+//! A mount is known by its place, and by its exact storage and owner. It is made when the first container
+//! asks for it and taken away with the last. The file system of a device is mounted once, out of sight, and
+//! each storage that shows it is a bind mount of that with attributes of its own: so the same volume can be
+//! read-only for one container and writable for another.
 
 mod drivers;
 mod huge_pages;
@@ -38,11 +39,11 @@ use crate::{
     host_socket::HostSockets,
 };
 
-/// Where file systems of devices are mounted, for the agent alone.
+/// Folder in which the agent mounts file systems of devices, for itself alone.
 pub const DEVICES: &str = "/run/kuasar/devices";
-/// How long a device may take to come. The host has plugged it in before it asks for the container.
+/// Longest time that a device may take to come. The host has plugged it in before it asks for the container.
 const DEVICE_DEADLINE: Duration = Duration::from_secs(10);
-/// How long one storage may take to be mounted or unmounted: a journal may have to be replayed first.
+/// Longest time that mounting or unmounting one storage may take: a journal may have to be replayed first.
 const MOUNT_DEADLINE: Duration = Duration::from_secs(30);
 
 /// Devices of a container: the number in its spec, and what the guest has under another.
@@ -59,7 +60,7 @@ pub struct Node {
     pub path: PathBuf,
 }
 
-/// Whose a mount is, and what: two that differ in any of it are not the same.
+/// Owner of a mount, and its storage: two mounts that differ in any of it are not the same.
 type Identity = (Option<String>, Storage);
 
 /// All storages of the VM.
@@ -67,7 +68,7 @@ type Identity = (Option<String>, Storage);
 pub struct Storages {
     mounts: References<PathBuf, Identity, Mounted>,
     bases: References<String, Filesystem, Base>,
-    /// What each container has a reference to, in the order of its list.
+    /// Mounts that each container has a reference to, in the order of its list.
     users: Mutex<HashMap<String, Vec<PathBuf>>>,
     /// Started with the first storage that is a device: most pods have none.
     monitor: OnceCell<Arc<Devices>>,
@@ -88,8 +89,8 @@ impl Storages {
         self.users.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Mounts what the list in a container's bundle says, in its order; returns the devices that are for the container
-    /// itself. Whatever comes of it, [`Self::release`] must follow when the container is gone.
+    /// Mounts what the list in a container's bundle says, in its order; returns the devices that are for the
+    /// container itself. Whatever comes of it, [`Self::release`] must follow when the container is gone.
     ///
     /// # Errors
     /// At the first that cannot be mounted.
@@ -178,8 +179,8 @@ impl Storages {
         .await
     }
 
-    /// Takes away what only this container still had mounted, the last mounted first. What cannot be unmounted is kept
-    /// and reported.
+    /// Takes away what only this container still had mounted, the last mounted first. What cannot be
+    /// unmounted is kept and reported.
     pub async fn release(self: &Arc<Self>, container: &str) {
         let targets = self.users().remove(container).unwrap_or_default();
         for target in targets.into_iter().rev() {
@@ -215,7 +216,7 @@ impl Storages {
         }
     }
 
-    /// How many mounts there are, and how many file systems of devices.
+    /// Returns the number of mounts, and the number of file systems of devices.
     #[must_use]
     pub fn count(&self) -> (usize, usize) {
         (self.mounts.len(), self.bases.len())
@@ -237,7 +238,8 @@ async fn bounded(
     }
 }
 
-/// Does in a thread of its own what the kernel may take long for: the agent has only one for all its containers.
+/// Does in a thread of its own what the kernel may take long for: the agent has only one for all its
+/// containers.
 pub(crate) async fn blocking<T: Send + 'static>(
     doing: String,
     work: impl FnOnce() -> Result<T, TaskError> + Send + 'static,

@@ -1,5 +1,6 @@
-//! Mounts made with the kernel's newer interface (`fsopen(2)`, `open_tree(2)`, `mount_setattr(2)`): a mount gets its
-//! attributes before anybody can see it, options need no escaping, and the file system says in words what it refuses.
+//! Mounts made with the kernel's newer interface (`fsopen(2)`, `open_tree(2)`, `mount_setattr(2)`): a mount
+//! gets its attributes before anybody can see it, options need no escaping, and the file system says in words
+//! what it refuses.
 
 use std::{
     fs, io,
@@ -24,11 +25,11 @@ use crate::error::TaskError;
 /// Longest message of a file system that is passed on.
 const MAX_MESSAGE: usize = 512;
 
-/// Longest record of the kernel's log (`PRINTKRB_RECORD_MAX` of `kernel/printk/printk.c` is a little less), and how many
-/// are passed on.
+/// Longest record of the kernel's log (`PRINTKRB_RECORD_MAX` of `kernel/printk/printk.c` is a little less),
+/// and how many are passed on.
 const MAX_RECORD: usize = 2048;
 const MAX_LINES: usize = 3;
-/// How often, and after what pause, a busy mount is tried again.
+/// Number of times that a busy mount is tried again, and the pause before each.
 const BUSY_TRIES: u32 = 10;
 const BUSY_PAUSE: Duration = Duration::from_millis(20);
 
@@ -100,7 +101,7 @@ fn explained(said: &[String], doing: String, error: Errno) -> TaskError {
     TaskError::io(doing)(error)
 }
 
-/// What a file system says about its options.
+/// Reads a file system's messages about its options.
 fn messages(context: &OwnedFd) -> Vec<String> {
     let mut said = Vec::new();
     let mut message = [0; MAX_MESSAGE];
@@ -143,7 +144,8 @@ impl KernelLog {
     }
 }
 
-/// Opens a path below a folder that others write to: what was meant is a path without links, so none is followed.
+/// Opens a path below a folder that others write to: what was meant is a path without links, so none is
+/// followed.
 pub(super) fn open_below(folder: &Path, path: &str) -> io::Result<OwnedFd> {
     let flags = OFlags::PATH | OFlags::CLOEXEC;
     let top = rustix::fs::open(folder, flags | OFlags::DIRECTORY, Mode::empty())?;
@@ -185,7 +187,8 @@ pub(super) fn set_attributes(mount: BorrowedFd, options: &Options) -> io::Result
     if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
-/// Puts a mount where it is to be seen, over a file or a folder as itself is one, which is made if it is not there.
+/// Puts a mount where it is to be seen, over a file or a folder as itself is one, which is made if it is not
+/// there.
 pub(super) fn attach(mount: BorrowedFd, target: &Path) -> io::Result<()> {
     let folder = FileType::from_raw_mode(fstat(mount)?.st_mode) == FileType::Directory;
     if folder {
@@ -215,8 +218,8 @@ pub(super) fn detach(target: &Path) -> Result<(), TaskError> {
     Ok(())
 }
 
-/// A process that is just being started holds copies of all open files until it runs its program, and so a mount that one
-/// of them is in: that is over in a moment.
+/// A process that is just being started holds copies of all open files until it runs its program, and so a
+/// mount that one of them is in: that is over in a moment.
 fn unmount_patiently(target: &Path) -> Result<(), Errno> {
     for _ in 0..BUSY_TRIES {
         match unmount(target, UnmountFlags::NOFOLLOW) {
@@ -227,7 +230,8 @@ fn unmount_patiently(target: &Path) -> Result<(), Errno> {
     unmount(target, UnmountFlags::NOFOLLOW)
 }
 
-/// Takes away what is mounted at a place and below it. What propagates from there is not asked to do the same.
+/// Takes away what is mounted at a place and below it. What propagates from there is not asked to do the
+/// same.
 pub(super) fn detach_all(target: &Path) -> Result<(), TaskError> {
     let private = MountPropagationFlags::PRIVATE | MountPropagationFlags::REC;
     match mount_change(target, private) {
@@ -245,7 +249,7 @@ pub(super) fn detach_all(target: &Path) -> Result<(), TaskError> {
     detach(target)
 }
 
-/// What is mounted in this thread's namespace (proc_pid_mountinfo(5)).
+/// Reads the mounts of this thread's namespace (proc_pid_mountinfo(5)).
 pub(super) fn mountinfo() -> Result<String, TaskError> {
     let file = "/proc/thread-self/mountinfo";
     fs::read_to_string(file).map_err(TaskError::io(format!("reading {file}")))

@@ -9,7 +9,7 @@ use std::{
 
 use tokio::sync::{Mutex as AsyncMutex, OwnedMutexGuard};
 
-/// Object under a key: None before it is made and after it is undone. Whoever holds the lock makes or undoes
+/// Object under a key: None before it is made and after it is undone. The holder of the lock makes or undoes
 /// it.
 type Slot<T> = Arc<AsyncMutex<Option<T>>>;
 
@@ -38,7 +38,7 @@ impl<K: Clone + Eq + Hash, I: Clone + PartialEq, T> References<K, I, T> {
     /// Counts a reference; the slot is for [`Self::locked`].
     ///
     /// # Errors
-    /// What is meant by the key already, if that is something else. Nothing was counted then.
+    /// The identity that the key stands for already, if that is another. Nothing was counted then.
     pub(super) fn add(&self, key: K, identity: I) -> Result<Slot<T>, I> {
         let mut table = self.table();
         let entry = table.entry(key).or_insert_with(|| Entry {

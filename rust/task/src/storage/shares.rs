@@ -1,9 +1,10 @@
 //! Volumes of the pod's shared folder, each of them one file system for all containers that use it.
 //!
-//! A volume is a file system of its own in the shared folder, which the kernel mounts when somebody goes there, and in the mount
-//! namespace of whoever does. A runtime that goes there for its container would have it apart from all others: no socket, lock
-//! or watch of one container would be seen in another. So the agent goes first, and the containers' namespaces are copies of
-//! its own. It is taken away with the last container, or the file server would keep the host's mount for ever.
+//! A volume is a file system of its own in the shared folder, which the kernel mounts when a process goes
+//! there, and in that process's mount namespace. A runtime that goes there for its container would have it
+//! apart from all others: no socket, lock or watch of one container would be seen in another. So the agent
+//! goes first, and the containers' namespaces are copies of its own. It is taken away with the last
+//! container, or the file server would keep the host's mount for ever.
 
 use std::{
     collections::{BTreeSet, HashMap},
@@ -19,7 +20,7 @@ use rustix::{
 };
 use serde_json::Value;
 
-/// Which containers use which volumes.
+/// Containers, and the volumes that each uses.
 #[derive(Default)]
 pub struct Shares {
     users: Mutex<HashMap<String, BTreeSet<PathBuf>>>,

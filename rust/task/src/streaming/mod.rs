@@ -1,7 +1,7 @@
 //! containerd's `Streaming` service, on the same port as the other services of the agent.
 //!
-//! As on every call from the host, the request carries the pod's token as metadata; whoever passes
-//! containerd's streams on adds it.
+//! As on every call from the host, the request carries the pod's token as metadata; the program that
+//! passes containerd's streams on adds it.
 
 pub mod names;
 

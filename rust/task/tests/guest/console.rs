@@ -82,7 +82,8 @@ async fn a_debug_console_is_a_shell_of_the_vm() {
     while !sleepers().await {
         tokio::time::sleep(Duration::from_millis(50)).await;
     }
-    // Not by closing alone: vhost-device-vsock says nothing to the guest if there is output left that nobody read.
+    // Not by closing alone: vhost-device-vsock says nothing to the guest if there is output left that nobody
+    // read.
     write_frame(&mut console, b"");
     let mut left = 100;
     while sleepers().await {
@@ -93,7 +94,8 @@ async fn a_debug_console_is_a_shell_of_the_vm() {
     power_off(vm, &given, &hello).await;
 }
 
-/// What `poweroff -f` of a machine without a service manager is here: PID 1 is asked, and ends the VM in order.
+/// Powers off from within, as `poweroff -f` does on a machine without a service manager: here it asks PID 1,
+/// which ends the VM in order.
 async fn power_off(vm: Vm, given: &Given, hello: &str) {
     let task = TaskClient::new(vm.client());
     let mut pod = Pod { given: given.clone(), vm, task };

@@ -1,4 +1,4 @@
-//! What the tests are given, and an initrd made of it.
+//! Inputs of the tests, and an initrd made of them.
 
 use std::{
     env, fs,
@@ -7,7 +7,7 @@ use std::{
     process::{Command, Stdio},
 };
 
-/// What the tests are given; `Err` says what is missing.
+/// Inputs of the tests; `Err` names a missing one.
 #[derive(Clone)]
 pub(crate) struct Given {
     pub(crate) kernel: PathBuf,
@@ -28,8 +28,9 @@ fn var(name: &str) -> Option<PathBuf> {
 }
 
 impl Given {
-    /// `KUASAR_IMAGE`: a folder with `vmlinux` and `kuasar.initrd`. Or `KUASAR_KERNEL`, `KUASAR_AGENT` and `KUASAR_RUNC`:
-    /// files, of which an initrd is made. Tools come from the cache that the lab's setup fills.
+    /// `KUASAR_IMAGE`: a folder with `vmlinux` and `kuasar.initrd`. Or `KUASAR_KERNEL`, `KUASAR_AGENT` and
+    /// `KUASAR_RUNC`: files, of which an initrd is made. Tools come from the cache that the lab's setup
+    /// fills.
     pub(crate) fn from_env() -> Result<Self, String> {
         let cache = var("KUASAR_CACHE").or_else(|| {
             let base = var("XDG_CACHE_HOME").or_else(|| var("HOME").map(|home| home.join(".cache")));
@@ -103,7 +104,7 @@ impl Given {
     }
 }
 
-/// What a virtual machine is made of.
+/// Parts of a virtual machine.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Kind {
     /// Root on an initrd, shared folder by 9p.
@@ -115,7 +116,7 @@ pub(crate) enum Kind {
 }
 
 impl Kind {
-    /// What is missing for it.
+    /// Names an input that it lacks.
     pub(crate) fn missing(self, given: &Given) -> Option<&'static str> {
         match self {
             Self::InitrdNineP => None,

@@ -1,5 +1,6 @@
-//! What makes agents hang: many at once, input and output that nobody takes, memory that runs out while a process starts,
-//! processes that do not want to end. Every call has a deadline, so that a hang is a failure.
+//! Conditions that make agents hang: many processes at once, input and output that nobody takes, memory that
+//! runs out while a process starts, processes that do not want to end. Every call has a deadline, so that a
+//! hang is a failure.
 
 use std::time::{Duration, Instant};
 
@@ -18,7 +19,8 @@ use crate::{
 
 /// Processes that are started in one container at the same time: more than runtimes run side by side.
 const MANY: u32 = 12;
-/// As many with `KUASAR_LOAD`, which a busy machine's emulated processor does not do within a call's deadline.
+/// As many with `KUASAR_LOAD`, which a busy machine's emulated processor does not do within a call's
+/// deadline.
 const VERY_MANY: u32 = 64;
 /// More than the pipes and buffers on the way to a process hold.
 const MUCH: usize = 1 << 20;
@@ -113,7 +115,8 @@ async fn broken_input(pod: &Pod) {
     pod.delete("cut", "").await.unwrap();
 }
 
-/// Whoever read a terminal is gone, or reads no more: what writes to it waits, and ends when it is told to.
+/// The reader of a terminal is gone, or reads no more: the process that writes to it waits, and ends when it
+/// is told to.
 async fn unread_terminal(pod: &Pod) {
     for stays in [false, true] {
         pod.create("tty", &["yes"], true, true).await.unwrap();

@@ -196,7 +196,8 @@ pub(crate) async fn control(pod: &Pod) {
     assert_eq!(code(pod.delete("ctl", "").await).0, Code::NOT_FOUND);
 }
 
-/// A container that is made anew under an id is the new one, also while the guest's kernel remembers the folder of the old one.
+/// A container that is made anew under an id is the new one, also while the guest's kernel remembers the
+/// folder of the old one.
 pub(crate) async fn made_anew(pod: &Pod) {
     for code in [3, 4] {
         let command = format!("exit {code}");

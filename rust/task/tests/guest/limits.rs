@@ -1,4 +1,4 @@
-//! What the guest's kernel enforces on containers, and what the host learns of it.
+//! Limits that the guest's kernel enforces on containers, and the host's knowledge of them.
 
 use containerd_shim_protos::{
     api,
@@ -91,7 +91,7 @@ async fn killed_for_memory(pod: &Pod) {
     assert_eq!(event(pod, 4).await.topic, "/tasks/delete");
 }
 
-/// What is killed is not always what ends the container.
+/// The killed process is not always the one that ends the container.
 async fn killed_inside(pod: &Pod) {
     let script = format!("{GREEDY}; echo one; read x; {GREEDY}; echo two; sleep 1000");
     create_with(pod, "some", &["sh", "-c", &script], true, little_memory).await.unwrap();

@@ -23,8 +23,8 @@ const SETTLED: Duration = Duration::from_secs(20);
 /// Most of its own memory that the agent may have then, in KiB.
 const MEMORY: u64 = 4096;
 
-/// Run in a container that sees the guest's `/proc` as `/tmp` and its cgroups as `/etc`. Kernel threads, which come and go,
-/// have no program.
+/// Run in a container that sees the guest's `/proc` as `/tmp` and its cgroups as `/etc`. Kernel threads,
+/// which come and go, have no program.
 const COUNT: &str = r#"
 cd /tmp
 users() { for p in [0-9]*; do [ -n "$(busybox readlink $p/exe)" ] && echo $p; done; }

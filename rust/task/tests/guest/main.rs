@@ -1,7 +1,7 @@
 //! The agent in a real guest, driven over vsock as the host does it.
 //!
-//! Run with `cargo test -p vmm-task --test guest -- --ignored --nocapture` and `KUASAR_IMAGE` set to a built image's
-//! folder, or `KUASAR_KERNEL`, `KUASAR_AGENT` and `KUASAR_RUNC` to files.
+//! Run with `cargo test -p vmm-task --test guest -- --ignored --nocapture` and `KUASAR_IMAGE` set to a built
+//! image's folder, or `KUASAR_KERNEL`, `KUASAR_AGENT` and `KUASAR_RUNC` to files.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing)]
 
@@ -181,8 +181,8 @@ async fn sandbox(pod: &Pod) {
 /// A small correction does not move the clock at once: it is under way when the next one comes.
 async fn slew(pod: &Pod) {
     let client = pod.vm.sandbox();
-    // A kernel that finds a better clock soon after its start forgets corrections then. One that finds none, as on a busy
-    // host, where it cannot measure any, stays with what it has and says nothing.
+    // A kernel that finds a better clock soon after its start forgets corrections then. One that finds none,
+    // as on a busy host, where it cannot measure any, stays with what it has and says nothing.
     pod.vm.console_says("Switched to clocksource", Duration::from_secs(30)).await;
     let ahead = SyncClockPacket { Delta: 120_000_000, ..Default::default() };
     client.sync_clock(pod.vm.context(), &ahead).await.unwrap();

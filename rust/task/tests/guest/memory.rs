@@ -1,4 +1,4 @@
-//! What the agent costs every pod.
+//! Memory that the agent costs every pod.
 
 use kuasar_common::api::sandbox::CheckRequest;
 
@@ -8,8 +8,8 @@ use crate::{
     vm::{Vm, bundle},
 };
 
-/// Most memory of its own that the agent may have when a pod is ready, in KiB: what nobody else in the VM shares,
-/// be it written or part of its program.
+/// Most memory of its own that the agent may have when a pod is ready, in KiB: what nobody else in the VM
+/// shares, be it written or part of its program.
 const MOST: u64 = 4096;
 
 #[tokio::test]

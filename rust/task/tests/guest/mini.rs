@@ -1,4 +1,4 @@
-//! What only the kernel "mini" has: SCSI disks, EROFS, cgroup v1, IPsec.
+//! Features that only the kernel "mini" has: SCSI disks, EROFS, cgroup v1, IPsec.
 
 use std::{fs, path::Path, process::Command};
 
@@ -39,7 +39,7 @@ fn scsi(dir: &Path) -> String {
     )
 }
 
-/// Which of the devices that a spec may name there are, the guest's kernel decides: this one has tunnels.
+/// The guest's kernel decides which of the devices that a spec may name there are: this one has tunnels.
 #[tokio::test]
 #[ignore = "needs a guest: set KUASAR_MINI_KERNEL"]
 async fn a_container_has_the_devices_of_this_kernel() {
@@ -174,7 +174,8 @@ fn ip_of_the_host(pod: &Pod) -> String {
     format!("{dir}/ld-linux-x86-64.so.2 --library-path {dir} {dir}/ip")
 }
 
-/// Both kinds of ciphers want random numbers of the generator that jitterentropy's test would hold the boot up for.
+/// Both kinds of ciphers want random numbers of the generator that jitterentropy's test would hold the boot
+/// up for.
 #[tokio::test]
 #[ignore = "needs a guest: set KUASAR_MINI_KERNEL"]
 async fn ipsec_is_there_and_no_boot_waits_for_its_random_numbers() {

@@ -37,7 +37,8 @@ async fn containers_share_pid_namespaces() {
     let setup = SetupSandboxRequest { shared_pid_namespace: true, ..Default::default() };
     pod.vm.sandbox().setup_sandbox(pod.vm.context(), &setup).await.unwrap();
 
-    // Two in the pod's, one with the second one's, one alone. The first leaves an orphan behind, whose end nobody awaits.
+    // Two in the pod's, one with the second one's, one alone. The first leaves an orphan behind, whose end
+    // nobody awaits.
     start(&pod, "one", "pod", "(sleep 0.2 & echo ready); exec sleep 1001").await.unwrap();
     start(&pod, "two", "pod", "echo ready; sleep 1002 & exec sleep 1003").await.unwrap();
     start(&pod, "alone", "", "echo ready; exec sleep 1004").await.unwrap();

@@ -1,5 +1,5 @@
-//! Storages with real devices: there from the start, plugged in while a container waits for them, gone, and others in
-//! their place.
+//! Storages with real devices: there from the start, plugged in while a container waits for them, gone, and
+//! others in their place.
 
 use std::{
     fs,
@@ -57,7 +57,8 @@ pub(crate) fn storage(driver: &str, source: &str, fstype: &str, options: &[&str]
     }
 }
 
-/// Makes and starts a container that has each storage at `/<last part of its mount point>`, and one called `rootfs` as its root.
+/// Makes and starts a container that has each storage at `/<last part of its mount point>`, and one called
+/// `rootfs` as its root.
 pub(crate) async fn start(pod: &Pod, id: &str, list: &[Storage]) -> ttrpc::Result<u32> {
     let bundle = bundle(&pod.given, &pod.vm, id, &["sleep", "1000"], false);
     let dir = pod.vm.shared(id);
@@ -206,7 +207,7 @@ async fn hot_plug(pod: &Pod) {
     }
 }
 
-/// What a user sees.
+/// Refusals as a user sees them.
 async fn refused(pod: &Pod) {
     let error = |list: [Storage; 1]| async move { code(start(pod, "bad", &list).await).1 };
     let missing = error([storage("blk", "serial:nope", "ext4", &[], "bad/data")]).await;

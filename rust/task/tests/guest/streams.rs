@@ -122,7 +122,7 @@ pub(crate) async fn takeover(pod: &Pod) {
     pod.delete("over", "").await.unwrap();
 }
 
-/// Its end is told after its last byte, however slow who reads it is; and nobody else waits for them.
+/// Its end is told after its last byte, however slow its reader is; and nobody else waits for that reader.
 pub(crate) async fn last_byte(pod: &Pod) {
     let script = "dd if=/dev/zero bs=1000 count=50 2>/dev/null; exit 3";
     pod.create("slow", &["sh", "-c", script], false, false).await.unwrap();

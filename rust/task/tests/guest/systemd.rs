@@ -1,4 +1,5 @@
-//! The agent as a service of systemd: a root made of this machine's own systemd, the image's agent and runc, and the unit.
+//! The agent as a service of systemd: a root made of this machine's own systemd, the image's agent and runc,
+//! and the unit.
 
 use std::{
     fs,
@@ -23,7 +24,7 @@ use crate::{
 
 const UNIT: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/systemd/vmm-task.service");
 
-/// What systemd is of here: its programs, and the units that any system has.
+/// Parts of systemd: its programs, and the units that any system has.
 const PROGRAMS: [&str; 4] = ["systemd", "systemd-journald", "systemd-shutdown", "systemd-cgroups-agent"];
 const UNITS: [&str; 19] = [
     "basic.target",
@@ -47,7 +48,8 @@ const UNITS: [&str; 19] = [
     "umount.target",
 ];
 
-/// Another service, with limits of its own: systemd passes controllers on for it, and would take them back with its end.
+/// Another service, with limits of its own: systemd passes controllers on for it, and would take them back
+/// with its end.
 const OTHER: &str = "[Service]\nType=forking\nExecStart=/bin/busybox sh -c '/bin/busybox sleep 1000 &'\nMemoryMax=20M\n\
                      TasksMax=9\nCPUWeight=50\nIOWeight=50\nAllowedCPUs=0\n";
 
@@ -178,7 +180,7 @@ async fn a_pod_lives_with_systemd_as_process_1() {
     shutdown(&pod).await;
 }
 
-/// What a pod does in any guest.
+/// Takes a pod through the steps that work in any guest.
 async fn as_in_any_guest(pod: &Pod) {
     let at = Instant::now();
     sandbox(pod).await;
@@ -188,7 +190,8 @@ async fn as_in_any_guest(pod: &Pod) {
     step("as with the agent as process 1", at);
 }
 
-/// systemd starts, stops and forgets services of its own; a container beside them keeps its limits, and is the agent's child.
+/// systemd starts, stops and forgets services of its own; a container beside them keeps its limits, and is
+/// the agent's child.
 async fn beside_other_services(pod: &Pod) {
     let agent = in_vm(pod, "/bin/systemctl show --property=MainPID --value vmm-task.service").await;
     let init = pod.create("beside", &["sleep", "1000"], false, false).await.unwrap();

@@ -1,4 +1,5 @@
-//! A virtual machine for the tests: QEMU without KVM, vsock in user space, the shared folder by 9p, an initrd made here.
+//! A virtual machine for the tests: QEMU without KVM, vsock in user space, the shared folder by 9p, an initrd
+//! made here.
 
 use std::{
     collections::HashMap,
@@ -29,7 +30,8 @@ use ttrpc::{
 
 use crate::given::{Given, Kind};
 
-/// How long a guest may be silent where something is to come: an emulated one on a busy machine is slow.
+/// Longest time that a guest may be silent where something is to come: an emulated one on a busy machine is
+/// slow.
 const SILENCE: Duration = Duration::from_secs(120);
 
 pub(crate) const MAC: &str = "02:00:00:00:00:01";
@@ -208,7 +210,7 @@ impl Vm {
         self.sandbox().exec_vm_process(self.context(), &request).await
     }
 
-    /// What every call carries.
+    /// Returns the context of every call: the token and a time limit.
     pub(crate) fn context(&self) -> Context {
         let token = HashMap::from([(TOKEN_METADATA.to_owned(), vec![self.token.clone()])]);
         let mut context = ttrpc::context::with_metadata(token);

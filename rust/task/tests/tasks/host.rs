@@ -30,7 +30,8 @@ use vmm_task::{
     tasks::{Context, Tasks},
 };
 
-/// `create` starts the bundle's `run` script once `start` has made a file; `exec` runs the last word of the process's args.
+/// `create` starts the bundle's `run` script once `start` has made a file; `exec` runs the last word of the
+/// process's args.
 const RUNTIME: &str = r#"#!/bin/bash
 while [ $# -gt 0 ]; do
     case "$1" in
@@ -162,7 +163,7 @@ impl Host {
         theirs
     }
 
-    /// What was published about a container.
+    /// Returns the events published about a container.
     pub(crate) async fn events(&self, id: &str) -> Vec<Envelope> {
         let events = &self.tasks.context.events;
         let mut all = Vec::new();

@@ -1,5 +1,6 @@
-//! Containers' lives with a stand-in for the OCI runtime, which does on the host, without namespaces, what the agent relies
-//! on: leave an orphan whose pid is in the pid file, log errors as JSON, pass standard streams on.
+//! Containers' lives with a stand-in for the OCI runtime, which does on the host, without namespaces, what
+//! the agent relies on: leave an orphan whose pid is in the pid file, log errors as JSON, pass standard
+//! streams on.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing)]
 
@@ -158,7 +159,7 @@ async fn failures(host: &Host) {
     assert!(matches!(host.tasks.container("f3"), Err(TaskError::NotFound(_))));
 }
 
-/// One that does not read stops only whoever writes to it.
+/// A client that does not read stops only its own writer.
 async fn slow_reader(host: &Host) {
     host.create("slow", "head -c 1000000 /dev/zero; exit 3").await.unwrap();
     host.create("fast", "head -c 1000000 /dev/zero; exit 4").await.unwrap();
