@@ -1,8 +1,9 @@
-//! `unix_client PATH`: sends its standard input to a unix socket, ends that direction, and writes the answer to its
-//! standard output. Built static by the tests that run it in containers: busybox knows no unix sockets.
+//! `unix_client PATH`: sends its standard input to a unix socket, ends that direction, and writes the answer
+//! to its standard output. Built static by the tests that run it in containers: busybox knows no unix
+//! sockets.
 //!
-//! `io::copy` splices (splice(2)), so the pipes of standard input and output are locked for as long as the socket has nothing to
-//! give or to take: the agent, at their other ends, must not mind.
+//! `io::copy` splices (splice(2)), so the pipes of standard input and output are locked for as long as the
+//! socket has nothing to give or to take: the agent, at their other ends, must not mind.
 
 use std::{
     fs::File,

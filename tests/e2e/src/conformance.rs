@@ -6,10 +6,10 @@ use anyhow::{Context, Result, bail};
 
 const FIRST: &str = "spec";
 const LAST: &str = "reason";
-/// What stands before the words of a failure in its reason. A runtime that is broken fails, too, but says something else.
+/// Text before the words of a failure in its reason. A broken runtime fails as well, but with other words.
 const SAYS: &str = "It says \"";
 
-/// What became of a spec.
+/// Outcome of a spec.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum State {
     /// It passes.
@@ -37,11 +37,11 @@ impl State {
 pub struct Outcome {
     /// Its name, with those of all that it is in.
     pub spec: String,
-    /// What became of it.
+    /// Its outcome.
     pub state: State,
-    /// Why, in the words of the suite.
+    /// Reason, in the words of the suite.
     pub message: String,
-    /// How long it took.
+    /// Time that it took.
     pub seconds: f64,
 }
 
@@ -61,7 +61,7 @@ struct Row {
     reason: String,
 }
 
-/// Whether an outcome is the one that the table has.
+/// Comparison of an outcome with the table's.
 #[derive(Debug, PartialEq, Eq)]
 pub enum Verdict {
     /// It is.
@@ -156,7 +156,8 @@ impl Table {
         }
     }
 
-    /// Whether an outcome differs from what the table has seen, or is a failure that it has not seen: it may be the machine's.
+    /// Returns true if an outcome differs from what the table has seen, or is a failure that it has not seen:
+    /// it may be the machine's.
     #[must_use]
     pub fn doubts(&self, column: &str, outcome: &Outcome) -> bool {
         let index = self.columns.iter().position(|name| name == column);

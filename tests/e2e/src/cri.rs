@@ -20,7 +20,7 @@ pub const DEADLINE: Duration = Duration::from_secs(120);
 /// Time for a command in a container.
 const EXEC: Duration = Duration::from_secs(60);
 
-/// What CRI answers: a value, or containerd's error with its message.
+/// CRI's answer: a value, or containerd's error with its message.
 pub type Answer<T> = Result<T, tonic::Status>;
 
 /// A client of one containerd.
@@ -29,7 +29,7 @@ pub struct Cri {
     client: RuntimeServiceClient<Channel>,
 }
 
-/// What an exec gave.
+/// Result of an exec.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Output {
     /// Exit code.
@@ -70,7 +70,8 @@ impl Cri {
         Ok(self.client().version(request).await?.into_inner())
     }
 
-    /// Conditions that do not hold, such as a network that is not ready. That containerd finds the host's cgroups old is none.
+    /// Conditions that do not hold, such as a network that is not ready. That containerd finds the host's
+    /// cgroups old is none.
     ///
     /// # Errors
     /// As containerd says.

@@ -213,7 +213,8 @@ fn read(path: &Path) -> Result<Vec<u8>> {
     fs::read(path).with_context(|| format!("reading {}: run tests/lab/setup", path.display()))
 }
 
-/// Three layers, so that a container's overlay has several lower folders; the top one replaces a file of the bottom one.
+/// Three layers, so that a container's overlay has several lower folders; the top one replaces a file of the
+/// bottom one.
 fn busybox(paths: &Paths, name: &str, command: &[&str]) -> Result<Image> {
     let program = paths.tool("busybox");
     let list = Command::new(&program).arg("--list").output().context("asking busybox for its applets")?;
@@ -241,7 +242,8 @@ fn bash(paths: &Paths) -> Result<Image> {
     Image::new(BASH, &["/bin/bash"]).layer(layer.file("etc/os-release", 0o644, release)?)
 }
 
-/// The first 64 bytes of a program for the machine that this one is not: as far as the kernel reads before it says no.
+/// The first 64 bytes of a program for the machine that this one is not: as far as the kernel reads before it
+/// says no.
 fn alien_program() -> Vec<u8> {
     let machine: u16 = if foreign() == "arm64" { 183 } else { 62 };
     let mut elf = vec![0x7f, b'E', b'L', b'F', 2, 1, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0];
@@ -269,7 +271,8 @@ pub fn all(paths: &Paths) -> Result<Vec<Image>> {
         busybox(paths, BUSYBOX, &["/bin/sh"])?,
         bash(paths)?,
         alien(ALIEN)?,
-        // Not a sleep: the CRI validation suite looks for one that must be gone, also among the pod's processes.
+        // Not a sleep: the CRI validation suite looks for one that must be gone, also among the pod's
+        // processes.
         busybox(paths, PAUSE, &["/bin/tail", "-f", "/dev/null"])?,
     ])
 }

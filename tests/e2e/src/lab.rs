@@ -53,7 +53,7 @@ use crate::{
 pub struct Lab {
     /// The machine it is in.
     pub machine: Machine,
-    /// Where the programs are.
+    /// Paths of the programs.
     pub paths: Paths,
     /// The client.
     pub cri: Cri,
@@ -147,8 +147,8 @@ impl Lab {
         daemon.child.kill().await.with_context(|| format!("killing the daemon of {handler}"))
     }
 
-    /// Starts a daemon again that was killed, and waits until containerd, which tries at most every 3 s, has found it: until
-    /// then every pod's calls fail at once.
+    /// Starts a daemon again that was killed, and waits until containerd, which tries at most every 3 s, has
+    /// found it: until then every pod's calls fail at once.
     ///
     /// # Errors
     /// When it does not come up, or is not found; the text shows the end of its log.
@@ -255,7 +255,8 @@ impl Lab {
         self.machine.root.join("log")
     }
 
-    /// What a kubelet would ask for: a pod with a name, a log folder and a cgroup of its own.
+    /// Returns the request that a kubelet would send: a pod with a name, a log folder and a cgroup of its
+    /// own.
     ///
     /// # Errors
     /// When its folders cannot be made.
@@ -329,7 +330,7 @@ impl Lab {
         Ok(())
     }
 
-    /// Where the daemon of a handler writes its trace.
+    /// Path to which the daemon of a handler writes its trace.
     #[must_use]
     pub fn trace(&self, handler: &str) -> PathBuf {
         trace_of(&self.machine, handler)
@@ -357,7 +358,8 @@ impl Lab {
         }
         for daemon in self.daemons.get_mut() {
             wrong.extend(end(daemon.handler, &mut daemon.child).await.err().map(|e| e.to_string()));
-            // Lock files and the folder's marker stay by design, and only empty folders go: what a daemon forgot must be seen.
+            // Lock files and the folder's marker stay by design, and only empty folders go: what a daemon
+            // forgot must be seen.
             let socket = socket_of(daemon.handler);
             let own = [".lock", ".kuasar"].map(|name| folder_of(daemon.handler).join(name));
             for file in own.into_iter().chain([socket.with_extension("sock.lock"), socket]) {
@@ -373,7 +375,8 @@ impl Lab {
         for path in
             leaks::cgroups(&self.machine.cgroup()).iter().filter(|path| is_pod_cgroup(path, &self.machine))
         {
-            // Fails while a cgroup of ours is still below or a process in it, and is then named as left behind.
+            // Fails while a cgroup of ours is still below or a process in it, and is then named as left
+            // behind.
             let _ = fs::remove_dir(path);
         }
         for hierarchy in leaks::hierarchies() {
@@ -472,7 +475,7 @@ pub fn write_containerd_config(machine: &Machine, paths: &Paths, settings: &Cont
     Ok(config)
 }
 
-/// Where containerd finds shims and runc: the relay first.
+/// Search path by which containerd finds shims and runc: the relay first.
 #[must_use]
 pub fn search_path(paths: &Paths) -> String {
     let path = std::env::var("PATH").unwrap_or_default();

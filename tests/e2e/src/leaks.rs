@@ -1,5 +1,5 @@
-//! What a run must not leave behind, compared before and after inside the private machine. Nothing but the run lives
-//! there, so whatever is new was made by it: no need to guess by names.
+//! Things that a run must not leave behind, compared before and after inside the private machine. Nothing but
+//! the run lives there, so whatever is new was made by it: no need to guess by names.
 
 use std::{
     collections::BTreeSet,
@@ -9,10 +9,11 @@ use std::{
 
 use anyhow::{Context, Result};
 
-/// Where cgroup hierarchies are mounted.
+/// Folder in which cgroup hierarchies are mounted.
 const CGROUPS: &str = "/sys/fs/cgroup";
 
-/// Folders that other programs keep in `/run`: a stock containerd, whatever runtime it is used with; CNI; `mount`.
+/// Folders that other programs keep in `/run`: a stock containerd, whatever runtime it is used with; CNI;
+/// `mount`.
 const OF_OTHERS: [&str; 3] = ["/run/containerd", "/run/netns", "/run/mount"];
 
 /// Everything of the machine that a run can leave behind, one line each, sorted.
@@ -20,7 +21,8 @@ const OF_OTHERS: [&str; 3] = ["/run/containerd", "/run/netns", "/run/mount"];
 pub struct Snapshot(BTreeSet<String>);
 
 impl Snapshot {
-    /// Takes stock. `root` is the run's temporary root, below which files are not counted: it is removed as a whole.
+    /// Takes stock. `root` is the run's temporary root, below which files are not counted: it is removed as a
+    /// whole.
     ///
     /// # Errors
     /// When `/proc` cannot be read.
@@ -35,7 +37,7 @@ impl Snapshot {
         Ok(Self(all))
     }
 
-    /// What is here and was not in `before`.
+    /// Returns everything that is here and was not in `before`.
     #[must_use]
     pub fn since(&self, before: &Self) -> Vec<String> {
         self.0.difference(&before.0).cloned().collect()
@@ -85,8 +87,8 @@ fn network_namespaces() -> Vec<String> {
     entries.map(|entry| format!("network namespace {}", entry.path().display())).collect()
 }
 
-/// Sockets, files and links in the private `/run`; empty folders are nobody's loss but tell of one kept by mistake, so
-/// they count, too.
+/// Sockets, files and links in the private `/run`; empty folders are nobody's loss but tell of one kept by
+/// mistake, so they count, too.
 fn files_in_run() -> Vec<String> {
     let mut all = Vec::new();
     let mut folders = vec![PathBuf::from("/run")];
@@ -106,7 +108,8 @@ fn files_in_run() -> Vec<String> {
     all
 }
 
-/// Cgroups of that name, with all below them, in every hierarchy; deepest first, so that they can be removed in order.
+/// Cgroups of that name, with all below them, in every hierarchy; deepest first, so that they can be removed
+/// in order.
 #[must_use]
 pub fn cgroups(name: &str) -> Vec<PathBuf> {
     let mut all = Vec::new();

@@ -1,7 +1,8 @@
-//! Black-box tests and demo over CRI: a stock containerd and the daemon, started in a machine of their own, driven the
-//! way the kubelet drives them.
+//! Black-box tests and demo over CRI: a stock containerd and the daemon, started in a machine of their own,
+//! driven the way the kubelet drives them.
 //!
-//! - [`machine`]: private mount, network and PID namespaces around everything, and the check that nothing is left
+//! - [`machine`]: private mount, network and PID namespaces around everything, and the check that nothing is
+//!   left
 //! - [`paths`]: where the programs and artefacts under test are, and what to run when one is missing
 //! - [`image`]: OCI images made from files, without a registry
 //! - [`lab`]: containerd and the daemons in that machine

@@ -1,6 +1,6 @@
-//! A machine of one's own for a test run: everything happens in new mount, network and PID namespaces, with a private
-//! `/run`, so that a run can neither disturb the host nor leave anything on it, whatever goes wrong, and so that
-//! "nothing is left" can be checked exactly instead of by guessing what belongs to whom.
+//! A machine of one's own for a test run: everything happens in new mount, network and PID namespaces, with a
+//! private `/run`, so that a run can neither disturb the host nor leave anything on it, whatever goes wrong,
+//! and so that "nothing is left" can be checked exactly instead of by guessing what belongs to whom.
 //!
 //! Three processes, all the same binary:
 //! - *outer*, on the host: makes the temporary root, waits, removes it;
@@ -39,13 +39,14 @@ const OUTER: &str = "KUASAR_LAB_OUTER";
 /// The parent of the folder where libcni keeps results, which cannot be told otherwise.
 const VAR_LIB: &str = "/var/lib";
 
-/// Names below `/run` of the host that stay visible, where they exist: programs of NixOS, and name resolution.
+/// Names below `/run` of the host that stay visible, where they exist: programs of NixOS, and name
+/// resolution.
 const KEPT_IN_RUN: [&str; 4] = ["current-system", "booted-system", "wrappers", "systemd/resolve"];
 
 /// Grace for processes that were told to end.
 const SETTLE: Duration = Duration::from_secs(3);
 
-/// What *main* gets of its machine.
+/// The private machine, as *main* sees it.
 #[derive(Clone, Debug)]
 pub struct Machine {
     /// The temporary root: everything that must be on a disk.
@@ -70,7 +71,8 @@ fn cgroup_name(root: &Path) -> String {
     root.file_name().map_or_else(|| "klab".into(), |name| name.to_string_lossy().into_owned())
 }
 
-/// Either the machine, for the process that is to do the work in it, or the status with which this process ends.
+/// Either the machine, for the process that is to do the work in it, or the status with which this process
+/// ends.
 ///
 /// Call it first in `main`, before any thread is made.
 ///
@@ -136,8 +138,8 @@ fn end_signals() -> SigSet {
     [Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP].into_iter().collect()
 }
 
-/// Ctrl-C must not end this process: it still has to clean up. It ends the machine instead, init first, which takes
-/// everything in it along.
+/// Ctrl-C must not end this process: it still has to clean up. It ends the machine instead, init first, which
+/// takes everything in it along.
 fn end_on_signal(unshare: Pid) {
     std::thread::spawn(move || {
         if end_signals().wait().is_ok() {
@@ -195,8 +197,8 @@ fn furnish(root: &Path) -> Result<()> {
     mount(Some("proc"), "/proc", Some("proc"), MsFlags::empty(), none).context("mounting /proc")?;
     furnish_run(root)?;
     cover_var_lib(root)?;
-    // Changes of the host still arrive, ours never go out; within, mounts propagate as on any host with systemd. Last,
-    // for until here a bind mount must not be a peer of what it was made from.
+    // Changes of the host still arrive, ours never go out; within, mounts propagate as on any host with
+    // systemd. Last, for until here a bind mount must not be a peer of what it was made from.
     mount(none, "/", none, MsFlags::MS_REC | MsFlags::MS_SHARED, none).context("sharing mounts")?;
     let status =
         Command::new("ip").args(["link", "set", "lo", "up"]).status().context("running ip (of iproute2)")?;
@@ -206,7 +208,7 @@ fn furnish(root: &Path) -> Result<()> {
     Ok(())
 }
 
-/// What is written below `/var/lib` goes to the temporary root.
+/// Redirects writes below `/var/lib` to the temporary root.
 fn cover_var_lib(root: &Path) -> Result<()> {
     let (upper, work) = (root.join("var-lib/upper"), root.join("var-lib/work"));
     for folder in [&upper, &work] {
@@ -255,7 +257,7 @@ fn reap_until(main: Pid) -> Result<WaitStatus> {
     }
 }
 
-/// What is still there that was not before, once processes had time to end.
+/// Returns everything that is still there and was not before, once processes had time to end.
 fn settle(before: &Snapshot, root: &Path) -> Result<Vec<String>> {
     let deadline = Instant::now() + SETTLE;
     loop {

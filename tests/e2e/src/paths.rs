@@ -1,5 +1,5 @@
-//! Where the programs and artefacts under test are. A missing one is an error that says what to run: a test that
-//! cannot run has not passed.
+//! Paths of the programs and artefacts under test. A missing one is an error that says what to run: a test
+//! that cannot run has not passed.
 
 use std::{
     env,
@@ -25,8 +25,8 @@ pub struct Paths {
 pub const RELAY: &str = "containerd-shim-kuasar-vmm-v1";
 
 impl Paths {
-    /// From `KUASAR_IMAGE`, `KUASAR_SANDBOXER`, `KUASAR_RELAY` and `KUASAR_CACHE`; programs that are not named are taken
-    /// from where `cargo build` puts them.
+    /// From `KUASAR_IMAGE`, `KUASAR_SANDBOXER`, `KUASAR_RELAY` and `KUASAR_CACHE`; programs that are not
+    /// named are taken from where `cargo build` puts them.
     ///
     /// # Errors
     /// When something is missing; the text says what to run.

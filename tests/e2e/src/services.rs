@@ -39,7 +39,7 @@ pub async fn forget(id: &str) -> Result<()> {
     Ok(())
 }
 
-/// Whether containerd reaches a daemon: it asks it for a sandbox that nobody has.
+/// Returns true if containerd reaches a daemon: it asks it for a sandbox that nobody has.
 ///
 /// # Errors
 /// When containerd itself is not reached.

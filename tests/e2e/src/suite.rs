@@ -21,9 +21,9 @@ type Body<T> = fn(Arc<T>) -> Pin<Box<dyn Future<Output = Result<()>> + Send>>;
 pub struct Case<T> {
     /// Its name.
     pub name: &'static str,
-    /// What it does.
+    /// The case itself.
     pub body: Body<T>,
-    /// Why it cannot run here.
+    /// Reason why it cannot run here.
     pub skip: Option<String>,
 }
 
@@ -41,8 +41,8 @@ pub fn unless<T>(missing: Option<String>, cases: Vec<Case<T>>) -> Vec<Case<T>> {
     cases.into_iter().map(|case| Case { skip: missing.clone(), ..case }).collect()
 }
 
-/// The runtime handler under test. `KUASAR_HANDLER=runc` is for the lab's own sake: it runs what makes sense without a
-/// VM, and tells a fault of the lab from one of ours.
+/// The runtime handler under test. `KUASAR_HANDLER=runc` is for the lab's own sake: it runs what makes sense
+/// without a VM, and tells a fault of the lab from one of ours.
 #[must_use]
 pub fn handler() -> &'static str {
     if for_runc() { lab::RUNC } else { lab::QEMU }
@@ -52,7 +52,7 @@ fn for_runc() -> bool {
     std::env::var("KUASAR_HANDLER").is_ok_and(|name| name == lab::RUNC)
 }
 
-/// Whether there is time for what takes long.
+/// Returns true if there is time for what takes long.
 #[must_use]
 pub fn is_full() -> bool {
     std::env::var("KUASAR_ENDURANCE").is_ok_and(|value| value == "full")
@@ -120,7 +120,7 @@ where
     run(self::deadline(), cases, make)
 }
 
-/// What cases share, and how it ends.
+/// State that cases share, and its end.
 pub trait Shared: Send + Sync + Sized + 'static {
     /// Ends it; returns what went wrong.
     fn end(self) -> impl Future<Output = Vec<String>>;

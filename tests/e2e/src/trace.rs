@@ -19,13 +19,13 @@ pub struct Span {
 }
 
 impl Span {
-    /// How long it took.
+    /// Time that it took.
     #[must_use]
     pub fn seconds(&self) -> f64 {
         self.ended - self.began
     }
 
-    /// Whether another one went on at the same time.
+    /// Returns true if another one went on at the same time.
     #[must_use]
     pub fn is_beside(&self, other: &Self) -> bool {
         self.began < other.ended && other.began < self.ended

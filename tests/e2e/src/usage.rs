@@ -1,4 +1,4 @@
-//! What programs hold, counted: what must not grow with use.
+//! Counts of the things that programs hold and that must not grow with use.
 
 use std::{collections::BTreeMap, fmt, fs};
 
@@ -6,7 +6,7 @@ use anyhow::{Context, Result};
 
 use crate::lab::Lab;
 
-/// What one process holds.
+/// Things that one process holds.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Usage {
     /// Open descriptors.

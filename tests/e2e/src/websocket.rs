@@ -1,5 +1,6 @@
-//! As much of a WebSocket client as CRI's port-forward needs: `v4.channel.k8s.io`, where the first byte of a message is its
-//! channel. Channel 0 carries data, channel 1 what went wrong; each begins with the port in two bytes.
+//! As much of a WebSocket client as CRI's port-forward needs: `v4.channel.k8s.io`, where the first byte of a
+//! message is its channel. Channel 0 carries data, channel 1 what went wrong; each begins with the port in
+//! two bytes.
 
 use anyhow::{Context, Result, bail, ensure};
 use tokio::{
@@ -18,7 +19,7 @@ pub struct Forwarded {
     stream: BufReader<TcpStream>,
 }
 
-/// What came of one.
+/// Data and messages that arrived on one connection.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub struct Received {
     /// Bytes from the pod.

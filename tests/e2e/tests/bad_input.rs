@@ -1,5 +1,5 @@
-//! Bad input to the daemon and the relay: each refusal comes early, loses nothing, and is one that a person can act on.
-//! (What CRI can be given wrongly is in `pods/life.rs`.)
+//! Bad input to the daemon and the relay: each refusal comes early, loses nothing, and is one that a person
+//! can act on. (What CRI can be given wrongly is in `pods/life.rs`.)
 
 use std::{
     fs,
@@ -48,7 +48,7 @@ fn main() -> ExitCode {
     )
 }
 
-/// What the cases share: where the programs are, and a folder.
+/// State that the cases share: the programs' paths, and a folder.
 struct Desk {
     paths: Paths,
     machine: Machine,
@@ -94,7 +94,7 @@ impl Desk {
     }
 }
 
-/// What a program says to standard error when it refuses; it must end, and must not listen.
+/// Returns a refusing program's words on standard error; it must end, and must not listen.
 async fn refused(command: &mut Command, folder: &Path) -> Result<String> {
     let ran = timeout(patient(SOON), command.output()).await;
     let output = ran.ok().context("it did not refuse, it is running")??;
@@ -251,7 +251,8 @@ async fn a_daemon_that_ends_leaves_no_socket(desk: Arc<Desk>) -> Result<()> {
     lab::end("the daemon", &mut daemon).await
 }
 
-/// containerd before 2.1 knows no sandbox plugins for CRI and starts the shim instead, as it does with any runtime.
+/// containerd before 2.1 knows no sandbox plugins for CRI and starts the shim instead, as it does with any
+/// runtime.
 async fn a_containerd_that_is_too_old(desk: Arc<Desk>) -> Result<()> {
     let folder = desk.folder("old")?;
     let mut relay = Command::new(desk.paths.relay());

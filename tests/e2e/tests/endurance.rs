@@ -1,5 +1,5 @@
-//! Use without end: many execs, many pods one after another and many at once, and nothing of it may stay: no descriptors,
-//! memory, processes, mounts, links, cgroups.
+//! Use without end: many execs, many pods one after another and many at once, and nothing of it may stay: no
+//! descriptors, memory, processes, mounts, links, cgroups.
 //!
 //! `KUASAR_ENDURANCE=full` takes the numbers that are meant; without it, they are for every day.
 
@@ -22,14 +22,17 @@ use tokio::{
 
 const IDLE: &[&str] = &["/bin/sh", "-c", "trap 'exit 0' TERM; while :; do sleep 1000 & wait; done"];
 const SOON: Duration = Duration::from_secs(60);
-/// Memory that a program may take more of without being a leak: caches, and what an allocator keeps. Counted is what is of
-/// no file: the share of a program's own pages grows when another process of the same program ends.
+/// Memory that a program may take more of without being a leak: caches, and what an allocator keeps. Counted
+/// is what is of no file: the share of a program's own pages grows when another process of the same program
+/// ends.
 const RELAY_ROOM_KIB: u64 = 128;
 const DAEMON_ROOM_KIB: u64 = 1024;
-/// containerd is written in Go, whose heap takes its time to reach its size: what it takes in the first half of many execs is
-/// printed only, and in the second half it may take this, or a half of that. A leak takes as much in both.
+/// containerd is written in Go, whose heap takes its time to reach its size: what it takes in the first half
+/// of many execs is printed only, and in the second half it may take this, or a half of that. A leak takes as
+/// much in both.
 const CONTAINERD_ROOM_KIB: u64 = 4096;
-/// Threads likewise: those of a runtime's pool come with work, and end without it; Go's never end. A relay has one thread.
+/// Threads likewise: those of a runtime's pool come with work, and end without it; Go's never end. A relay
+/// has one thread.
 const DAEMON_THREAD_ROOM: usize = 4;
 const CONTAINERD_THREAD_ROOM: usize = 8;
 /// Descriptors likewise: a connection that is just being closed.
@@ -173,7 +176,7 @@ async fn at_once(lab: &Arc<Lab>, count: usize) -> Result<()> {
     Ok(())
 }
 
-/// What programs and machine hold.
+/// Things that programs and machine hold.
 struct Held {
     machine: Snapshot,
     programs: BTreeMap<String, Usage>,

@@ -1,5 +1,6 @@
-//! The daemon as a service: systemd as PID 1, cgroup v2 alone, pods in slices as a kubelet's systemd driver makes them. It
-//! writes units, so it wants a machine that nobody else uses: `tests/lab/machine --systemd` makes one.
+//! The daemon as a service: systemd as PID 1, cgroup v2 alone, pods in slices as a kubelet's systemd driver
+//! makes them. It writes units, so it wants a machine that nobody else uses: `tests/lab/machine --systemd`
+//! makes one.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 

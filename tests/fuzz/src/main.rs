@@ -1,8 +1,9 @@
 //! Feeds hostile input to whatever parses what others sent.
 //!
-//! `kuasar-fuzz TARGET [COUNT]` runs one target, `kuasar-fuzz all [COUNT]` each. Every run is another one: it prints its
-//! seed, and `KUASAR_FUZZ_SEED` makes it the same run again. It stops at the first input that makes a target panic, and
-//! shows it. A target is a file in `targets/` with `seeds()` and `run()`, and its name in the list there.
+//! `kuasar-fuzz TARGET [COUNT]` runs one target, `kuasar-fuzz all [COUNT]` each. Every run is another one: it
+//! prints its seed, and `KUASAR_FUZZ_SEED` makes it the same run again. It stops at the first input that
+//! makes a target panic, and shows it. A target is a file in `targets/` with `seeds()` and `run()`, and its
+//! name in the list there.
 
 mod mutate;
 mod targets;

@@ -2,7 +2,7 @@
 
 /// Longest input.
 const MAX: usize = 16 * 1024;
-/// What parsers stumble over.
+/// Bytes that parsers stumble over.
 const TOKENS: [&[u8]; 24] = [
     b"\0",
     b"\n",

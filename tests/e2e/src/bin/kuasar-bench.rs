@@ -1,5 +1,5 @@
-//! Measures pods beside runc's, on the same containerd in the same run: their memory at a count, and the time of their
-//! starts. It prints figures; with `--judge` it compares memory with its goals, too.
+//! Measures pods beside runc's, on the same containerd in the same run: their memory at a count, and the time
+//! of their starts. It prints figures; with `--judge` it compares memory with its goals, too.
 
 use std::{
     path::{Path, PathBuf},
@@ -27,13 +27,15 @@ struct Args {
 
 #[derive(Debug, Subcommand)]
 enum What {
-    /// Memory of relays, daemon and containerd with so many pods, each with a running container; and of runc's shims.
+    /// Memory of relays, daemon and containerd with so many pods, each with a running container; and of
+    /// runc's shims.
     Memory {
         /// Pods.
         #[arg(default_value_t = 50)]
         count: usize,
-        /// Fail when a relay takes more than 512 KiB or the daemon more than 15 MB. The goals are of programs built for release,
-        /// and of 50 pods: with fewer, of a relay's own program no more is counted than would be its share of 50.
+        /// Fail when a relay takes more than 512 KiB or the daemon more than 15 MB. The goals are of programs
+        /// built for release, and of 50 pods: with fewer, of a relay's own program no more is counted than
+        /// would be its share of 50.
         #[arg(long)]
         judge: bool,
     },
@@ -42,7 +44,7 @@ enum What {
         /// Pods of each kind.
         #[arg(default_value_t = 10)]
         runs: usize,
-        /// Where to copy the daemon's trace.
+        /// Path to which to copy the daemon's trace.
         #[arg(long)]
         trace: Option<PathBuf>,
     },
@@ -124,15 +126,15 @@ async fn memory(lab: &Lab, count: usize, judge: bool) -> Result<()> {
     Ok(())
 }
 
-/// What a relay takes where its program is shared by so many, from what it takes where it is shared by fewer: of no file are
-/// its own pages, and of the program's it has its part.
+/// Memory of a relay whose program fifty share, computed from that of one whose program fewer share: pages of
+/// no file are its own, and of the program's it has its part.
 fn among_fifty(usage: &Usage, count: usize) -> u64 {
     let fifty = u64::try_from(GOALS_OF).unwrap_or(u64::MAX);
     let sharing = u64::try_from(count).unwrap_or(fifty).min(fifty);
     usage.anonymous_kib + usage.pss_kib.saturating_sub(usage.anonymous_kib) * sharing / fifty
 }
 
-/// What takes more than it should.
+/// Returns a line for each program that takes more than its goal.
 fn beyond_goals(relay: u64, daemon: u64) -> Vec<String> {
     let judged = [("a relay", relay, RELAY_GOAL), ("the daemon", daemon, DAEMON_GOAL)];
     let beyond = judged.into_iter().filter(|(_, has, goal)| has > goal);
@@ -191,9 +193,10 @@ async fn time(lab: &Lab, runs: usize, copy: Option<&Path>) -> Result<()> {
     Ok(())
 }
 
-/// Prints which part of the time is whose. Of a pod's start, ours is all but the VMM's and the guest kernel's: all outside of
-/// the wait for READY. In a container's, where neither is started, what is not ours is containerd, which cannot take more
-/// than it takes with runc, and the guest's runc, which no trace tells from the agent.
+/// Prints which part of the time is whose. Of a pod's start, ours is all but the VMM's and the guest
+/// kernel's: all outside of the wait for READY. In a container's, where neither is started, what is not ours
+/// is containerd, which cannot take more than it takes with runc, and the guest's runc, which no trace tells
+/// from the agent.
 fn shares(spans: &Spans, ours: &[Times], theirs: &[Times], ids: &[String]) -> Result<()> {
     let seconds = |all: &[Times], of: fn(&Times) -> Duration| -> Vec<f64> {
         all.iter().map(|times| of(times).as_secs_f64()).collect()

@@ -1,5 +1,5 @@
-//! Runs one container of an OCI image in a pod that is a microVM, and shows that it is one: the whole way from CRI over
-//! a stock containerd to the guest, in a machine of its own that is gone afterwards.
+//! Runs one container of an OCI image in a pod that is a microVM, and shows that it is one: the whole way
+//! from CRI over a stock containerd to the guest, in a machine of its own that is gone afterwards.
 
 use std::{
     future::Future,

@@ -1,4 +1,4 @@
-//! What the lab tells containerd, CNI and our daemons.
+//! Configuration of containerd, CNI and our daemons, as the lab writes it.
 
 use std::{
     fs,
@@ -34,13 +34,13 @@ pub const QEMU_NATIVE: &str = "kuasar-qemu-native";
 pub const QEMU_PROFILE: &str = "kuasar-qemu-profile";
 /// [`QEMU`]'s daemon; to every container's spec containerd adds a limit of huge pages.
 pub const QEMU_HUGE_PAGES: &str = "kuasar-qemu-huge-pages";
-/// Handler of a daemon that a case brings up itself, with [`Lab::start_daemon`](super::Lab::start_daemon): its image is checked
-/// by dm-verity.
+/// Handler of a daemon that a case brings up itself, with [`Lab::start_daemon`](super::Lab::start_daemon):
+/// its image is checked by dm-verity.
 pub const QEMU_VERITY: &str = "kuasar-qemu-verity";
 /// Handler of ordinary containers, to tell a fault of the lab from one of ours.
 pub const RUNC: &str = "runc";
 
-/// What the CNI plugin for port mappings calls.
+/// Program that the CNI plugin for port mappings calls.
 const IPTABLES: &str = "/usr/sbin/iptables";
 
 /// The pods' bridge.
@@ -50,16 +50,16 @@ pub(super) const BRIDGE: &str = "klab0";
 pub(super) const VARIANTS: [(&str, &[(&str, &str)]); 3] =
     [(QEMU, &[]), (QEMU_9P, &[("share_fs", "9p"), ("root", "blk")]), (QEMU_INITRD, &[("root", "initrd")])];
 
-/// What may differ from the lab's usual containerd.
+/// Settings that may differ from the lab's usual containerd.
 #[derive(Clone, Debug, Default)]
 pub struct Containerd {
     /// The program, when it is not the unpacked one.
     pub program: Option<PathBuf>,
     /// Folder of `hosts.toml` files, when images are pulled through CRI.
     pub registries: Option<PathBuf>,
-    /// Whether NRI is on, as it is in containerd's own settings.
+    /// True if NRI is on, as it is in containerd's own settings.
     pub nri: bool,
-    /// Whether there is a thin pool, and the devmapper snapshotter with it.
+    /// True if there is a thin pool, and the devmapper snapshotter with it.
     pub thin_pool: bool,
     /// Handler of pods that name none, as all do that a kubelet without an API server runs; runc unless set.
     pub default_handler: Option<&'static str>,
@@ -108,13 +108,14 @@ pub fn folder_of(handler: &str) -> PathBuf {
     Path::new("/run/kuasar").join(handler.trim_start_matches("kuasar-"))
 }
 
-/// How guests are reached: over the vsock in user space, unless `KUASAR_VSOCK` says something else.
+/// The vsock by which guests are reached: the one in user space, unless `KUASAR_VSOCK` names another.
 #[must_use]
 pub fn vsock() -> String {
     std::env::var("KUASAR_VSOCK").unwrap_or_else(|_| "vhost-user".into())
 }
 
-/// The daemon's configuration: the image's own, with this machine's programs, emulation, and `keys` of `[hypervisor]`.
+/// The daemon's configuration: the image's own, with this machine's programs, emulation, and `keys` of
+/// `[hypervisor]`.
 ///
 /// # Errors
 /// When the image's `config.toml` cannot be read.
@@ -298,7 +299,7 @@ pub(super) fn write_base_specs(machine: &Machine, paths: &Paths) -> Result<()> {
     Ok(())
 }
 
-/// What the blockfile snapshotter begins with: an empty file system.
+/// Image that the blockfile snapshotter begins with: an empty file system.
 pub(super) fn scratch_file(machine: &Machine) -> PathBuf {
     machine.root.join("scratch.ext4")
 }

@@ -20,14 +20,15 @@ pub const NET_MACVLAN: &str = "kuasar-net-macvlan";
 pub const NET_TWO: &str = "kuasar-net-two";
 /// A pod with a routing rule, which a VM cannot have.
 pub const NET_RULES: &str = "kuasar-net-rules";
-/// As [`NET_PTP`], with what plugins seldom leave: no ARP, a permanent neighbour, a peer, a preferred source, metrics, a link
-/// that is down.
+/// As [`NET_PTP`], with what plugins seldom leave: no ARP, a permanent neighbour, a peer, a preferred source,
+/// metrics, a link that is down.
 pub const NET_RARE: &str = "kuasar-net-rare";
 /// A tap that is a port of a bridge in the pod's namespace.
 pub const NET_TAP: &str = "kuasar-net-tap";
 /// A link that carries packets and no frames.
 pub const NET_TUN: &str = "kuasar-net-tun";
-/// Rules of nftables in the pod's namespace: TCP to port 8080 of the pod and to port 9090 of others is dropped.
+/// Rules of nftables in the pod's namespace: TCP to port 8080 of the pod and to port 9090 of others is
+/// dropped.
 pub const NET_FILTERED: &str = "kuasar-net-filtered";
 /// Sysctls in the pod's namespace, by the plugin `tuning`.
 pub const NET_TUNED: &str = "kuasar-net-tuned";
@@ -69,8 +70,9 @@ const HANDLERS: [&str; 13] = [
     NET_UNKNOWN,
 ];
 
-/// A chained plugin: the commands of its `script` change what those before it made in the pod's namespace. libcni writes the
-/// keys of a configuration in the order of the alphabet. What JSON writes in another way, a script cannot have.
+/// A chained plugin: the commands of its `script` change what those before it made in the pod's namespace.
+/// libcni writes the keys of a configuration in the order of the alphabet. What JSON writes in another way, a
+/// script cannot have.
 const CHANGED: &str = r#"#!/bin/sh
 set -eu
 config=$(cat)
@@ -84,7 +86,8 @@ ADD)
 esac
 "#;
 
-/// What the plugin `tap` of newer packages makes, with its key `bridge`, in place of a veth with the same name.
+/// Script that makes the links of the newer packages' plugin `tap`, with its key `bridge`, in place of a veth
+/// of the same name.
 const TAP: &str = "set -- $(ip -o -4 addr show dev eth0); address=$4; ip link set eth0 down; ip addr flush dev eth0; ip link set eth0 name up0; ip link add kbr0 type bridge; \
     ip link set up0 master kbr0 up; ip tuntap add dev eth0 mode tap multi_queue; \
     ip link set eth0 master kbr0 mtu 1400 up; ip link set kbr0 up; ip addr add $address dev eth0; \
@@ -178,7 +181,7 @@ fn lists(machine: &Machine, handler: &str) -> Vec<Value> {
     }
 }
 
-/// Where containerd finds plugins: those of the package, and the lab's own.
+/// Folders in which containerd finds plugins: the package's, and the lab's own.
 pub(super) fn plugins(machine: &Machine, paths: &Paths) -> [PathBuf; 2] {
     [paths.tool("cni"), machine.root.join("cni/bin")]
 }

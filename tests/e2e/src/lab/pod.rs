@@ -23,7 +23,7 @@ pub struct Pod<'a> {
     pub(super) lab: &'a Lab,
     /// Its id.
     pub id: String,
-    /// What it was made from.
+    /// Configuration that it was made from.
     pub config: PodSandboxConfig,
 }
 
@@ -62,7 +62,7 @@ impl Pod<'_> {
         parse_log(&text).with_context(|| format!("parsing {}", path.display()))
     }
 
-    /// What the daemon has recorded of it.
+    /// Returns the daemon's record of it.
     ///
     /// # Errors
     /// When it cannot be read.
@@ -119,7 +119,7 @@ pub fn container(name: &str, image: &str, command: &[&str]) -> ContainerConfig {
     }
 }
 
-/// What the kubelet asks for unless a pod shares its processes; the protocol's zero means the opposite.
+/// Options that the kubelet sends unless a pod shares its processes; the protocol's zero means the opposite.
 #[must_use]
 pub fn own_pids() -> NamespaceOption {
     NamespaceOption { pid: NamespaceMode::Container.into(), ..Default::default() }

@@ -1,5 +1,5 @@
-//! A thin pool of the device mapper, for containerd's devmapper snapshotter; where the kernel has one, as that of
-//! `tests/lab/machine` has.
+//! A thin pool of the device mapper, for containerd's devmapper snapshotter; where the kernel has one, as
+//! that of `tests/lab/machine` has.
 
 use std::{fs, path::Path};
 
@@ -11,14 +11,15 @@ use crate::machine::Machine;
 
 const LOSETUP: &str = "/sbin/losetup";
 const DMSETUP: &str = "/sbin/dmsetup";
-/// Has the tools make nodes of devices themselves: a lab has a `/run` of its own, and in it no udev that would.
+/// Has the tools make nodes of devices themselves: a lab has a `/run` of its own, and in it no udev that
+/// would.
 pub(super) const NO_UDEV: (&str, &str) = ("DM_DISABLE_UDEV", "1");
 /// Bytes of a sector, which is what sizes are counted in.
 const SECTOR: u64 = 512;
 const DATA: u64 = 256 << 20;
 const METADATA: u64 = 4 << 20;
 
-/// Why there is none; `None` where there is one.
+/// Reason why there is none; `None` where there is one.
 #[must_use]
 pub fn missing() -> Option<String> {
     let wanted = [LOSETUP, DMSETUP, "/sbin/mkfs.ext4", "/dev/mapper/control"];

@@ -1,5 +1,6 @@
-//! The judge: the CRI validation suite against a runtime handler, and its verdict against `docs/cri-conformance.md`.
-//! One case a spec. `KUASAR_BLESS=1` writes what came out into the table instead of comparing.
+//! The judge: the CRI validation suite against a runtime handler, and its verdict against
+//! `docs/cri-conformance.md`. One case a spec. `KUASAR_BLESS=1` writes what came out into the table instead
+//! of comparing.
 
 mod suite;
 
@@ -112,8 +113,8 @@ async fn run(
     Ok((outcomes, wrong))
 }
 
-/// Runs what came out wrong again, alone, and takes that for the result: some specs of the suite give the machine less time
-/// than a busy one needs (why: in the document).
+/// Runs what came out wrong again, alone, and takes that for the result: some specs of the suite give the
+/// machine less time than a busy one needs (why: in the document).
 async fn again(
     lab: &Lab,
     programs: &Programs,

@@ -23,7 +23,7 @@ use tokio::{
     time::timeout,
 };
 
-/// Where the registry listens, inside the private machine.
+/// Address of the registry, inside the private machine.
 const REGISTRY: &str = "127.0.0.1:5000";
 const NRI: &str = "/run/nri";
 /// A hang of the suite is longer.
@@ -66,7 +66,8 @@ impl Programs {
         Ok(Self { folder, busybox, nginx, containerd, version })
     }
 
-    /// Head of the table's column for a handler with this containerd. How bytes come and go makes no difference.
+    /// Head of the table's column for a handler with this containerd. How bytes come and go makes no
+    /// difference.
     pub(crate) fn column(&self, handler: &str) -> String {
         let handler = if handler == QEMU_STREAM { QEMU } else { handler };
         format!("{handler}, containerd {}", self.version)
@@ -240,8 +241,8 @@ fn outcome(line: &str) -> Result<Outcome> {
     Ok(Outcome { spec, state, message: text("message"), seconds })
 }
 
-/// Pods of runc that containerd itself forgot, where one of NRI's specs lets a plugin fail. None of ours may be left so:
-/// those are counted by the machine.
+/// Pods of runc that containerd itself forgot, where one of NRI's specs lets a plugin fail. None of ours may
+/// be left so: those are counted by the machine.
 pub(crate) async fn forget_containers(lab: &Lab) -> Result<()> {
     for (kind, how) in [("tasks", "--force"), ("containers", "--keep-snapshot=false")] {
         let listed = run_command(lab.ctr().args([kind, "ls", "-q"])).await?;
@@ -252,7 +253,8 @@ pub(crate) async fn forget_containers(lab: &Lab) -> Result<()> {
     Ok(())
 }
 
-/// What containerd and the suite leave outside of the folders that are removed as a whole.
+/// Removes the mounts and files that containerd and the suite leave outside of the folders that are removed
+/// as a whole.
 pub(crate) fn clean_up(tmp: &Path) {
     // A spec of mount propagation that fails early does not unmount what it has mounted.
     let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();

@@ -1,4 +1,5 @@
-//! Pods as a real kubelet asks for them, on cgroup v2. It wants a machine of its own: `tests/lab/check kubelet`.
+//! Pods as a real kubelet asks for them, on cgroup v2. It wants a machine of its own: `tests/lab/check
+//! kubelet`.
 
 #![allow(clippy::indexing_slicing)] // an index into JSON answers null
 
@@ -48,7 +49,8 @@ fn pod(containers: &[Value], more: Value) -> Value {
     spec
 }
 
-/// The very first thing that a node asks, with everything that kubelet adds to it: swap, hugepage and OOM fields.
+/// The very first thing that a node asks, with everything that kubelet adds to it: swap, hugepage and OOM
+/// fields.
 async fn a_guaranteed_pod_starts_and_its_limits_hold(node: Arc<Node>) -> Result<()> {
     let limits = json!({"cpu": "500m", "memory": "96Mi"});
     let more = json!({

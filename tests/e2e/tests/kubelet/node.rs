@@ -1,7 +1,8 @@
 //! A node: the lab's containerd and daemon, and a real kubelet without an API server above them.
 //!
-//! Such a kubelet runs the pods whose manifests lie in a folder. It makes their cgroups, sends every field that it sends
-//! under an API server, probes, restarts, and tells by HTTP on the loopback interface what became of them.
+//! Such a kubelet runs the pods whose manifests lie in a folder. It makes their cgroups, sends every field
+//! that it sends under an API server, probes, restarts, and tells by HTTP on the loopback interface what
+//! became of them.
 
 use std::{
     fs,
@@ -42,7 +43,7 @@ pub(crate) struct Node {
     kubelet: Mutex<Child>,
 }
 
-/// Why there can be no node here, if there cannot.
+/// Reason why there can be no node here, if there cannot.
 pub(crate) fn missing() -> Option<String> {
     if !Path::new("/sys/fs/cgroup/cgroup.controllers").exists() {
         return Some("no cgroup v2 alone: tests/lab/check kubelet runs it in a machine that has it".into());
@@ -212,7 +213,8 @@ impl Shared for Node {
         let _ = run(Command::new("ip").args(["link", "delete", LINK])).await;
         let machine = self.lab.machine.clone();
         wrong.extend(self.lab.stop().await);
-        // kubelet keeps its classes of pods; a pod's cgroup that is still there cannot be removed and is named as left behind.
+        // kubelet keeps its classes of pods; a pod's cgroup that is still there cannot be removed and is
+        // named as left behind.
         leaks::remove_cgroups(&machine.cgroup());
         wrong
     }

@@ -19,7 +19,7 @@ use super::{IDLE, netns::Netns};
 
 const SOON: Duration = Duration::from_secs(20);
 
-/// What the daemon puts into a pod's namespace.
+/// Looks for the daemon's own taps and filters in a pod's namespace.
 async fn ours(netns: &Netns) -> Result<(bool, bool)> {
     let links = netns.run(&["ip", "-o", "link"]).await?;
     ensure!(links.contains("eth0"), "eth0 is not there: {links}");
@@ -40,7 +40,8 @@ fn kill_process(pod: &Pod<'_>, path: &str) -> Result<()> {
     kill(Pid::from_raw(pid), Signal::SIGKILL).with_context(|| format!("killing process {pid}"))
 }
 
-/// The pod is told dead, its network given back while its namespace and its `eth0` are still there, and then removed.
+/// The pod is told dead, its network given back while its namespace and its `eth0` are still there, and then
+/// removed.
 async fn ends_clean(lab: &Lab, pod: Pod<'_>, netns: &Netns) -> Result<()> {
     let end = Instant::now() + patient(SOON);
     loop {

@@ -1,4 +1,5 @@
-//! Port-forward: containerd enters the pod's network namespace and dials `localhost`; the server is in the VM.
+//! Port-forward: containerd enters the pod's network namespace and dials `localhost`; the server is in the
+//! VM.
 
 use std::{
     net::{Ipv4Addr, Ipv6Addr, SocketAddr},
@@ -21,8 +22,9 @@ use super::netns::Netns;
 const QUICK: Duration = Duration::from_secs(5);
 const SOON: Duration = Duration::from_secs(20);
 
-/// A server that gives back what it gets; it answers the end of its input with the end of its output. As many connections
-/// as there are `l` may wait for it: when more do, the kernel drops their packets, and may reset one at last.
+/// A server that gives back what it gets; it answers the end of its input with the end of its output. As many
+/// connections as there are `l` may wait for it: when more do, the kernel drops their packets, and may reset
+/// one at last.
 async fn echo(pod: &Pod<'_>, port: u16) -> Result<String> {
     let script = format!("exec nc -{} -p {port} -e cat", "l".repeat(32));
     pod.container("echo", BUSYBOX, &["/bin/sh", "-c", &script]).await
@@ -79,7 +81,8 @@ pub(crate) async fn ports_are_forwarded_on_both_loopbacks(lab: Arc<Lab>) -> Resu
     let pod = lab.pod("loopbacks", handler()).await?;
     let netns = Arc::new(Netns::of(&pod)?);
     one_sided(&pod).await?;
-    // Whoever listens on one of them only is found by the other, too: containerd tries IPv4 first, and never gets a refusal.
+    // Whoever listens on one of them only is found by the other, too: containerd tries IPv4 first, and never
+    // gets a refusal.
     for to in [v4(8084), v6(8084), v4(8086), v6(8086)] {
         let answer = answered(&netns, to, b"GET / HTTP/1.0\r\n\r\n").await?;
         ensure!(answer.ends_with(b"a page\n"), "{to} answered {:?}", String::from_utf8_lossy(&answer));

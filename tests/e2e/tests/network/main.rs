@@ -1,4 +1,5 @@
-//! Networks of pods: every kind of link, both families, port-forward, and what is left when something is killed.
+//! Networks of pods: every kind of link, both families, port-forward, and what is left when something is
+//! killed.
 
 mod crash;
 mod forward;

@@ -1,4 +1,4 @@
-//! What CNI plugins leave in the pod's namespace beside links: packet filters and sysctls.
+//! Packet filters and sysctls that CNI plugins leave in the pod's namespace beside links.
 
 use std::{sync::Arc, time::Duration};
 
@@ -20,7 +20,7 @@ use super::{
 /// Servers of a page on two ports.
 const SERVERS: &str = "mkdir -p /www; echo a page > /www/index.html; httpd -p 8080 -h /www; \
     exec httpd -f -p 80 -h /www";
-/// How long a packet that is dropped is waited for.
+/// Time to wait for a packet that is dropped.
 const DROPPED: Duration = Duration::from_secs(5);
 
 /// A filter drops what it is to drop, both ways and for both families, and nothing else.

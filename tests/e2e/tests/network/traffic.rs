@@ -1,4 +1,4 @@
-//! What goes in and out of pods.
+//! Traffic in and out of pods.
 
 use std::{fs, path::Path, sync::Arc, time::Duration};
 
@@ -109,7 +109,7 @@ async fn two_processors<'a>(lab: &'a Lab, name: &str) -> Result<Pod<'a>> {
     lab.run(config, NET_DUAL).await
 }
 
-/// Why the kernel of this machine cannot move frames itself.
+/// Reason why the kernel of this machine cannot move frames itself.
 pub(crate) fn vhost_missing() -> Option<String> {
     let there = Path::new(VHOST_NET).exists();
     (!there).then(|| format!("there is no {VHOST_NET}; the machine of tests/lab/machine has one"))
@@ -215,7 +215,8 @@ async fn exchange(server: TcpListener) -> Result<()> {
     Ok(())
 }
 
-/// The pod's part in it. Not with busybox' `nc`: at the end of what it receives, it ends, whatever it still has to send.
+/// The pod's part in it. Not with busybox' `nc`: at the end of what it receives, it ends, whatever it still
+/// has to send.
 async fn exchange_inside(lab: &Lab, bash: &str, port: u16) -> Result<()> {
     let script = format!(
         "exec 3<>/dev/tcp/10.88.78.1/{port}; head -c {LARGE} /dev/zero >&3 & \
@@ -262,7 +263,8 @@ pub(crate) async fn pods_reach_each_other(lab: Arc<Lab>) -> Result<()> {
     server.remove().await
 }
 
-/// The plugin's limiters are on the host's end of the link: nothing must go round them, and they must stay as they are.
+/// The plugin's limiters are on the host's end of the link: nothing must go round them, and they must stay as
+/// they are.
 pub(crate) async fn limits_of_the_bandwidth_plugin_hold(lab: Arc<Lab>) -> Result<()> {
     let mut config = lab.pod_config("limited")?;
     for direction in ["ingress", "egress"] {

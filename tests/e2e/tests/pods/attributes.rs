@@ -1,4 +1,5 @@
-//! Everything that a file has beside its bytes: capabilities, attributes, access lists, what its mount forbids.
+//! Everything that a file has beside its bytes: capabilities, attributes, access lists, what its mount
+//! forbids.
 
 use std::{
     ffi::CString,
@@ -84,7 +85,8 @@ pub(crate) async fn capabilities_of_files_hold(lab: Arc<Lab>) -> Result<()> {
     pod.remove().await
 }
 
-/// What a builder of images does in a pod: the upper folder of an overlay is in a volume, and all that a file has goes there.
+/// Works as a builder of images does in a pod: the upper folder of an overlay is in a volume, and all that a
+/// file has goes there.
 pub(crate) async fn an_overlay_has_its_upper_folder_in_a_volume(lab: Arc<Lab>) -> Result<()> {
     let image = capable(&lab).await?;
     let pod = lab.pod("overlay", handler()).await?;
@@ -146,8 +148,8 @@ fn set_acl(path: &Path, entries: &[(u16, u16, u32)]) -> Result<()> {
     Err(std::io::Error::last_os_error()).with_context(|| format!("giving {path:?} an access list"))
 }
 
-/// In both directions: who is named may, though the mode says no; who is denied may not, though the mode seems to say yes. With
-/// volumes that are file systems of their own in the guest, and with one for all.
+/// In both directions: who is named may, though the mode says no; who is denied may not, though the mode
+/// seems to say yes. With volumes that are file systems of their own in the guest, and with one for all.
 pub(crate) async fn access_lists_of_a_volume_hold(lab: Arc<Lab>) -> Result<()> {
     for handler in [handler(), QEMU_INITRD] {
         lists_hold(&lab, handler).await.with_context(|| format!("with the handler {handler}"))?;
@@ -184,7 +186,8 @@ async fn lists_hold(lab: &Lab, handler: &str) -> Result<()> {
     pod.remove().await
 }
 
-/// A volume whose mount forbids to execute programs, and to take on a file's owner, forbids it in the pod as well.
+/// A volume whose mount forbids to execute programs, and to take on a file's owner, forbids it in the pod as
+/// well.
 pub(crate) async fn what_a_mount_forbids_is_forbidden(lab: Arc<Lab>) -> Result<()> {
     let pod = lab.pod("forbids", handler()).await?;
     let busybox = lab.paths.tool("busybox");
@@ -246,7 +249,7 @@ pub(crate) async fn many_files_are_all_found(lab: Arc<Lab>) -> Result<()> {
     pod.remove().await
 }
 
-/// What programs that run privileged look for: the guest's own devices, and none of the host's.
+/// Looks for the devices that privileged programs look for: the guest's own, and none of the host's.
 pub(crate) async fn privileged_containers_have_the_guests_devices(lab: Arc<Lab>) -> Result<()> {
     let pod = lab.pod("privileged", handler()).await?;
     let id = pod.create(privileged("all", BUSYBOX, &[])).await?;

@@ -26,8 +26,8 @@ async fn containerd_dies(lab: &Lab, away: Duration) -> Result<()> {
 
 const AWAY: Duration = Duration::from_millis(500);
 
-/// The daemon's work does not end with the call for it. What came of it containerd knows, and the kubelet has it removed, or
-/// containerd does not, and the daemon removes it.
+/// The daemon's work does not end with the call for it. What came of it containerd knows, and the kubelet has
+/// it removed, or containerd does not, and the daemon removes it.
 pub(crate) async fn a_containerd_killed_while_a_pod_starts(lab: Arc<Lab>) -> Result<()> {
     let others = folders();
     for millis in [0, 100, 400, 900, 1300] {
@@ -55,11 +55,13 @@ pub(crate) async fn a_containerd_killed_while_a_pod_starts(lab: Arc<Lab>) -> Res
     again.remove().await
 }
 
-/// containerd that is back while the container is still being made does not find it, and forgets it: its Create is taken back.
+/// containerd that is back while the container is still being made does not find it, and forgets it: its
+/// Create is taken back.
 pub(crate) async fn a_containerd_killed_while_a_container_is_made(lab: Arc<Lab>) -> Result<()> {
     let others = folders();
     let pod = lab.pod("made", handler()).await?;
-    // From the call for it; and from the moment in which its root is mounted, with most of the work still to do.
+    // From the call for it; and from the moment in which its root is mounted, with most of the work still to
+    // do.
     let (call, root) = (false, true);
     let moments =
         [(call, 5), (root, 0), (call, 40), (root, 50), (root, 0), (call, 250), (root, 150), (call, 500)];
@@ -99,7 +101,7 @@ pub(crate) async fn a_containerd_killed_while_a_container_is_made(lab: Arc<Lab>)
     until(&format!("everything of pod {what} is gone"), || folders() == others).await
 }
 
-/// Whether the folder of some container of the pod is.
+/// Returns true if the folder of some container of the pod is mounted.
 fn mounted(pod: &str) -> Result<bool> {
     let shared = lab::folder_of(handler()).join(pod).join("shared");
     let prefix = format!(" {}/", shared.display());

@@ -43,7 +43,8 @@ pub(crate) async fn a_pod_whose_start_is_cancelled_leaves_nothing(lab: Arc<Lab>)
     pod.remove().await
 }
 
-/// Waits until nothing is left, having removed what containerd lists, as kubelet does with a pod that it does not know.
+/// Waits until nothing is left, having removed what containerd lists, as kubelet does with a pod that it does
+/// not know.
 async fn gone(lab: &Lab, config: &kuasar_e2e::cri::PodSandboxConfig, before: &Snapshot) -> Result<()> {
     let name = config.metadata.clone().unwrap_or_default().name;
     let end = Instant::now() + patient(SOON);

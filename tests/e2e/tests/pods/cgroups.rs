@@ -1,4 +1,4 @@
-//! Where the processes of a pod are on its host, what limits them, and on which CPUs the guest's run.
+//! Cgroups of a pod's processes on the host, their limits, and the CPUs on which the guest's run.
 
 use std::{collections::BTreeSet, fs, path::Path, sync::Arc};
 
@@ -20,14 +20,14 @@ fn read(path: &Path) -> Result<String> {
     fs::read_to_string(path).with_context(|| format!("reading {}", path.display()))
 }
 
-/// Where a thread may run, as the kernel says it.
+/// CPUs on which a thread may run, as the kernel lists them.
 fn allowed(thread: &str) -> Result<String> {
     let status = read(&Path::new("/proc").join(thread).join("status"))?;
     let line = status.lines().find_map(|line| line.strip_prefix("Cpus_allowed_list:"));
     Ok(line.context("no such line")?.trim().to_owned())
 }
 
-/// Where the guest's CPUs may run.
+/// CPUs of the host on which the guest's may run.
 pub(crate) fn allowed_for_the_guest(pod: &Pod<'_>) -> Result<String> {
     let mut found = BTreeSet::new();
     for part in pod.cgroups().iter().map(|own| own.join("vcpu")).filter(|part| part.is_dir()) {

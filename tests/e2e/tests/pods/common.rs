@@ -1,4 +1,4 @@
-//! What cases of several kinds do.
+//! Steps that cases of several kinds share.
 
 use std::fs;
 

@@ -12,7 +12,8 @@ use kuasar_e2e::{
 
 use super::{IDLE, common::sh};
 
-/// As kubelet asks for those of device plugins: the host's path, the container's, and what may be done with it.
+/// As kubelet asks for those of device plugins: the host's path, the container's, and what may be done with
+/// it.
 pub(crate) async fn devices_of_every_guest_are_passed(lab: Arc<Lab>) -> Result<()> {
     let pod = lab.pod("devices", handler()).await?;
     let device = |path: &str, at: &str, permissions: &str| Device {
@@ -46,7 +47,7 @@ pub(crate) async fn devices_of_every_guest_are_passed(lab: Arc<Lab>) -> Result<(
     pod.remove().await
 }
 
-/// What `hostPath` of type `CharDevice` gives: the guest's own node, and as on the host, no right to use it.
+/// A `hostPath` of type `CharDevice` gives the guest's own node and, as on the host, no right to use it.
 pub(crate) async fn devices_are_bound_from_the_guest(lab: Arc<Lab>) -> Result<()> {
     let pod = lab.pod("nodes", handler()).await?;
     let mount = |path: &str, at: &str| Mount {

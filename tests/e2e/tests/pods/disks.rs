@@ -44,7 +44,8 @@ impl Disk {
         Ok(Self { file, device: device.trim().to_owned() })
     }
 
-    /// Whether anybody has it open: a loop device in use is not given back, however often one asks.
+    /// Detaches the device, and fails if anybody has it open: a loop device in use is not given back, however
+    /// often one asks.
     async fn free(&self) -> Result<()> {
         run(Command::new("/sbin/losetup").args(["--detach", &self.device])).await?;
         let left =
@@ -153,7 +154,7 @@ pub(crate) async fn a_disk_is_a_device_of_the_container(lab: Arc<Lab>) -> Result
     second.free().await
 }
 
-/// What a `hostPath` of type `BlockDevice` is: the node, with which only who is allowed to can do anything.
+/// A `hostPath` of type `BlockDevice` is the node, which only a container with the right to it can use.
 pub(crate) async fn a_disk_that_is_bound_is_a_node(lab: Arc<Lab>) -> Result<()> {
     let pod = lab.pod("node", handler()).await?;
     let disk = Disk::new(&lab, "node", true).await?;
@@ -302,7 +303,7 @@ async fn roots_are_disks(lab: &Lab, handler: &str) -> Result<()> {
     pod.remove().await
 }
 
-/// What a test machine must have for these; without, they are skipped by name.
+/// Says what these cases lack on this machine; they are then skipped by name.
 pub(crate) fn missing() -> Option<String> {
     let tools = ["/sbin/losetup", "/sbin/mkfs.ext4", "/sbin/debugfs", "/dev/loop-control"];
     tools.iter().find(|tool| !Path::new(tool).exists()).map(|tool| format!("there is no {tool}"))

@@ -1,4 +1,5 @@
-//! A part that dies while a container or a pod is being ended; and a relay that dies in every other phase of a container.
+//! A part that dies while a container or a pod is being ended; and a relay that dies in every other phase of
+//! a container.
 
 use std::{future::Future, sync::Arc, time::Duration};
 
@@ -25,7 +26,7 @@ async fn after<T>(millis: u64, work: impl Future<Output = T>) -> T {
     work.await
 }
 
-/// What the kubelet does: it asks again until it is done. Then nothing of the pod is left.
+/// Ends the pod as the kubelet does, which asks again until it is done. Then nothing of the pod is left.
 async fn ends(lab: &Lab, pod: Pod<'_>, others: &[String]) -> Result<()> {
     let what = pod.id.clone();
     lab.cri.stop_pod(&pod.id).await.context("stopping the pod once more")?;

@@ -1,4 +1,4 @@
-//! What a pod uses, and is to use: `crictl statsp`, and the resize of a running pod.
+//! Figures of a pod: its usage by `crictl statsp`, and the resize of a running pod.
 
 use std::{fs, path::PathBuf, sync::Arc};
 
@@ -75,7 +75,8 @@ pub(crate) async fn figures_of_pods_never_fail(lab: Arc<Lab>) -> Result<()> {
     pod.remove().await
 }
 
-/// The files with the CPUs that a pod may run on: those of its cgroup and of the parts of that, with cgroup v1 or v2.
+/// The files with the CPUs that a pod may run on: those of its cgroup and of the parts of that, with cgroup
+/// v1 or v2.
 fn cpu_sets(pod: &Pod<'_>) -> Vec<PathBuf> {
     let folders =
         pod.cgroups().into_iter().flat_map(|own| [own.clone(), own.join("vcpu"), own.join("overhead")]);
@@ -84,7 +85,7 @@ fn cpu_sets(pod: &Pod<'_>) -> Vec<PathBuf> {
     files.filter(|file| file.exists()).collect()
 }
 
-/// What kubelet does when the limits of a running pod's containers are changed.
+/// Does as kubelet does when the limits of a running pod's containers are changed.
 pub(crate) async fn a_pod_is_resized(lab: Arc<Lab>) -> Result<()> {
     let limits = |mib: i64, cpus: i64, set: &str| LinuxContainerResources {
         memory_limit_in_bytes: mib * MIB,
@@ -127,7 +128,7 @@ pub(crate) async fn a_pod_is_resized(lab: Arc<Lab>) -> Result<()> {
     pod.remove().await
 }
 
-/// What [`a_pod_is_resized`] needs; without, it is skipped by name.
+/// Says what [`a_pod_is_resized`] lacks on this machine; it is then skipped by name.
 pub(crate) fn missing() -> Option<String> {
     match containerd_version()? {
         (major, minor) if (major, minor) < (2, 3) => Some(format!(

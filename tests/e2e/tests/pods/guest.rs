@@ -1,4 +1,5 @@
-//! What a pod's guest is told, and what becomes known of it: names, sysctls, shared memory, time, and why it ended.
+//! Facts that a pod's guest is told or that become known of it: names, sysctls, shared memory, time, and the
+//! reason of its end.
 
 use std::{
     sync::Arc,
@@ -29,7 +30,8 @@ async fn read(lab: &Lab, container: &str, script: &str) -> Result<String> {
     Ok(out.stdout)
 }
 
-/// One that is called while its driver sets up the vsock may never be heard of (see the daemon's `pod::start`).
+/// One that is called while its driver sets up the vsock may never be heard of (see the daemon's
+/// `pod::start`).
 pub(crate) async fn nobody_calls_a_guest_that_is_not_up(lab: Arc<Lab>) -> Result<()> {
     let pod = lab.pod("uncalled", handler()).await?;
     pod.container("idle", BUSYBOX, IDLE).await?;
@@ -40,7 +42,8 @@ pub(crate) async fn nobody_calls_a_guest_that_is_not_up(lab: Arc<Lab>) -> Result
     pod.remove().await
 }
 
-/// More than the user-space vsock has ports below the guest's own call to the host, were that a low one: every exec takes two.
+/// More than the user-space vsock has ports below the guest's own call to the host, were that a low one:
+/// every exec takes two.
 pub(crate) async fn a_guest_is_reached_any_number_of_times(lab: Arc<Lab>) -> Result<()> {
     let pod = lab.pod("reached", handler()).await?;
     let id = pod.container("idle", BUSYBOX, IDLE).await?;
@@ -120,8 +123,8 @@ async fn difference(lab: &Lab, container: &str) -> Result<u64> {
     Ok(before.saturating_sub(guest).max(guest.saturating_sub(after)))
 }
 
-/// A clock that is far off, as after a pause or a restore, is put right by whoever looks; a daemon that has just come looks
-/// at once. (The lab's vsock in user space does not outlive a pause, so none is made here.)
+/// A clock that is far off, as after a pause or a restore, is put right by whoever looks; a daemon that has
+/// just come looks at once. (The lab's vsock in user space does not outlive a pause, so none is made here.)
 pub(crate) async fn a_wrong_clock_is_put_right(lab: Arc<Lab>) -> Result<()> {
     let pod = lab.pod("time", handler()).await?;
     let mut config = lab::container("idle", BUSYBOX, IDLE);

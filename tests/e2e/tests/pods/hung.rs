@@ -18,7 +18,8 @@ pub(crate) fn hang(pod: &Pod<'_>) -> Result<()> {
     kill(vmm_of(pod)?, Signal::SIGSTOP).context("stopping the VMM")
 }
 
-/// What the kubelet does after a liveness probe failed: containerd sends SIGTERM first, and ends with its error.
+/// Stops it as the kubelet does after a failed liveness probe: containerd sends SIGTERM first, and ends with
+/// its error.
 pub(crate) async fn a_container_of_a_hung_guest_is_stopped(lab: Arc<Lab>) -> Result<()> {
     let pod = lab.pod("hung-probe", handler()).await?;
     let id = pod.container("idle", BUSYBOX, IDLE).await?;

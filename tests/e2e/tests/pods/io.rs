@@ -1,4 +1,4 @@
-//! What goes into a container's processes and what comes out.
+//! Input and output of a container's processes.
 
 use std::{os::fd::OwnedFd, process::Stdio, sync::Arc, time::Duration};
 
@@ -22,7 +22,8 @@ const SOON: Duration = Duration::from_secs(30);
 /// 10 MiB in lines of 64 bytes, each with its own number: a lost, doubled or moved line shows.
 const LINES: usize = (10 << 20) / 64;
 
-/// `ctr tasks exec`: the same Exec, CloseIO and fifos of containerd's Task service that CRI uses for `kubectl exec`.
+/// `ctr tasks exec`: the same Exec, CloseIO and fifos of containerd's Task service that CRI uses for `kubectl
+/// exec`.
 fn ctr_exec(lab: &Lab, container: &str, name: &str, terminal: bool, command: &[&str]) -> Command {
     let mut ctr = lab.ctr();
     ctr.args(["tasks", "exec", "--exec-id", name]);
@@ -46,7 +47,8 @@ pub(crate) async fn exec_reads_stdin_to_its_end(lab: Arc<Lab>) -> Result<()> {
         let mut stdin = child.stdin.take().context("no stdin")?;
         let mut stdout = child.stdout.take().context("no stdout")?;
         let mut back = vec![0; sent.len()];
-        // All of it comes back before the end is sent: `ctr` forgets an end that it reads before its Exec is answered.
+        // All of it comes back before the end is sent: `ctr` forgets an end that it reads before its Exec is
+        // answered.
         let echo = async { tokio::try_join!(stdin.write_all(&sent), stdout.read_exact(&mut back)) };
         timeout(patient(SOON), echo).await.map_err(|_| anyhow!("{name}: cat does not echo"))??;
         ensure!(back == sent, "{name}: what came back is something else");

@@ -1,4 +1,4 @@
-//! What kubelet itself asks for: resources as it sends them, in a cgroup with the limits that it sets.
+//! Requests of kubelet itself: resources as it sends them, in a cgroup with the limits that it sets.
 
 use std::{fs, path::Path, sync::Arc, time::Duration};
 
@@ -25,8 +25,8 @@ pub(crate) fn vmm_memory() -> i64 {
     if std::env::var("KUASAR_ACCEL").is_ok_and(|accel| accel == "kvm") { 72 } else { 160 }
 }
 
-/// Gives a pod the limits of its containers and of its RuntimeClass's overhead, and its cgroup all that it may use, in MiB, as
-/// kubelet does before it asks for the pod.
+/// Gives a pod the limits of its containers and of its RuntimeClass's overhead, and its cgroup all that it
+/// may use, in MiB, as kubelet does before it asks for the pod.
 pub(crate) fn kubelets_limits(
     config: &mut PodSandboxConfig,
     limit: i64,
@@ -125,8 +125,9 @@ fn memory_note(info: &std::collections::HashMap<String, String>) -> Result<Optio
     Ok(ours.get("memory").and_then(Value::as_str).map(str::to_owned))
 }
 
-/// With an overhead that has room for guest and VMM, containers can use all of their limit; without any, the guest is smaller than
-/// it, and its own kernel says when that is used up. In neither does the host's kill the VM.
+/// With an overhead that has room for guest and VMM, containers can use all of their limit; without any, the
+/// guest is smaller than it, and its own kernel says when that is used up. In neither does the host's kill
+/// the VM.
 pub(crate) async fn a_pod_lives_in_the_cgroup_that_kubelet_made(lab: Arc<Lab>) -> Result<()> {
     for (name, overhead) in [("roomy", 64 + vmm_memory()), ("tight", 0)] {
         let mut config = lab.pod_config(name)?;

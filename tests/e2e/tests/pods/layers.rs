@@ -1,4 +1,5 @@
-//! Roots by snapshotter: layers that are image files, those of containerd's erofs snapshotter; and plain folders.
+//! Roots by snapshotter: layers that are image files, those of containerd's erofs snapshotter; and plain
+//! folders.
 
 use std::{fs, path::Path, sync::Arc, time::Duration};
 
@@ -96,7 +97,8 @@ pub(crate) async fn roots_of_mounted_erofs_layers(lab: Arc<Lab>) -> Result<()> {
     run(Command::new("umount").args(layers)).await.context("somebody still uses a layer").map(drop)
 }
 
-/// Two containers of one image: each has a root of its own over the shared folder, and on the host it is no other than in it.
+/// Two containers of one image: each has a root of its own over the shared folder, and on the host it is no
+/// other than in it.
 async fn shared_roots(lab: &Lab, handler: &str) -> Result<()> {
     let pod = lab.pod("roots", handler).await?;
     let folder = lab::folder_of(QEMU).join(&pod.id).join("shared");
@@ -117,13 +119,13 @@ async fn shared_roots(lab: &Lab, handler: &str) -> Result<()> {
     pod.remove().await
 }
 
-/// What makes EROFS layers, where there is no such thing.
+/// Names the first missing tool of those that make EROFS layers.
 fn missing_tool() -> Option<String> {
     let tools = ["/usr/bin/mkfs.erofs", "/sbin/mkfs.ext4", "/dev/loop-control"];
     tools.iter().find(|tool| !Path::new(tool).exists()).map(|tool| format!("there is no {tool}"))
 }
 
-/// What those of layers need that are not mounted; without, they are skipped by name.
+/// Says what the cases of layers that are not mounted lack on this machine; they are then skipped by name.
 pub(crate) fn missing() -> Option<String> {
     missing_tool().or_else(|| match containerd_version()? {
         version if version < (2, 2) => Some(format!(
@@ -134,7 +136,7 @@ pub(crate) fn missing() -> Option<String> {
     })
 }
 
-/// What those of mounted layers need.
+/// Says what the cases of mounted layers lack on this machine.
 pub(crate) fn missing_mounted() -> Option<String> {
     missing_tool().or_else(|| match containerd_version()? {
         version if version >= (2, 2) => {

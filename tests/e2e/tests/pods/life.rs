@@ -139,9 +139,11 @@ pub(crate) async fn exit_codes_arrive(lab: Arc<Lab>) -> Result<()> {
         let out = lab.cri.exec(&id, &["/bin/sh", "-c", script]).await?;
         ensure!(out.code == code, "exec of `{script}` gave {} instead of {code}", out.code);
     }
-    // The kernel ends PID 1 of a container only with SIGKILL from outside: what a kubelet does after the grace period.
+    // The kernel ends PID 1 of a container only with SIGKILL from outside: what a kubelet does after the
+    // grace period.
     let stubborn = pod.container("stubborn", BUSYBOX, &["/bin/sleep", "1000"]).await?;
-    // The start is over a moment before runc becomes the program; until then SIGTERM ends runc, with its code 2.
+    // The start is over a moment before runc becomes the program; until then SIGTERM ends runc, with its code
+    // 2.
     let out = lab.cri.exec(&stubborn, &["/bin/true"]).await?;
     ensure!(out.code == 0, "exec of /bin/true gave {}", out.code);
     lab.cri.stop(&stubborn, 1).await?;
@@ -150,7 +152,7 @@ pub(crate) async fn exit_codes_arrive(lab: Arc<Lab>) -> Result<()> {
     pod.remove().await
 }
 
-/// What a user must be told of `/bin/nothing-here`, whether it was started or exec'd.
+/// Checks that an error tells the user of `/bin/nothing-here`, whether it was started or exec'd.
 fn explains_missing_command(text: &str) -> Result<()> {
     ensure!(text.contains("/bin/nothing-here"), "it does not name the command: {text}");
     ensure!(text.contains("no such file or directory"), "it does not say why: {text}");
@@ -256,7 +258,8 @@ async fn boot_id(lab: &Lab, pod: &Pod<'_>, number: u32) -> Result<Vec<u8>> {
     Ok(pod.output(&name)?.0)
 }
 
-/// What a sidecar with a debugger sees: the processes of the others, and one that collects orphans before them.
+/// Sees what a sidecar with a debugger sees: the processes of the others, and one that collects orphans
+/// before them.
 pub(crate) async fn containers_of_a_pod_share_processes(lab: Arc<Lab>) -> Result<()> {
     let pod = lab.pod_with_shared_pids("shared", handler()).await?;
     let one = pod.container("one", BUSYBOX, &["/bin/sleep", "4711"]).await?;

@@ -1,4 +1,5 @@
-//! Pods over CRI: life, processes, output, images, network. One lab for all; most cases make a pod of their own.
+//! Pods over CRI: life, processes, output, images, network. One lab for all; most cases make a pod of their
+//! own.
 
 mod attributes;
 mod begins;

@@ -30,8 +30,8 @@ struct Phases<'a> {
 }
 
 impl<'a> Phases<'a> {
-    /// One stands still, too, if `pausing`: after its own restart, containerd's CRI knows nothing of a paused container of any
-    /// runtime.
+    /// One stands still, too, if `pausing`: after its own restart, containerd's CRI knows nothing of a paused
+    /// container of any runtime.
     async fn new(lab: &'a Lab, handler: &str, pausing: bool) -> Result<Self> {
         let pod = lab.pod("phases", handler).await?;
         let shell = |script| ["/bin/sh", "-c", script];
@@ -108,7 +108,8 @@ pub(crate) async fn containerd_dies_in_every_phase_over_streams(lab: Arc<Lab>) -
 
 async fn containerd_dies(lab: &Lab, handler: &str) -> Result<()> {
     let phases = Phases::new(lab, handler, false).await?;
-    // One that is running in the middle of it all. containerd will not know of it any more, and is not held up by it.
+    // One that is running in the middle of it all. containerd will not know of it any more, and is not held
+    // up by it.
     let mut exec = lab.ctr();
     exec.args(["tasks", "exec", "--exec-id", "amid", &phases.running, "sleep", "1000"]);
     let mut exec = exec.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null()).spawn()?;

@@ -1,5 +1,5 @@
-//! What a VM cannot give: each refused over CRI by one sentence that names what was asked for and the way out. The list is
-//! that of docs/config.md, "What is refused, and where".
+//! Requests that a VM cannot meet: each is refused over CRI by one sentence that names the request and the
+//! way out. The list is that of docs/config.md, "What is refused, and where".
 
 use std::{fs, os::unix::net::UnixDatagram, path::Path, sync::Arc};
 
@@ -18,7 +18,7 @@ use nix::sys::stat::{Mode, SFlag, makedev, mknod};
 
 use super::IDLE;
 
-/// What must be said: what was asked for and why it cannot be, and what to do.
+/// Two parts that an error must have: the request and why it cannot be met, and the way out.
 type Sentence = [&'static str; 2];
 
 fn with_namespaces(lab: &Lab, options: NamespaceOption) -> Result<PodSandboxConfig> {
@@ -75,7 +75,7 @@ pub(crate) async fn pods_with_namespaces_that_a_vm_cannot_have_are_refused(lab: 
     Ok(())
 }
 
-/// What containerd says when a container is to be made and started.
+/// Returns containerd's words when a container is to be made and started.
 async fn refusal(lab: &Lab, pod: &Pod<'_>, config: ContainerConfig) -> Result<String> {
     let id = match pod.create(config).await {
         Ok(id) => id,
@@ -146,8 +146,8 @@ pub(crate) async fn containers_with_what_is_the_hosts_are_refused(lab: Arc<Lab>)
     is_refused(&lab, pod, wanted).await
 }
 
-/// What containerd itself leaves out on a host without AppArmor or the controller of huge pages, and what its
-/// `base_runtime_spec` may say all the same.
+/// Profiles and limits that containerd itself leaves out on a host without AppArmor or the controller of huge
+/// pages, and that its `base_runtime_spec` may say all the same.
 pub(crate) async fn profiles_and_huge_pages_of_the_host_are_refused(lab: Arc<Lab>) -> Result<()> {
     for (handler, sentence) in [
         (

@@ -1,4 +1,4 @@
-//! What goes on while a part of the whole is away, and what it finds when it comes back.
+//! Restarts: the work that goes on while one program is away, and the state that it finds when it comes back.
 
 use std::{sync::Arc, time::Duration};
 
@@ -17,7 +17,8 @@ use tokio::time::{Instant, sleep};
 
 use super::{IDLE, hung::hang};
 
-/// containerd tries again to reach a daemon after at most 3 s; the rest is for emulated guests on a busy machine.
+/// containerd tries again to reach a daemon after at most 3 s; the rest is for emulated guests on a busy
+/// machine.
 pub(crate) const SOON: Duration = Duration::from_secs(60);
 pub(crate) const UNTIL_TOLD: &str = "echo begin; while [ ! -e /go ]; do sleep 1; done; echo end; exit 9";
 
@@ -44,7 +45,8 @@ pub(crate) async fn a_killed_daemon_finds_its_pods_again(lab: Arc<Lab>) -> Resul
     pod.remove().await
 }
 
-/// Lines of 64 bytes of which half is written at once, and half when it goes: more than any buffer on the way holds.
+/// Lines of 64 bytes of which half is written at once, and half when it goes: more than any buffer on the way
+/// holds.
 const HALF: usize = (5 << 20) / 64;
 
 pub(crate) async fn a_log_is_complete_across_a_restart_of_containerd(lab: Arc<Lab>) -> Result<()> {
@@ -98,7 +100,8 @@ async fn written(pod: &Pod<'_>, least: usize) -> usize {
     }
 }
 
-/// A relay cannot come back: containerd gives up every container of the pod at once. So the pod ends, and says so.
+/// A relay cannot come back: containerd gives up every container of the pod at once. So the pod ends, and
+/// says so.
 pub(crate) async fn a_killed_relay_ends_its_pod_and_no_other(lab: Arc<Lab>) -> Result<()> {
     let (pod, other) = (lab.pod("relayless", handler()).await?, lab.pod("other", handler()).await?);
     let id = pod.container("idle", BUSYBOX, IDLE).await?;
@@ -138,7 +141,8 @@ pub(crate) fn relay_of(pod: &str) -> Result<i32> {
     anyhow::bail!("there is no relay of {pod}")
 }
 
-/// What the pod's status says of a guest that does not answer; the daemon asks each guest once a minute.
+/// Waits for the words of the pod's status about a guest that does not answer; the daemon asks each guest
+/// once a minute.
 async fn silence_of(lab: &Lab, pod: &str) -> Result<String> {
     let end = Instant::now() + patient(Duration::from_secs(90));
     loop {

@@ -1,4 +1,5 @@
-//! The rights that a pod's processes have on the host, process by process: the table of docs/security-model.md.
+//! The rights that a pod's processes have on the host, process by process: the table of
+//! docs/security-model.md.
 
 use std::{
     collections::BTreeMap, fs, os::unix::process::CommandExt, path::Path, process::Command, sync::Arc,
@@ -13,10 +14,11 @@ use kuasar_e2e::{
 
 use crate::IDLE;
 
-/// `CAP_CHOWN`, `DAC_OVERRIDE`, `FOWNER`, `FSETID`, `SETGID`, `SETUID`, `MKNOD` and `SETFCAP`, and `DAC_READ_SEARCH`, which
-/// virtiofsd keeps where it opens files by handles.
+/// `CAP_CHOWN`, `DAC_OVERRIDE`, `FOWNER`, `FSETID`, `SETGID`, `SETUID`, `MKNOD` and `SETFCAP`, and
+/// `DAC_READ_SEARCH`, which virtiofsd keeps where it opens files by handles.
 const FILE_SERVER: u64 = 0x8800_00df;
-/// What virtiofsd begins with, and could not get back: besides, `SETPCAP`, `SYS_CHROOT`, `SYS_ADMIN` and `SYS_RESOURCE`.
+/// Rights that virtiofsd begins with, and could not get back: besides, `SETPCAP`, `SYS_CHROOT`, `SYS_ADMIN`
+/// and `SYS_RESOURCE`.
 const FILE_SERVER_BOUND: u64 = FILE_SERVER | 1 << 8 | 1 << 18 | 1 << 21 | 1 << 24;
 /// `CAP_DAC_OVERRIDE`, `KILL`, `SETGID` and `SETUID`.
 const RELAY: u64 = 0xe2;
@@ -99,7 +101,7 @@ fn user_of(pod: &Pod<'_>) -> Result<u32> {
     Ok(u32::try_from(user.context("no user is recorded")?)?)
 }
 
-/// Whether a user, and nobody more, can do something with a path.
+/// Returns true if a user, and nobody more, can do something with a path.
 fn may(user: u32, command: &[&str], path: &Path) -> Result<bool> {
     let (program, args) = command.split_first().context("no command")?;
     let mut command = Command::new(program);

@@ -1,4 +1,4 @@
-//! What a pod is on its host: killed at any time, forgotten, counted.
+//! A pod as its host sees it: killed at any time, forgotten, counted.
 
 use std::{fs, sync::Arc, time::Duration};
 
@@ -81,8 +81,8 @@ pub(crate) async fn a_daemon_killed_while_a_pod_starts(lab: Arc<Lab>) -> Result<
 
 pub(crate) async fn a_daemon_killed_while_a_container_is_made(lab: Arc<Lab>) -> Result<()> {
     let pod = lab.pod("work", handler()).await?;
-    // By its end the guest's clock has been looked at: `vhost-device-vsock` 0.3.0 does not outlive a caller that dies while
-    // it is being connected.
+    // By its end the guest's clock has been looked at: `vhost-device-vsock` 0.3.0 does not outlive a caller
+    // that dies while it is being connected.
     let first = pod.container("first", BUSYBOX, &["/bin/true"]).await?;
     lab.cri.ended(&first, SOON).await?;
     for (number, millis) in [10, 40, 100, 200].into_iter().enumerate() {
@@ -135,7 +135,8 @@ pub(crate) async fn a_pod_that_containerd_forgot_is_collected(lab: Arc<Lab>) -> 
     ensure!(folders().contains(&pod.id) && folders().contains(&known.id), "{:?}", folders());
     services::forget(&pod.id).await?;
     until("the forgotten pod's folder is gone", || !folders().contains(&pod.id)).await?;
-    // The machine is looked over at the end: VM, relay, tap, mounts and cgroups are gone as well, or the run fails.
+    // The machine is looked over at the end: VM, relay, tap, mounts and cgroups are gone as well, or the run
+    // fails.
     ensure!(is_ready(&lab, &known.id).await, "a pod that is known was collected, too");
 
     // Whether their records can be read or not.
@@ -164,7 +165,8 @@ async fn return_to_an_older_daemon(lab: &Lab, pods: &[&Pod<'_>]) -> Result<()> {
     lab.restart_daemon(handler()).await
 }
 
-/// As after the return to an older daemon: it cannot know what lives, so it ends nothing, until the pod is to be removed.
+/// As after the return to an older daemon: it cannot know what lives, so it ends nothing, until the pod is to
+/// be removed.
 pub(crate) async fn a_pod_whose_record_cannot_be_read_is_removed(lab: Arc<Lab>) -> Result<()> {
     let (pod, other) = (lab.pod("alien", handler()).await?, lab.pod("other", handler()).await?);
     pod.container("idle", BUSYBOX, IDLE).await?;

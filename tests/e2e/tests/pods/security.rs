@@ -1,4 +1,4 @@
-//! What a container may see and do.
+//! Rights of a container: the things that it may see and do.
 
 use std::sync::Arc;
 
@@ -10,7 +10,8 @@ use kuasar_e2e::{
     suite::handler,
 };
 
-/// As `kubectl debug --target`: a container that comes later sees the processes of one that is there, and no others.
+/// As `kubectl debug --target`: a container that comes later sees the processes of one that is there, and no
+/// others.
 pub(crate) async fn a_container_sees_the_processes_of_its_target(lab: Arc<Lab>) -> Result<()> {
     let pod = lab.pod("target", handler()).await?;
     let target = pod.container("one", BUSYBOX, &["/bin/sleep", "4711"]).await?;

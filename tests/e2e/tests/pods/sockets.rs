@@ -1,4 +1,5 @@
-//! Sockets of the host in containers: whoever is let in by their mode talks to the service, which sees who it is.
+//! Sockets of the host in containers: whoever is let in by their mode talks to the service, which sees who it
+//! is.
 
 use std::{
     fs,
@@ -167,7 +168,7 @@ pub(crate) async fn containers_talk_to_a_socket_of_the_host(lab: Arc<Lab>) -> Re
     pod.remove().await
 }
 
-/// How many descriptors of a process are this file.
+/// Number of a process's descriptors that are this file.
 fn held(process: i32, file: &Path) -> Result<usize> {
     let descriptors = fs::read_dir(format!("/proc/{process}/fd"))?.flatten();
     Ok(descriptors.filter(|fd| fs::read_link(fd.path()).is_ok_and(|target| target == file)).count())

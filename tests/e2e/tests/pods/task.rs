@@ -1,4 +1,4 @@
-//! What containerd's Task API can do with a container besides running it.
+//! Calls of containerd's Task API besides those that run a container.
 
 use std::{sync::Arc, time::Duration};
 
@@ -73,7 +73,7 @@ pub(crate) async fn the_daemon_traces_where_time_goes(lab: Arc<Lab>) -> Result<(
     Ok(())
 }
 
-/// What does not depend on each other goes on at the same time, whichever is the faster.
+/// Steps that do not depend on each other go on at the same time, whichever is the faster.
 pub(crate) async fn independent_steps_go_on_side_by_side(lab: Arc<Lab>) -> Result<()> {
     let pod = lab.pod("beside", QEMU).await?;
     let id = pod.id.clone();

@@ -1,4 +1,4 @@
-//! What a tenant names is what it may have, and one volume's trouble is its own.
+//! Separation of tenants: each gets only what it may name, and one volume's trouble is its own.
 
 use std::{
     fs,
@@ -48,7 +48,8 @@ async fn refusal(lab: &Lab, pod: &Pod<'_>, config: ContainerConfig) -> Result<St
     }
 }
 
-/// A container cannot make a disk of the host's its own by making a node of its number, nor can anybody for it.
+/// A container cannot make a disk of the host's its own by making a node of its number, nor can anybody for
+/// it.
 pub(crate) async fn a_node_in_a_volume_is_no_disk_of_the_host(lab: Arc<Lab>) -> Result<()> {
     let pod = lab.pod("no-disk", handler()).await?;
     let volume = folder(&lab, "no-disk")?;
@@ -93,7 +94,8 @@ pub(crate) async fn files_without_a_length_are_refused(lab: Arc<Lab>) -> Result<
     pod.remove().await
 }
 
-/// A volume whose host does not answer holds up who uses it. Another container answers, and the pod can be stopped and removed.
+/// A volume whose host does not answer holds up who uses it. Another container answers, and the pod can be
+/// stopped and removed.
 pub(crate) async fn a_hung_volume_is_its_own_trouble(lab: Arc<Lab>) -> Result<()> {
     const WITHIN: Duration = Duration::from_secs(30);
     let pod = lab.pod("frozen", handler()).await?;

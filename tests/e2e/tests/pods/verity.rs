@@ -15,7 +15,7 @@ use kuasar_e2e::{
 
 use super::{restart::SOON, sandbox::until};
 
-/// Why there is no such image.
+/// Reason why there is no such image.
 pub(crate) fn missing() -> Option<String> {
     guests().is_none().then(|| {
         "KUASAR_GUESTS (nix build .#guests-qemu), with an image that is checked, is not given".into()
@@ -64,8 +64,9 @@ pub(crate) async fn a_damaged_image_is_the_reason_of_a_pods_end(lab: Arc<Lab>) -
     pod.remove().await
 }
 
-/// Changes one bit of the agent, or changes it back: in the padding of its ELF header, which nothing but the hash tree knows.
-/// The files of the root lie in the order of their names, so the agent, `sbin/init`, is the last program.
+/// Changes one bit of the agent, or changes it back: in the padding of its ELF header, which nothing but the
+/// hash tree knows. The files of the root lie in the order of their names, so the agent, `sbin/init`, is the
+/// last program.
 fn flip(image: &Path) -> Result<()> {
     const FS: u64 = 3 << 20;
     let file = File::options().read(true).write(true).open(image)?;

@@ -89,7 +89,8 @@ pub(crate) async fn volumes_are_what_was_asked_for(lab: Arc<Lab>) -> Result<()> 
     Ok(())
 }
 
-/// The kubelet's way of changing a ConfigMap, a Secret or a token: a new folder, and one link that is replaced.
+/// The kubelet's way of changing a ConfigMap, a Secret or a token: a new folder, and one link that is
+/// replaced.
 fn publish(volume: &Path, version: u32) -> Result<()> {
     let (folder, temporary) = (format!("..{version}"), volume.join("..data_tmp"));
     fs::create_dir(volume.join(&folder))?;
@@ -161,8 +162,8 @@ pub(crate) async fn mounts_of_the_host_arrive_later(lab: Arc<Lab>) -> Result<()>
     pod.remove().await
 }
 
-/// The kubelet asks for `recursiveReadOnly` only where a runtime says that it can, and containerd lets only runc say so: here,
-/// the spec says it.
+/// The kubelet asks for `recursiveReadOnly` only where a runtime says that it can, and containerd lets only
+/// runc say so: here, the spec says it.
 pub(crate) async fn a_volume_can_be_read_only_with_all_below(lab: Arc<Lab>) -> Result<()> {
     let pod = lab.pod("recursive", handler()).await?;
     let volume = folder(&lab, "recursive")?;
@@ -193,7 +194,7 @@ pub(crate) async fn a_volume_can_be_read_only_with_all_below(lab: Arc<Lab>) -> R
     pod.remove().await
 }
 
-/// What the kubelet makes of `emptyDir: {medium: Memory, sizeLimit: 8Mi}`.
+/// The mount that the kubelet makes of `emptyDir: {medium: Memory, sizeLimit: 8Mi}`.
 pub(crate) async fn a_volume_in_memory_has_its_size(lab: Arc<Lab>) -> Result<()> {
     let pod = lab.pod("memory", handler()).await?;
     let volume = folder(&lab, "memory")?;

@@ -1,4 +1,4 @@
-//! What a guest says its time is.
+//! The guest's own time, as it reports it.
 
 use vmm_sandboxer::fuzz;
 

@@ -1,4 +1,4 @@
-//! What a guest says on the connection that it opens, and what of it people get to see.
+//! The guest's words on the connection that it opens, and the part of them that people get to see.
 
 use vmm_sandboxer::fuzz;
 

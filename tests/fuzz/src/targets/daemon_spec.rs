@@ -22,7 +22,8 @@ pub(crate) fn run(input: &[u8]) {
     let Ok(mut spec) = serde_json::from_slice(input) else { return };
     let target = Target { container: "c1", pod_pid: 7, shared_pids: true };
     let Ok(needs) = rewrite(&mut spec, &target) else { return };
-    // No path of the host's namespaces, and no number of its CPUs, means anything in the guest; the names are the agent's.
+    // No path of the host's namespaces, and no number of its CPUs, means anything in the guest; the names are
+    // the agent's.
     let namespaces = spec.pointer("/linux/namespaces").and_then(|list| list.as_array()).cloned().unwrap_or_default();
     for namespace in &namespaces {
         let path = namespace.get("path").and_then(|path| path.as_str()).unwrap_or("pod");

@@ -1,10 +1,10 @@
-//! A disk image of another builder, or of nobody: partition tables of both kinds, the PFN superblock, the superblocks of
-//! file systems and dm-verity, and the walk through folders for the largest files.
+//! A disk image of another builder, or of nobody: partition tables of both kinds, the PFN superblock, the
+//! superblocks of file systems and dm-verity, and the walk through folders for the largest files.
 
 use kuasar_image::{examine, mbr, pfn, source::Pieces};
 
-/// Pieces of an image that is looked at: where each lies, and how many bytes of an input it gets. Few, so that most changes
-/// meet a byte that has a meaning.
+/// Pieces of an image that is looked at: where each lies, and how many bytes of an input it gets. Few, so
+/// that most changes meet a byte that has a meaning.
 const PIECES: [(u64, usize); 8] = [
     (0, 1280),
     (pfn::OFFSET, 128),
@@ -23,7 +23,7 @@ fn put(image: &mut [u8], at: usize, bytes: &[u8]) {
     }
 }
 
-/// Where a piece begins in an input.
+/// Offset of a piece in an input.
 fn start(piece: usize) -> usize {
     PIECES.iter().take(piece).map(|(_, length)| length).sum()
 }

@@ -1,4 +1,5 @@
-//! Both ends of the connection that the agent opens: what the host makes of a guest's lines, the guest of the host's.
+//! Both ends of the connection that the agent opens: what the host makes of a guest's lines, the guest of the
+//! host's.
 
 use kuasar_common::handshake::{MAX_LINE, ToHost, from_line, to_line};
 use tokio::io::{AsyncWriteExt, duplex};

@@ -1,4 +1,4 @@
-//! What is fuzzed.
+//! The fuzzed parsers.
 
 /// A parser of somebody else's bytes.
 pub(crate) struct Target {

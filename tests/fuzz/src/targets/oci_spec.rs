@@ -1,4 +1,5 @@
-//! The agent's rewriting of OCI specs, processes and resources: whatever comes out must be what the agent relies on.
+//! The agent's rewriting of OCI specs, processes and resources: whatever comes out must be what the agent
+//! relies on.
 
 use std::path::{Component, Path};
 

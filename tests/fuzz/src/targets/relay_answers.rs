@@ -1,5 +1,5 @@
-//! A guest's answers: figures, processes and errors. What comes out is decodable, short, and of the types that containerd
-//! knows.
+//! A guest's answers: figures, processes and errors. What comes out is decodable, short, and of the types
+//! that containerd knows.
 
 use containerd_shim_protos::{
     api::{PidsResponse, ProcessInfo, StatsResponse},

@@ -1,5 +1,5 @@
-//! A guest's events: whatever it says, containerd hears of this pod's container and exec, in their namespace, and of nothing
-//! else.
+//! A guest's events: whatever it says, containerd hears of this pod's container and exec, in their namespace,
+//! and of nothing else.
 
 use containerd_shim_protos::{
     events::task::{TaskCreate, TaskDelete, TaskExecAdded, TaskExecStarted, TaskExit, TaskOOM, TaskPaused},

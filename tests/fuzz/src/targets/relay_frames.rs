@@ -1,5 +1,5 @@
-//! Frames of a hostile guest's stdio and calls: whatever they are, their payload comes out whole and in order, and what is
-//! no frame ends it.
+//! Frames of a hostile guest's stdio and calls: whatever they are, their payload comes out whole and in
+//! order, and what is no frame ends it.
 
 use kuasar_common::{
     stdio::{Frames, MAX_FRAME, Stream, header},

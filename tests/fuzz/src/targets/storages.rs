@@ -1,5 +1,5 @@
-//! The list of storages in a container's bundle: what is taken has its mount points where the agent wants them, options
-//! that say one thing, and sources that mean what they say.
+//! The list of storages in a container's bundle: what is taken has its mount points where the agent wants
+//! them, options that say one thing, and sources that mean what they say.
 
 use kuasar_common::{
     host_socket::Access,

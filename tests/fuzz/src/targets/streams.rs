@@ -1,4 +1,5 @@
-//! containerd's streams at the agent, and the debug console's frames: whatever a connection brings after its first line.
+//! containerd's streams at the agent, and the debug console's frames: whatever a connection brings after its
+//! first line.
 
 use kuasar_common::{
     console::FromHost,

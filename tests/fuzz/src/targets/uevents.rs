@@ -1,4 +1,4 @@
-//! What arrives on the socket of the kernel's uevents, where any process of the guest may send, too.
+//! Messages on the socket of the kernel's uevents, to which any process of the guest may send as well.
 
 use vmm_task::devices::uevent::parse;
 
