@@ -1,4 +1,5 @@
-//! Compiles the gRPC protocols into `OUT_DIR` with a compiler in Rust: no `protoc`, and the source tree may be read-only.
+//! Compiles the gRPC protocols into `OUT_DIR` with a compiler in Rust: no `protoc`, and the source tree may
+//! be read-only.
 
 use std::{env, error::Error, path::Path};
 

@@ -33,13 +33,15 @@ pub fn openings(text: &str) -> Openings {
     found
 }
 
-/// Numbers of the lines whose comment is wider than `most` columns. A line that is one long word, such as an
-/// address, cannot be broken.
+/// Numbers of the lines whose comment is wider than `most` columns. Rows of tables are left out. A line that
+/// is one long word, such as an address, cannot be broken.
 #[must_use]
 pub fn wide(text: &str, most: usize) -> Vec<usize> {
     let is_wide = |line: &str| {
         let comment = line.trim_start();
-        comment.starts_with("//") && line.chars().count() > most && comment.split_whitespace().count() > 2
+        let is_row = comment.starts_with("/// |") || comment.starts_with("//! |");
+        let words = comment.split_whitespace().count();
+        comment.starts_with("//") && !is_row && line.chars().count() > most && words > 2
     };
     (1..).zip(text.lines()).filter(|(_, line)| is_wide(line)).map(|(number, _)| number).collect()
 }

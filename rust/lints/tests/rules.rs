@@ -4,12 +4,12 @@
 
 use std::fs;
 
-use kuasar_lints::{circles, promises, root, rust_files};
+use kuasar_lints::{circles, comments, promises, root, rust_files};
 
 const CRATES: [&str; 7] = ["common", "derive", "image", "lints", "sandboxer", "shim", "task"];
 
-/// Circles that are known: two files of each, and the number of its files. One that is opened or shrinks is changed here,
-/// and none is added or grows.
+/// Circles that are known: two files of each, and the number of its files. One that is opened or shrinks is
+/// changed here, and none is added or grows.
 const KNOWN: [(&str, &str, &str, usize); 13] = [
     ("sandboxer", "config", "vmm", 34),
     ("sandboxer", "container::tree", "container::tree::mount", 2),
@@ -65,4 +65,32 @@ fn every_test_that_the_specification_names_exists() {
     assert!(named.len() > 50, "only {} tests are named", named.len());
     let missing: Vec<_> = named.into_iter().filter(|name| !known.contains(name)).collect();
     assert!(missing.is_empty(), "docs/specification.md names tests that are not there: {missing:?}");
+}
+
+/// One in fifty doc comments at most opens with a question's word: the rest are noun phrases, or name who
+/// does something.
+#[test]
+fn doc_comments_open_plainly() {
+    let (mut all, mut found) = (0, Vec::new());
+    for folder in ["rust", "tests"] {
+        for file in rust_files(&root().join(folder)).unwrap() {
+            let openings = comments::openings(&fs::read_to_string(&file).unwrap());
+            all += openings.all;
+            found.extend(openings.interrogative.iter().map(|line| format!("{}:{line}", file.display())));
+        }
+    }
+    assert!(all > 3000, "only {all} doc comments were found");
+    assert!(found.len() * 50 < all, "{} of {all} doc comments: {}", found.len(), found.join(" "));
+}
+
+#[test]
+fn no_comment_is_wider_than_code() {
+    let mut wide = Vec::new();
+    for folder in ["rust", "tests"] {
+        for file in rust_files(&root().join(folder)).unwrap() {
+            let lines = comments::wide(&fs::read_to_string(&file).unwrap(), 110);
+            wide.extend(lines.iter().map(|line| format!("{}:{line}", file.display())));
+        }
+    }
+    assert!(wide.is_empty(), "{}", wide.join("\n"));
 }

@@ -1,5 +1,5 @@
-//! `share_probe COMMAND PATH`: uses a file as programs do that share it with others: sockets, locks, watches. Built static by
-//! the tests that run it in containers.
+//! `share_probe COMMAND PATH`: uses a file as programs do that share it with others: sockets, locks, watches.
+//! Built static by the tests that run it in containers.
 
 use std::{
     ffi::{CString, c_char, c_int, c_long, c_short},

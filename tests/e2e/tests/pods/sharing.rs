@@ -1,5 +1,5 @@
-//! A volume that several containers of a pod have is one thing: what one does there, the others see as processes of one machine
-//! do. And a container that got hold of its guest gets no further.
+//! A volume that several containers of a pod have is one thing: what one does there, the others see as
+//! processes of one machine do. And a container that got hold of its guest gets no further.
 
 use std::{
     fs,
@@ -143,7 +143,8 @@ pub(crate) async fn containers_share_a_volume_as_one(lab: Arc<Lab>) -> Result<()
     pod.remove().await
 }
 
-/// The one that only reads comes first: what is read-only on the host must become writable without becoming another.
+/// The one that only reads comes first: what is read-only on the host must become writable without becoming
+/// another.
 pub(crate) async fn a_volume_is_read_only_until_somebody_writes(lab: Arc<Lab>) -> Result<()> {
     let pod = lab.pod("reads-first", handler()).await?;
     let volume = lab.machine.root.join("tmp/reads-first");
@@ -161,7 +162,8 @@ pub(crate) async fn a_volume_is_read_only_until_somebody_writes(lab: Arc<Lab>) -
     pod.remove().await
 }
 
-/// What 9p carries: names and bytes at once. It has no sockets, locks and watches between containers (docs/storage.md).
+/// What 9p carries: names and bytes at once. It has no sockets, locks and watches between containers
+/// (docs/storage.md).
 pub(crate) async fn containers_share_a_volume_by_9p(lab: Arc<Lab>) -> Result<()> {
     let pod = lab.pod("sharing-9p", QEMU_9P).await?;
     let volume = lab.machine.root.join("tmp/sharing-9p");
@@ -180,8 +182,8 @@ pub(crate) async fn containers_share_a_volume_by_9p(lab: Arc<Lab>) -> Result<()>
     pod.remove().await
 }
 
-/// An ordinary privileged container is root of its guest: the kernel runs a program of its choice for a core dump. There it has
-/// the shared folder, and changes what it can while another container is made.
+/// An ordinary privileged container is root of its guest: the kernel runs a program of its choice for a core
+/// dump. There it has the shared folder, and changes what it can while another container is made.
 pub(crate) async fn a_guest_cannot_lead_the_host_astray(lab: Arc<Lab>) -> Result<()> {
     let pod = lab.pod("hostile", handler()).await?;
     let (precious, volume) =
