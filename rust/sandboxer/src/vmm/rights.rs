@@ -26,7 +26,6 @@ const FILES: CapabilitySet = CapabilitySet::CHOWN
     .union(CapabilitySet::DAC_OVERRIDE)
     .union(CapabilitySet::FOWNER)
     .union(CapabilitySet::FSETID)
-    .union(CapabilitySet::MKNOD)
     .union(CapabilitySet::SETFCAP);
 /// virtiofsd: besides, it takes on the user of each request. With the rest it confines itself, and then gives
 /// that up: a root of its own, namespaces, more descriptors than usual, a smaller bounding set. Handles of
@@ -115,10 +114,13 @@ pub(super) fn vsock_device(spec: &VmSpec, folder: &Path) -> Result<Rights, VmErr
 
 /// virtiofsd's. It keeps the mount namespace of the host, or makes one that follows it: what is mounted later
 /// must arrive.
-pub(super) fn file_server(spec: &VmSpec) -> Rights {
+///
+/// `device_nodes`: the guest may make nodes of devices in the share, which the configuration allows.
+pub(super) fn file_server(spec: &VmSpec, device_nodes: bool) -> Rights {
     let namespaces = Namespaces { ipc: true, uts: true, ..Namespaces::default() };
+    let more = if device_nodes { CapabilitySet::MKNOD } else { CapabilitySet::empty() };
     match spec.user {
-        Some(_) => of_root(FILE_SERVER, namespaces, spec.oom_score_adj),
+        Some(_) => of_root(FILE_SERVER.union(more), namespaces, spec.oom_score_adj),
         None => least(spec.oom_score_adj),
     }
 }

@@ -14,9 +14,9 @@ use kuasar_e2e::{
 
 use crate::IDLE;
 
-/// `CAP_CHOWN`, `DAC_OVERRIDE`, `FOWNER`, `FSETID`, `SETGID`, `SETUID`, `MKNOD` and `SETFCAP`, and
-/// `DAC_READ_SEARCH`, which virtiofsd keeps where it opens files by handles.
-const FILE_SERVER: u64 = 0x8800_00df;
+/// `CAP_CHOWN`, `DAC_OVERRIDE`, `FOWNER`, `FSETID`, `SETGID`, `SETUID` and `SETFCAP`, and `DAC_READ_SEARCH`,
+/// which virtiofsd keeps where it opens files by handles.
+const FILE_SERVER: u64 = 0x8000_00df;
 /// Rights that virtiofsd begins with, and could not get back: besides, `SETPCAP`, `SYS_CHROOT`, `SYS_ADMIN`
 /// and `SYS_RESOURCE`.
 const FILE_SERVER_BOUND: u64 = FILE_SERVER | 1 << 8 | 1 << 18 | 1 << 21 | 1 << 24;
@@ -27,6 +27,8 @@ const RELAY: u64 = 0xe2;
 struct Row {
     name: &'static str,
     pid: &'static str,
+    /// It is the child of that process.
+    child: bool,
     /// It is the pod's user, and not root.
     own_user: bool,
     effective: u64,
@@ -35,10 +37,11 @@ struct Row {
     namespaces: &'static [&'static str],
 }
 
-const TABLE: [Row; 4] = [
+const TABLE: [Row; 5] = [
     Row {
         name: "QEMU",
         pid: "/vm/vmm/pid",
+        child: false,
         own_user: true,
         effective: 0,
         bounding: 0,
@@ -48,6 +51,7 @@ const TABLE: [Row; 4] = [
     Row {
         name: "vhost-device-vsock",
         pid: "/vm/companions/vhost-device-vsock/pid",
+        child: false,
         own_user: true,
         effective: 0,
         bounding: 0,
@@ -57,15 +61,28 @@ const TABLE: [Row; 4] = [
     Row {
         name: "virtiofsd",
         pid: "/vm/companions/virtiofsd/pid",
+        child: true,
         own_user: false,
         effective: FILE_SERVER,
         bounding: FILE_SERVER_BOUND,
         filtered: true,
-        namespaces: &["ipc", "uts", "net"],
+        namespaces: &["mnt", "pid", "ipc", "uts", "net"],
+    },
+    // It waits for the other one, and can do nothing.
+    Row {
+        name: "virtiofsd's parent",
+        pid: "/vm/companions/virtiofsd/pid",
+        child: false,
+        own_user: false,
+        effective: 0,
+        bounding: FILE_SERVER_BOUND,
+        filtered: false,
+        namespaces: &["ipc", "uts"],
     },
     Row {
         name: "the relay",
         pid: "/relay/pid",
+        child: false,
         own_user: false,
         effective: RELAY,
         bounding: RELAY,
@@ -108,6 +125,11 @@ fn may(user: u32, command: &[&str], path: &Path) -> Result<bool> {
     Ok(command.args(args).arg(path).uid(user).gid(user).output()?.status.success())
 }
 
+fn child_of(pid: i32) -> Result<i32> {
+    let children = fs::read_to_string(format!("/proc/{pid}/task/{pid}/children"))?;
+    Ok(children.split_whitespace().next().with_context(|| format!("process {pid} has no child"))?.parse()?)
+}
+
 fn check(pod: &Pod<'_>, row: &Row) -> Result<()> {
     let vsock = row.pid.contains("vhost-device-vsock");
     let pid = match pod.recorded_pid(row.pid) {
@@ -115,6 +137,7 @@ fn check(pod: &Pod<'_>, row: &Row) -> Result<()> {
         Err(_) if vsock && Path::new("/dev/vhost-vsock").exists() => return Ok(()),
         pid => pid?,
     };
+    let pid = if row.child { child_of(pid)? } else { pid };
     let text = fs::read_to_string(format!("/proc/{pid}/status"))?;
     let status: BTreeMap<_, _> = text
         .lines()
@@ -145,7 +168,7 @@ fn check(pod: &Pod<'_>, row: &Row) -> Result<()> {
         let of = |pid: &str| fs::read_link(format!("/proc/{pid}/ns/{namespace}"));
         ensure!(of(&pid.to_string())? != of("self")?, "{name} is in the host's namespace {namespace}");
     }
-    if row.namespaces.contains(&"mnt") {
+    if row.own_user {
         let root = Path::new("/proc").join(pid.to_string()).join("root");
         for hidden in ["run/containerd", "var", "sys/kernel", "etc/passwd", "boot"] {
             ensure!(!root.join(hidden).exists(), "{name} sees /{hidden}");

@@ -158,7 +158,7 @@ async fn start_companions(
     let (virtiofs, files) = match config.share_fs {
         ShareFs::Virtiofs => {
             let (virtiofs, mut spawn) = virtiofsd_spawn(config, spec)?;
-            spawn.rights(rights::file_server(spec));
+            spawn.rights(rights::file_server(spec, config.file_server.device_nodes));
             Some((virtiofs, spawn))
         }
         ShareFs::NineP => None,
