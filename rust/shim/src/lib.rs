@@ -34,5 +34,6 @@ mod rights;
 pub mod serve;
 mod stdio;
 mod streams;
+mod stuck;
 mod task;
 mod vm;

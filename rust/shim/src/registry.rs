@@ -3,7 +3,7 @@
 use std::{
     collections::{HashMap, VecDeque, hash_map::Entry},
     sync::{
-        Arc, Mutex, MutexGuard, PoisonError,
+        Arc, Mutex, MutexGuard, OnceLock, PoisonError,
         atomic::{AtomicU8, Ordering},
     },
     time::Duration,
@@ -13,7 +13,7 @@ use containerd_shim_protos::{
     api::{CreateTaskRequest, ExecProcessRequest, StateResponse, Status as TaskStatus},
     protobuf::MessageField,
 };
-use tokio::task::AbortHandle;
+use tokio::{task::AbortHandle, time::Instant};
 
 use crate::{
     bucket::Bucket,
@@ -55,6 +55,8 @@ pub(crate) struct Process {
     state: Mutex<State>,
     /// Kinds of events that containerd was told of it, a bit each.
     told: AtomicU8,
+    /// The first SIGKILL that the guest has taken for it.
+    killed: OnceLock<Instant>,
 }
 
 struct State {
@@ -72,7 +74,7 @@ impl Process {
         let (stdio, names) = (Stdio::default(), Names::default());
         let state = State { phase: Phase::Creating, pid: 0, stdio, names, watcher: None };
         let (life, outputs, state) = (Life::new(), Outputs::new(), Mutex::new(state));
-        Self { wanted, life, outputs, state, told: AtomicU8::new(0) }
+        Self { wanted, life, outputs, state, told: AtomicU8::new(0), killed: OnceLock::new() }
     }
 
     /// Notes that containerd is told of it what can happen once; false if it was told before.
@@ -83,6 +85,16 @@ impl Process {
     /// Returns true if containerd was told.
     pub(crate) fn was_told(&self, kind: u8) -> bool {
         self.told.load(Ordering::Relaxed) & kind != 0
+    }
+
+    /// Notes a SIGKILL that the guest has taken.
+    pub(crate) fn kill_sent(&self) {
+        let _first = self.killed.get_or_init(Instant::now);
+    }
+
+    /// Time of the first SIGKILL.
+    pub(crate) fn killed_at(&self) -> Option<Instant> {
+        self.killed.get().copied()
     }
 
     pub(crate) fn phase(&self) -> Phase {

@@ -232,7 +232,7 @@ impl Relay {
         }
     }
 
-    async fn kill(&self, request: Request) -> Answer {
+    async fn kill(self: &Arc<Self>, request: Request) -> Answer {
         let (container, process, exec) = self.process(&request.payload)?;
         let doing = format!("killing {}", name(&container, &exec));
         let finished = || not_found(&format!("{doing}: process already finished"));
@@ -258,7 +258,12 @@ impl Relay {
                 let gone = timeout(KILL_LIMIT, process.life.ended()).await;
                 gone.map(|_| Vec::new()).map_err(|_| guest_error(&doing, e))
             }
-            answer => answer.map(done).map_err(|e| guest_error(&doing, e)),
+            answer => {
+                if last && answer.is_ok() {
+                    self.look_after_killed(&container);
+                }
+                answer.map(done).map_err(|e| guest_error(&doing, e))
+            }
         }
     }
 

@@ -278,7 +278,10 @@ impl Lab {
             log_directory: logs.to_string_lossy().into_owned(),
             linux: Some(LinuxPodSandboxConfig {
                 cgroup_parent: format!("/{cgroup}"),
-                security_context: Some(LinuxSandboxSecurityContext { namespace_options: Some(own_pids()) }),
+                security_context: Some(LinuxSandboxSecurityContext {
+                    namespace_options: Some(own_pids()),
+                    ..Default::default()
+                }),
                 ..Default::default()
             }),
             ..Default::default()
@@ -300,8 +303,10 @@ impl Lab {
     pub async fn pod_with_shared_pids(&self, name: &str, handler: &str) -> Result<Pod<'_>> {
         let mut config = self.pod_config(name)?;
         // The protocol's zero is what shares.
-        config.linux.get_or_insert_default().security_context =
-            Some(LinuxSandboxSecurityContext { namespace_options: Some(NamespaceOption::default()) });
+        config.linux.get_or_insert_default().security_context = Some(LinuxSandboxSecurityContext {
+            namespace_options: Some(NamespaceOption::default()),
+            ..Default::default()
+        });
         self.run(config, handler).await
     }
 

@@ -201,7 +201,10 @@ fn pod_config(root: &Path) -> PodSandboxConfig {
         log_directory: root.join("pods").to_string_lossy().into_owned(),
         linux: Some(LinuxPodSandboxConfig {
             cgroup_parent: SLICE.into(),
-            security_context: Some(LinuxSandboxSecurityContext { namespace_options: Some(lab::own_pids()) }),
+            security_context: Some(LinuxSandboxSecurityContext {
+                namespace_options: Some(lab::own_pids()),
+                ..Default::default()
+            }),
             ..Default::default()
         }),
         ..Default::default()

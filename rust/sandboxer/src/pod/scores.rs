@@ -103,6 +103,10 @@ impl Pod {
             // The relay goes after its VM.
             let score = if Some(pid) == relay { score.saturating_sub(1) } else { score };
             match fs::write(format!("/proc/{pid}/oom_score_adj"), score.to_string()) {
+                // A daemon without CAP_SYS_RESOURCE may not go below the least score that it ever had.
+                Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {
+                    tracing::debug!(pid, score, %error, "leaving the OOM score of a process of the sandbox");
+                }
                 Err(error) if error.kind() != io::ErrorKind::NotFound => {
                     tracing::warn!(pid, score, %error, "setting the OOM score of a process of the sandbox");
                 }

@@ -217,6 +217,19 @@ async fn a_container_in_a_guest_that_hangs_can_be_stopped() {
     );
 }
 
+/// A process that waits for a file of a host that does not answer takes its SIGKILL, and stays.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_pod_of_killed_containers_that_do_not_end_is_ended() {
+    let mut pod = Pod::running().await;
+    let begun = Instant::now();
+    pod.kill(CID).await.unwrap();
+    assert!(pod.relay.try_wait().unwrap().is_none());
+    assert_eq!(pod.wait(CID, "").await.unwrap().exit_status, 137);
+    assert!(begun.elapsed() > Duration::from_secs(14), "it had {:?}", begun.elapsed());
+    assert!(!pod.vmm.wait().unwrap().success(), "nothing less than the VM's end can end it");
+    assert!(pod.log().contains("do not end 15 s after SIGKILL"), "{}", pod.log());
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_container_in_a_guest_that_hangs_can_be_killed() {
     let mut pod = Pod::running().await;

@@ -121,7 +121,9 @@ async fn token(pod: &Pod) {
     let denied = code(pod.vm.sandbox().check(context.clone(), &CheckRequest::new()).await);
     assert_eq!(denied.0, Code::PERMISSION_DENIED);
     context.set("kuasar-token".into(), vec!["5b".repeat(32)]);
-    let denied = code(pod.task.connect(context, &api::ConnectRequest::new()).await);
+    // A connection that has not shown the token is closed with the answer: this one is not the pod's.
+    let stranger = TaskClient::new(pod.vm.client());
+    let denied = code(stranger.connect(context, &api::ConnectRequest::new()).await);
     assert_eq!(denied.0, Code::PERMISSION_DENIED);
     pod.vm.sandbox().check(pod.vm.context(), &CheckRequest::new()).await.unwrap();
 }

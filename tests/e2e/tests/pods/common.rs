@@ -7,6 +7,7 @@ use kuasar_e2e::{
     image::{Image, Layer},
     lab::{Containerd, Lab, Pod, run},
     paths::Paths,
+    suite::handler,
 };
 use nix::unistd::Pid;
 
@@ -14,6 +15,13 @@ use nix::unistd::Pid;
 pub(crate) async fn sh(lab: &Lab, id: &str, script: &str) -> Result<String> {
     let out = lab.cri.exec(id, &["/bin/sh", "-c", script]).await?;
     Ok(format!("{} {}{}", out.code, out.stdout.trim_end(), out.stderr.trim_end()))
+}
+
+/// Runs a pod that may have privileged containers.
+pub(crate) async fn privileged_pod<'a>(lab: &'a Lab, name: &str) -> Result<Pod<'a>> {
+    let mut config = lab.pod_config(name)?;
+    config.linux.get_or_insert_default().security_context.get_or_insert_default().privileged = true;
+    lab.run(config, handler()).await
 }
 
 /// The process of a pod's VMM, as it is recorded.

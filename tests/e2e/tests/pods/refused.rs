@@ -24,7 +24,7 @@ type Sentence = [&'static str; 2];
 fn with_namespaces(lab: &Lab, options: NamespaceOption) -> Result<PodSandboxConfig> {
     let mut config = lab.pod_config("refused")?;
     config.linux.get_or_insert_default().security_context =
-        Some(LinuxSandboxSecurityContext { namespace_options: Some(options) });
+        Some(LinuxSandboxSecurityContext { namespace_options: Some(options), ..Default::default() });
     Ok(config)
 }
 

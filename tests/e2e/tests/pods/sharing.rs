@@ -5,6 +5,7 @@ use std::{
     fs,
     path::{Path, PathBuf},
     sync::Arc,
+    time::Duration,
 };
 
 use anyhow::{Context, Result, anyhow, ensure};
@@ -12,11 +13,14 @@ use kuasar_e2e::{
     cri::{ContainerConfig, Mount},
     image::BUSYBOX,
     lab::{self, Lab, Pod, QEMU_9P, folder_of, run},
-    suite::handler,
+    suite::{handler, patient},
 };
-use tokio::process::Command;
+use tokio::{process::Command, time::timeout};
 
-use super::{IDLE, common::sh};
+use super::{
+    IDLE,
+    common::{privileged_pod, sh},
+};
 
 /// A program that does what busybox cannot, or not everywhere.
 async fn probe(lab: &Lab) -> Result<PathBuf> {
@@ -47,7 +51,8 @@ async fn started(lab: &Lab, pod: &Pod<'_>, name: &str, mounts: &[Mount]) -> Resu
 async fn steps(lab: &Lab, what: &str, steps: &[(&str, &str)], expected: &str) -> Result<()> {
     let mut said = String::new();
     for (id, script) in steps {
-        said = sh(lab, id, script).await.with_context(|| format!("{what}: {script}"))?;
+        let done = timeout(patient(Duration::from_secs(40)), sh(lab, id, script)).await;
+        said = done.with_context(|| format!("{what}: {script}"))?.with_context(|| what.to_owned())?;
     }
     ensure!(said == expected, "{what}: {said:?} instead of {expected:?}");
     Ok(())
@@ -58,7 +63,8 @@ const UNTIL: &str = "for i in $(seq 300); do test -s /tmp/said && exit 0; sleep 
 /// `one` writes; both have the volume at `/v`.
 async fn behaves_as_one(lab: &Lab, one: &str, two: &str, round: u32) -> Result<()> {
     let at = |text: &str| text.replace('#', &round.to_string());
-    let background = |command: &str| at(&format!("rm -f /tmp/said; {command} >/tmp/said 2>&1 </dev/null &"));
+    let background =
+        |command: &str| at(&format!("rm -f /tmp/said; {{ {command}; }} >/tmp/said 2>&1 </dev/null &"));
     let wait = "for i in $(seq 100); do test -S /v/s# && exec /probe ask /v/s#; sleep 0.1; done; exit 1";
     let serve = background("/probe serve /v/s#");
     steps(lab, "a unix socket", &[(one, &serve), (two, &at(wait))], "0 hello").await?;
@@ -68,8 +74,10 @@ async fn behaves_as_one(lab: &Lab, one: &str, two: &str, round: u32) -> Result<(
     for kind in ["flock", "posix"] {
         let hold = background(&format!("/probe hold {kind} /v/{kind}#"));
         let again = at(&format!("/probe try {kind} /v/{kind}#"));
-        let release =
-            at(&format!("pkill -f 'hold {kind}'; while pgrep -f 'hold {kind}'; do sleep 0.1; done"));
+        let release = at(&format!(
+            "killall probe; for i in $(seq 100); do /probe try {kind} /v/{kind}# | grep -q got && exit; \
+             sleep 0.1; done"
+        ));
         let held: [(&str, &str); 3] = [(one, &hold), (one, UNTIL), (one, &again)];
         steps(lab, &format!("{kind} in one container"), &held, "0 busy").await?;
         steps(lab, kind, &[(one, &release), (one, &again)], "0 got").await?;
@@ -185,7 +193,7 @@ pub(crate) async fn containers_share_a_volume_by_9p(lab: Arc<Lab>) -> Result<()>
 /// An ordinary privileged container is root of its guest: the kernel runs a program of its choice for a core
 /// dump. There it has the shared folder, and changes what it can while another container is made.
 pub(crate) async fn a_guest_cannot_lead_the_host_astray(lab: Arc<Lab>) -> Result<()> {
-    let pod = lab.pod("hostile", handler()).await?;
+    let pod = privileged_pod(&lab, "hostile").await?;
     let (precious, volume) =
         (lab.machine.root.join("tmp/precious-file"), lab.machine.root.join("tmp/hostile"));
     fs::create_dir_all(&volume)?;
@@ -197,8 +205,8 @@ pub(crate) async fn a_guest_cannot_lead_the_host_astray(lab: Arc<Lab>) -> Result
     config.linux.get_or_insert_default().security_context.get_or_insert_default().privileged = true;
     let hostile = pod.create(config).await?;
     lab.cri.start(&hostile).await.map_err(|e| anyhow!("starting: {}", e.message()))?;
-    // The guest has no shell; its containers' busybox is in the share.
-    let busybox = format!("/run/kuasar/state/{hostile}/rootfs/bin/busybox");
+    // The guest has no shell, and a core pattern has 128 bytes at most.
+    fs::copy(lab.paths.tool("busybox"), volume.join("busybox"))?;
     let script = format!(
         "cd /run/kuasar/state; for n in $(seq 2000); do for c in *; do \
          ln -s {0} $c/config.json; ln -s {0} $c/.config.json.new; ln -s {1} volumes/9; mv $c away; mkdir new; \
@@ -208,8 +216,9 @@ pub(crate) async fn a_guest_cannot_lead_the_host_astray(lab: Arc<Lab>) -> Result
     );
     fs::write(volume.join("attack"), script)?;
     let begin = format!(
-        "echo '|{busybox} sh /run/kuasar/state/volumes/1/attack' > /proc/sys/kernel/core_pattern && \
-         ulimit -c unlimited; sh -c 'kill -SEGV $$'; echo begun"
+        "echo '|{0}/busybox sh {0}/attack' > /proc/sys/kernel/core_pattern && \
+         ulimit -c unlimited; sh -c 'kill -SEGV $$'; echo begun",
+        "/run/kuasar/state/volumes/1"
     );
     let begun = sh(&lab, &hostile, &begin).await?;
     ensure!(begun.contains("begun"), "it could not begin: {begun:?}");

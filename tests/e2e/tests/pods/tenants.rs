@@ -117,7 +117,10 @@ pub(crate) async fn a_hung_volume_is_its_own_trouble(lab: Arc<Lab>) -> Result<()
                 answer.with_context(|| format!("the innocent container does not answer, time {round}"))??;
             ensure!(out == "0 1", "the innocent container says {out:?}");
         }
+        // As the kubelet ends a pod: its containers side by side, then the rest.
         let begun = Instant::now();
+        let (one, other) = tokio::join!(lab.cri.stop(&writer, 1), lab.cri.stop(&innocent, 1));
+        one.and(other).map_err(|e| anyhow!("stopping the containers: {}", e.message()))?;
         pod.remove().await.context("removing the pod")?;
         ensure!(begun.elapsed() < patient(Duration::from_secs(60)), "removing it took {:?}", begun.elapsed());
         Ok(())
