@@ -28,6 +28,12 @@ pub struct Pod<'a> {
 }
 
 impl Pod<'_> {
+    /// The lab that it is in.
+    #[must_use]
+    pub fn lab(&self) -> &Lab {
+        self.lab
+    }
+
     /// Creates and starts a container that runs `command` of `image`.
     ///
     /// # Errors

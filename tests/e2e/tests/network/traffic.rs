@@ -103,8 +103,13 @@ pub(crate) async fn a_pod_with_two_processors_has_two_queues(lab: Arc<Lab>) -> R
 async fn two_processors<'a>(lab: &'a Lab, name: &str) -> Result<Pod<'a>> {
     let mut config = lab.pod_config(name)?;
     let linux = config.linux.as_mut().context("it has no linux part")?;
-    let two_processors =
-        LinuxContainerResources { cpu_period: 100_000, cpu_quota: 200_000, ..Default::default() };
+    // The pod's own cgroup has no limit here, so what is asked for counts.
+    let two_processors = LinuxContainerResources {
+        cpu_period: 100_000,
+        cpu_quota: 200_000,
+        cpu_shares: 2048,
+        ..Default::default()
+    };
     linux.resources = Some(two_processors);
     lab.run(config, NET_DUAL).await
 }
