@@ -182,10 +182,11 @@ async fn sandbox(pod: &Pod) {
 
 /// A small correction does not move the clock at once: it is under way when the next one comes.
 async fn slew(pod: &Pod) {
-    let client = pod.vm.sandbox();
     // A kernel that finds a better clock soon after its start forgets corrections then. One that finds none,
     // as on a busy host, where it cannot measure any, stays with what it has and says nothing.
     pod.vm.console_says("Switched to clocksource", Duration::from_secs(30)).await;
+    // A connection without a call is closed after ten seconds.
+    let client = pod.vm.sandbox();
     let ahead = SyncClockPacket { Delta: 120_000_000, ..Default::default() };
     client.sync_clock(pod.vm.context(), &ahead).await.unwrap();
     // The kernel takes a bit of it at the end of each second.
