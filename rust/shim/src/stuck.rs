@@ -1,9 +1,10 @@
 //! Containers that do not end although they were killed.
 //!
-//! A process that waits for a file of the host ends only when the host answers: of a frozen file system, or a server that is
-//! away, that may be never, and no SIGKILL reaches it before. containerd waits for a container's end before it stops the
-//! pod, so such a pod could not be removed. Once every container that is left was killed, nobody wants the VM any more: it
-//! is ended, and all that hangs in it with it. While a container is left that nobody has killed, the VM goes on.
+//! A process that waits for a file of the host ends only when the host answers: of a frozen file system, or a
+//! server that is away, that may be never, and no SIGKILL reaches it before. containerd waits for a
+//! container's end before it stops the pod, so such a pod could not be removed. Once every container that is
+//! left was killed, nobody wants the VM any more: it is ended, and all that hangs in it with it. While a
+//! container is left that nobody has killed, the VM goes on.
 
 use std::{sync::Arc, time::Duration};
 
@@ -15,7 +16,8 @@ use crate::{
     task::Relay,
 };
 
-/// Longest time that a killed container may take to end. Writing out its memory to a slow disk is a matter of seconds.
+/// Longest time that a killed container may take to end. Writing out its memory to a slow disk is a matter of
+/// seconds.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(15);
 
 impl Relay {
