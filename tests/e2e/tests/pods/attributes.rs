@@ -8,7 +8,7 @@ use std::{
         ffi::OsStrExt,
         fs::{PermissionsExt, chown},
     },
-    path::{Path, PathBuf},
+    path::Path,
     sync::Arc,
 };
 
@@ -24,19 +24,8 @@ use tokio::process::Command;
 
 use super::{
     IDLE,
-    common::{privileged_pod, sh},
+    common::{folder, mount, privileged_pod, sh},
 };
-
-fn folder(lab: &Lab, name: &str) -> Result<PathBuf> {
-    let path = lab.machine.root.join("tmp").join(name);
-    fs::create_dir_all(&path)?;
-    Ok(path)
-}
-
-fn mount(host_path: &Path, container_path: &str) -> Mount {
-    let host_path = host_path.to_string_lossy().into_owned();
-    Mount { container_path: container_path.into(), host_path, ..Mount::default() }
-}
 
 /// A container of a user.
 fn of_user(name: &str, image: &str, (user, group): (i64, i64), mounts: &[Mount]) -> ContainerConfig {

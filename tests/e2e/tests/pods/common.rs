@@ -1,9 +1,13 @@
 //! Steps that cases of several kinds share.
 
-use std::fs;
+use std::{
+    fs,
+    path::{Path, PathBuf},
+};
 
 use anyhow::Result;
 use kuasar_e2e::{
+    cri::Mount,
     image::{Image, Layer},
     lab::{Containerd, Lab, Pod, run},
     paths::Paths,
@@ -22,6 +26,19 @@ pub(crate) async fn privileged_pod<'a>(lab: &'a Lab, name: &str) -> Result<Pod<'
     let mut config = lab.pod_config(name)?;
     config.linux.get_or_insert_default().security_context.get_or_insert_default().privileged = true;
     lab.run(config, handler()).await
+}
+
+/// Makes a folder of the host that is to be a volume.
+pub(crate) fn folder(lab: &Lab, name: &str) -> Result<PathBuf> {
+    let path = lab.machine.root.join("tmp").join(name);
+    fs::create_dir_all(&path)?;
+    Ok(path)
+}
+
+/// A mount of a file or folder of the host, writable.
+pub(crate) fn mount(host_path: &Path, container_path: &str) -> Mount {
+    let host_path = host_path.to_string_lossy().into_owned();
+    Mount { container_path: container_path.into(), host_path, ..Mount::default() }
 }
 
 /// The process of a pod's VMM, as it is recorded.

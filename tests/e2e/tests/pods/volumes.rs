@@ -3,7 +3,7 @@
 use std::{
     fs,
     os::unix::{fs::symlink, net::UnixDatagram},
-    path::{Path, PathBuf},
+    path::Path,
     sync::Arc,
     time::Duration,
 };
@@ -21,21 +21,10 @@ use tokio::process::Command;
 
 use super::{
     IDLE,
-    common::{import_layers, sh},
+    common::{folder, import_layers, mount, sh},
 };
 
 const SOON: Duration = Duration::from_secs(30);
-
-fn folder(lab: &Lab, name: &str) -> Result<PathBuf> {
-    let path = lab.machine.root.join("tmp").join(name);
-    fs::create_dir_all(&path)?;
-    Ok(path)
-}
-
-fn mount(host_path: &Path, container_path: &str) -> Mount {
-    let host_path = host_path.to_string_lossy().into_owned();
-    Mount { container_path: container_path.into(), host_path, ..Mount::default() }
-}
 
 fn config(name: &str, mounts: &[Mount]) -> ContainerConfig {
     ContainerConfig { mounts: mounts.to_vec(), ..lab::container(name, BUSYBOX, IDLE) }
